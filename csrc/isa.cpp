@@ -1,0 +1,72 @@
+#include "isa.h"
+
+#include <atomic>
+
+#if FASTLM_X86
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace fastlm {
+namespace {
+
+CpuFeatures detect() {
+  CpuFeatures found;
+#if FASTLM_X86
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return found;
+  const bool osxsave = ecx & (1u << 27), fma = ecx & (1u << 12), f16c = ecx & (1u << 29);
+  if (!osxsave) return found;
+  // XCR0: the register state the operating system saves. A CPU flag alone is not enough.
+  unsigned xcr0_low, xcr0_high;
+  __asm__("xgetbv" : "=a"(xcr0_low), "=d"(xcr0_high) : "c"(0));
+  const bool ymm = (xcr0_low & 0x6) == 0x6;
+  const bool zmm = ymm && (xcr0_low & 0xe0) == 0xe0;
+  const bool tiles = (xcr0_low & 0x60000) == 0x60000;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return found;
+  const unsigned subleaves = eax;
+  const bool bmi2 = ebx & (1u << 8);
+  found.avx2 = ymm && fma && f16c && bmi2 && (ebx & (1u << 5));
+  const unsigned avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
+  found.avx512 = found.avx2 && zmm && (ebx & avx512) == avx512;
+  found.amx_bf16 = tiles && (edx & (1u << 22));
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
+    found.avx512_bf16 = found.avx512 && (eax & (1u << 5));
+  }
+#elif defined(__aarch64__) && defined(__linux__)
+  found.arm_bf16 = getauxval(AT_HWCAP2) & (1ul << 14);  // HWCAP2_BF16
+#endif
+  return found;
+}
+
+std::atomic<int> forced{-1};
+
+}  // namespace
+
+const CpuFeatures& cpu_features() {
+  static const CpuFeatures found = detect();
+  return found;
+}
+
+Isa best_isa() {
+  const CpuFeatures& has = cpu_features();
+  return has.avx512 ? Isa::kAvx512 : has.avx2 ? Isa::kAvx2 : Isa::kPortable;
+}
+
+Isa isa() {
+  const int wanted = forced.load(std::memory_order_relaxed);
+  return wanted < 0 ? best_isa() : static_cast<Isa>(wanted);
+}
+
+bool force_isa(Isa wanted) {
+  if (wanted > best_isa()) return false;
+  forced.store(static_cast<int>(wanted), std::memory_order_relaxed);
+  return true;
+}
+
+const char* isa_name(Isa isa) {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "portable";
+}
+
+}  // namespace fastlm

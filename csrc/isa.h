@@ -1,0 +1,47 @@
+// Which instruction set the kernels use: detected once, forceable in tests.
+// defines: Isa, CpuFeatures, cpu_features, isa, force_isa, isa_name,
+//          FASTLM_TARGET_AVX2, FASTLM_TARGET_AVX512, FASTLM_INLINE
+//
+// A kernel is one always-inline template; each instruction set is a small function around it with
+// its own target attribute, so nothing of the standard library is ever compiled for a CPU that
+// may not be there (which per-file compiler flags do not guarantee).
+#pragma once
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define FASTLM_X86 1
+#define FASTLM_TARGET_AVX2 __attribute__((target("avx2,fma,f16c,bmi2")))
+#define FASTLM_TARGET_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2")))
+#else
+#define FASTLM_X86 0
+#endif
+#define FASTLM_INLINE inline __attribute__((always_inline))
+
+namespace fastlm {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+// What the processor has and the operating system lets us use.
+struct CpuFeatures {
+  bool avx2 = false;
+  bool avx512 = false;       // F, BW, VL, DQ
+  bool avx512_bf16 = false;  // bf16 dot products
+  bool amx_bf16 = false;     // bf16 tiles
+  bool arm_bf16 = false;     // aarch64 bf16 matrix multiply
+};
+
+const CpuFeatures& cpu_features();
+
+// The instruction set the kernels run with: the forced one, else the best supported.
+Isa isa();
+
+// Forces `wanted` from now on in every thread. Returns false, changing nothing, where the machine
+// lacks it.
+bool force_isa(Isa wanted);
+
+// The best the machine has.
+Isa best_isa();
+
+const char* isa_name(Isa isa);
+
+}  // namespace fastlm

@@ -1,0 +1,1 @@
+"""Token data: files, sampling order, batches."""

@@ -1,0 +1,248 @@
+"""Token files: opening them, checking them, and seeing several as one dataset.
+
+Formats: .npy; raw little-endian .bin (nanoGPT); .bin with the 1 KiB header of llm.c and
+modded-nanogpt (magic 20240520 or 20240801), told apart by its magic number and token count.
+"""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from fastlm.data.manifest import MANIFEST_NAME, Manifest
+from fastlm.errors import DataError
+from fastlm.extension import extension
+from fastlm.ops.gather_batch import token_segments
+
+TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+_HEADER_BYTES = 1024
+_HEADER_MAGIC = {20240520: "uint16", 20240801: "uint32"}  # magic number -> dtype of the tokens
+
+
+class TokenDataset:
+    """One or more 1-D token arrays of one dtype, seen end to end."""
+
+    def __init__(self, segments: Sequence[np.ndarray], paths: Sequence[str | Path] = ()):
+        if not segments:
+            raise DataError("a dataset needs at least one token array")
+        for array in segments:
+            if array.ndim != 1:
+                raise DataError(f"token arrays must be 1-D, got shape {array.shape}")
+            if array.dtype.name not in TOKEN_DTYPES or not array.dtype.isnative:
+                raise DataError(
+                    f"token arrays must be native {', '.join(TOKEN_DTYPES)}, got {array.dtype}"
+                )
+            if array.dtype != segments[0].dtype:
+                raise DataError(
+                    f"token files of one dataset must have one dtype, got {segments[0].dtype} "
+                    f"and {array.dtype}"
+                )
+        self.segments = [np.ascontiguousarray(array) for array in segments]
+        self.paths = [str(path) for path in paths]
+        self._ends = list(accumulate(len(array) for array in segments))
+
+    def __len__(self) -> int:
+        """Tokens in all."""
+        return self._ends[-1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.segments[0].dtype
+
+    def locate(self, position: int) -> tuple[str, int]:
+        """(file, offset in tokens within it) of a position of the dataset."""
+        index = bisect.bisect_right(self._ends, position)
+        name = self.paths[index] if self.paths else f"array {index}"
+        return name, position - (self._ends[index - 1] if index else 0)
+
+    def slice(self, begin: int, end: int) -> "TokenDataset":
+        """The tokens [begin, end), without a copy."""
+        pieces, starts = [], [0, *self._ends[:-1]]
+        for array, start in zip(self.segments, starts, strict=True):
+            pieces.append(array[max(0, begin - start) : max(0, end - start)])
+        return TokenDataset(pieces, self.paths)
+
+
+def as_dataset(data: "np.ndarray | Sequence[np.ndarray] | TokenDataset") -> TokenDataset:
+    """`data` as a TokenDataset, not copied."""
+    if isinstance(data, TokenDataset):
+        return data
+    return TokenDataset(token_segments(data))
+
+
+@dataclass
+class Data:
+    """What a training run reads."""
+
+    train: TokenDataset
+    val: TokenDataset
+    directory: Path | None = None  # of the manifest
+    manifest: Manifest | None = None
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        if self.manifest is None or self.manifest.tokenizer is None:
+            return None
+        return self.directory / self.manifest.tokenizer
+
+    @property
+    def val_bytes(self) -> int | None:
+        """UTF-8 bytes of the validation text, where the manifest knows."""
+        return self.manifest.splits["val"].bytes if self.manifest else None
+
+
+def load_token_dataset(
+    path: str | Path, mmap: bool = True, *, dtype: str | None = None
+) -> np.ndarray:
+    """The tokens of one file: 1-D, memory-mapped read-only by default.
+
+    dtype: of a raw .bin file, which does not say (default uint16). Raises DataError where the file
+    is missing, empty, not a token file, or no whole number of tokens.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such token file")
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory; give a .npy or .bin token file")
+    try:
+        array = _open_npy(path, mmap) if path.suffix == ".npy" else _open_bin(path, mmap, dtype)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if array.size == 0:
+        raise DataError(f"{path}: is empty; a token file holds at least one token")
+    print(f"[load_token_dataset] Loaded {path}, shape={array.shape}, dtype={array.dtype}")
+    return array
+
+
+def _open_npy(path: Path, mmap: bool) -> np.ndarray:
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty; a token file holds at least one token")
+    try:
+        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a readable .npy file ({error})") from error
+    if array.ndim != 1 or array.dtype.name not in TOKEN_DTYPES:
+        raise DataError(
+            f"{path}: holds a {array.ndim}-D array of {array.dtype}; token files hold a 1-D array "
+            f"of {', '.join(TOKEN_DTYPES)}"
+        )
+    return array
+
+
+def _open_bin(path: Path, mmap: bool, dtype: str | None) -> np.ndarray:
+    size = path.stat().st_size
+    offset, header_dtype = _header(path, size)
+    name = dtype or header_dtype or "uint16"
+    if name not in TOKEN_DTYPES:
+        raise DataError(f"dtype={name!r}: token files hold {', '.join(TOKEN_DTYPES)}")
+    token_dtype = np.dtype(name).newbyteorder("<")
+    count, rest = divmod(size - offset, token_dtype.itemsize)
+    if rest:
+        raise DataError(
+            f"{path}: {size - offset} bytes are no multiple of {token_dtype.itemsize}, the size of "
+            f"{name}; name the file's dtype (--data-dtype) or write the file again"
+        )
+    if count == 0:
+        raise DataError(f"{path}: is empty; a token file holds at least one token")
+    if mmap:
+        return np.memmap(path, dtype=token_dtype, mode="r", offset=offset, shape=(count,))
+    return np.fromfile(path, dtype=token_dtype, offset=offset)
+
+
+def _header(path: Path, size: int) -> tuple[int, str | None]:
+    """(bytes to skip, dtype) of a file with the llm.c header, (0, None) of one without."""
+    if size < _HEADER_BYTES:
+        return 0, None
+    magic, _version, tokens = np.fromfile(path, dtype="<i4", count=3)
+    dtype = _HEADER_MAGIC.get(int(magic))
+    if dtype and size == _HEADER_BYTES + int(tokens) * np.dtype(dtype).itemsize:
+        return _HEADER_BYTES, dtype
+    return 0, None
+
+
+def open_data(
+    paths: Sequence[str],
+    val_paths: Sequence[str] = (),
+    *,
+    dtype: str | None = None,
+    val_fraction: float = 0.05,
+) -> Data:
+    """The training and validation tokens at `paths`.
+
+    paths: one directory, prepared by `python -m fastlm.prepare` (a manifest) or holding files
+        named train* and val* (.bin or .npy); or token files.
+    val_paths: validation files. Without any, the last `val_fraction` of the training tokens is
+        held out.
+    """
+    directory = Path(paths[0])
+    if directory.is_dir():
+        if len(paths) > 1:
+            raise DataError(f"--data {' '.join(paths)}: give one directory, or files")
+        if (directory / MANIFEST_NAME).exists():
+            return _open_prepared(directory, val_paths, dtype)
+        found = sorted(p for p in directory.iterdir() if p.suffix in (".bin", ".npy"))
+        paths = [str(p) for p in found if "train" in p.stem]
+        val_paths = val_paths or [str(p) for p in found if "val" in p.stem]
+        if not paths:
+            raise DataError(
+                f"{directory}: holds neither {MANIFEST_NAME} nor train*.bin or train*.npy; prepare "
+                f"it with: python -m fastlm.prepare INPUT... --out DIR --vocab-size N"
+            )
+    train = _open_files(paths, dtype)
+    if val_paths:
+        return Data(train, _open_files(val_paths, dtype))
+    boundary = len(train) - max(1, int(len(train) * val_fraction))
+    print(
+        f"[data] no validation files: the last {len(train) - boundary:,} of {len(train):,} tokens "
+        f"are held out (--val-data FILE... names your own)"
+    )
+    return Data(train.slice(0, boundary), train.slice(boundary, len(train)))
+
+
+def _open_files(paths: Sequence[str], dtype: str | None) -> TokenDataset:
+    return TokenDataset([load_token_dataset(path, dtype=dtype) for path in paths], paths)
+
+
+def _open_prepared(directory: Path, val_paths: Sequence[str], dtype: str | None) -> Data:
+    manifest = Manifest.load(directory)
+    datasets = {}
+    for name, split in manifest.splits.items():
+        files = [directory / shard.file for shard in split.shards]
+        if not files:
+            raise DataError(f"{directory}: its manifest lists no {name} shards; prepare it again")
+        datasets[name] = _open_files([str(file) for file in files], manifest.dtype)
+        if len(datasets[name]) != split.tokens:
+            raise DataError(
+                f"{directory}: the {name} shards hold {len(datasets[name])} tokens, the manifest "
+                f"says {split.tokens}; prepare it again"
+            )
+    if val_paths:
+        # Other validation files: the manifest's byte count is not theirs.
+        return Data(datasets["train"], _open_files(val_paths, dtype or manifest.dtype))
+    return Data(datasets["train"], datasets["val"], directory, manifest)
+
+
+def check_dataset(dataset: TokenDataset, what: str, *, context_len: int, vocab_size: int) -> None:
+    """DataError where `dataset` is too short for one window or holds an id outside the vocabulary.
+
+    Reads every token once, with the multi-threaded C++ scan.
+    """
+    if len(dataset) < context_len + 1:
+        raise DataError(
+            f"{what} data ({', '.join(dataset.paths) or 'array'}) holds {len(dataset)} tokens; "
+            f"context_len={context_len} needs at least {context_len + 1}"
+        )
+    base = 0
+    for segment in dataset.segments:
+        position = extension().first_out_of_range(segment, vocab_size)
+        if position >= 0:
+            name, offset = dataset.locate(base + position)
+            raise DataError(
+                f"{name}: token id {int(segment[position])} at offset {offset} is outside the "
+                f"vocabulary of {vocab_size}; set --vocab-size, or name the file's dtype "
+                f"(--data-dtype, now {segment.dtype})"
+            )
+        base += len(segment)

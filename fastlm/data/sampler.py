@@ -1,0 +1,79 @@
+"""Which window is sample number i: a pure function of (seed, i), random access in O(1).
+
+An epoch cuts the tokens into windows T apart, from a random phase, and visits them in a random
+order, so that an epoch sees (almost) every target once. Sample number i is window
+i mod W of epoch i // W. Because nothing but (seed, i) enters, a run resumes at any step, with any
+batch size, accumulation or number of processes, on exactly the samples that it had not seen.
+
+The order is a keyed permutation: a balanced Feistel network over the smallest even number of bits
+that holds W, walked until the value lies below W (Black & Rogaway, "Ciphers with arbitrary finite
+domains", 2002). The round function is splitmix64's finaliser (Steele et al., 2014).
+"""
+
+import numpy as np
+
+_ROUNDS = 4
+_MASK64 = (1 << 64) - 1
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser on uint64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _key(*parts: int) -> np.uint64:
+    """A 64-bit key out of integers, in order."""
+    key = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        key = _mix(key + np.uint64(part & _MASK64) + np.uint64(0x9E3779B97F4A7C15))
+    return key[0]
+
+
+def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """A permutation of range(size), chosen by `key`, at the positions `index` (int64, any shape)."""
+    if size == 1:
+        return np.zeros_like(index)
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    half_mask = np.uint64((1 << int(half_bits)) - 1)
+    keys = [_key(*key, round_) for round_ in range(_ROUNDS)]
+    value = index.astype(np.uint64)
+    pending = np.ones(value.shape, dtype=bool)
+    while pending.any():  # a domain is less than 4 * size: 4 walks on average at most
+        left, right = value >> half_bits, value & half_mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right + round_key) & half_mask)
+        value = np.where(pending, (left << half_bits) | right, value)
+        pending = value >= np.uint64(size)
+    return value.astype(np.int64)
+
+
+class WindowSampler:
+    """Start positions of training windows, by sample number."""
+
+    def __init__(self, num_tokens: int, context_len: int, seed: int):
+        if num_tokens < context_len + 1:
+            raise ValueError(
+                f"num_tokens={num_tokens}: context_len={context_len} needs at least "
+                f"{context_len + 1}"
+            )
+        self.context_len = context_len
+        self.seed = seed
+        # A window more than fits from the largest phase would make epochs of unequal length, and
+        # the sample's epoch no division. (One window where not even two phases fit.)
+        self.windows_per_epoch = max(1, (num_tokens - context_len) // context_len)
+        spare = num_tokens - 1 - self.windows_per_epoch * context_len
+        self._phases = min(context_len, spare + 1)
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """(count,) int64: where samples first, first + 1, … begin."""
+        sample = np.arange(first, first + count, dtype=np.int64)
+        epochs, index = np.divmod(sample, self.windows_per_epoch)
+        starts = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs):  # one, or two where a batch crosses into the next epoch
+            here = epochs == epoch
+            window = permute(index[here], self.windows_per_epoch, self.seed, int(epoch))
+            phase = int(_key(self.seed, int(epoch), -1) % np.uint64(self._phases))
+            starts[here] = phase + window * self.context_len
+        return starts

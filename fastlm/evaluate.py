@@ -1,0 +1,96 @@
+"""Validation loss: on fixed batches while training, on every token at the end.
+
+Nothing here draws a random number, so evaluating changes nothing of the training.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.config import TrainingConfig
+from fastlm.data.loader import all_batches, spread_batches
+from fastlm.hardware import select_device
+from fastlm.ops.cross_entropy import cross_entropy_loss
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # x, y: (B, T) -> sum of the targets' losses, nats
+
+
+def evaluate_model_loss(
+    model: nn.Module, data: Any, config: TrainingConfig, num_batches: int = 20
+) -> float:
+    """Mean loss per token (nats) over `num_batches` fixed batches spread evenly over `data`.
+
+    data: (n,) token ids. The batches are of config.batch_size windows of config.context_len tokens,
+    the same at every call. The model is put into eval mode and back into the mode it was in.
+    """
+    return validate(
+        model, data, config.batch_size, config.context_len, device=config.device,
+        num_val_batches=num_batches,
+    )  # fmt: skip
+
+
+def validate(
+    model: nn.Module,
+    val_dataset: Any,
+    batch_size: int,
+    context_length: int,
+    vocab_size: int | None = None,
+    d_model: int | None = None,
+    num_layers: int | None = None,
+    num_heads: int | None = None,
+    d_ff: int | None = None,
+    rope_theta: float | None = None,
+    device: torch.device | str = "auto",
+    num_val_batches: int = 10,
+) -> float:
+    """evaluate_model_loss with the arguments of the CS336 training guide.
+
+    The sizes from vocab_size to rope_theta are accepted for its callers' sake; the model knows them.
+    """
+    device = select_device(device)
+    batches = spread_batches(val_dataset, batch_size, context_length, num_val_batches, device)
+    with evaluating(model):
+        return mean_loss(lambda x, y: summed_loss(model(x), y), batches)
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the losses of all targets that are not -100: (), fp32, in nats."""
+    return cross_entropy_loss(logits, targets, reduction="sum")
+
+
+def mean_loss(loss: LossFunction, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Mean loss per target over `batches`, summed in fp64."""
+    total, targets = 0.0, 0
+    for x, y in batches:
+        total += float(loss(x, y))
+        targets += int((y != -100).sum())
+    return total / targets
+
+
+def loss_over_all(
+    loss: LossFunction, data: Any, batch_size: int, context_len: int, device: torch.device
+) -> tuple[float, int]:
+    """(mean loss in nats, number of targets) over every target of `data` once."""
+    targets = sum(len(segment) for segment in data.segments) - 1
+    return mean_loss(loss, all_batches(data, batch_size, context_len, device)), targets
+
+
+def bits_per_byte(mean_nats: float, targets: int, num_bytes: int) -> float:
+    """Total loss in bits over the UTF-8 bytes of the text: comparable between tokenizers."""
+    return mean_nats * targets / math.log(2) / num_bytes
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside, the mode of before outside."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

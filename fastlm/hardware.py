@@ -1,0 +1,198 @@
+"""What the machine has and can do: device, dtype, allocator, compiler, measured matmul ceiling."""
+
+import ctypes
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fastlm.errors import DeviceError
+from fastlm.extension import extension
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def select_device(name: str | torch.device = "auto") -> torch.device:
+    """The device called `name`: auto, cpu, cuda, cuda:i or mps.
+
+    "auto" is CUDA (or ROCm), else MPS, else the CPU. Raises DeviceError for a name that is unknown
+    or a device that is not there, and for "auto" on a machine whose NVIDIA GPU torch cannot use:
+    training on its CPU is never what was meant.
+    """
+    if str(name) == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if _nvidia_gpu_present():
+            raise DeviceError(
+                f"this machine has an NVIDIA GPU, but {_why_no_cuda()}; --device cpu trains on the "
+                f"CPU all the same"
+            )
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"device={str(name)!r} is unknown: auto, cpu, cuda, cuda:0, mps") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(f"device={str(name)!r} is not available: {_why_no_cuda()}")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(
+                f"device={str(name)!r} is not available: CUDA error: invalid device ordinal, this "
+                f"machine has {torch.cuda.device_count()} GPU(s), cuda:0 is the first"
+            )
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise DeviceError("device='mps' is not available: it needs macOS on Apple silicon")
+    elif device.type != "cpu":
+        raise DeviceError(f"device={str(name)!r} is not supported: auto, cpu, cuda, cuda:0, mps")
+    return device
+
+
+def _nvidia_gpu_present() -> bool:
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            "Torch not compiled with CUDA enabled: this torch is a CPU-only build "
+            f"({torch.__version__}); install a CUDA build of torch"
+        )
+    return (
+        f"torch {torch.__version__} finds no usable GPU (CUDA {torch.version.cuda}): check that "
+        f"`nvidia-smi` works, that the driver is recent enough and CUDA_VISIBLE_DEVICES is right"
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name for people: "NVIDIA H200" or "Intel(R) Xeon(R) Processor, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        name = next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), name)
+    if device.type == "mps":
+        return f"{name} GPU"
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Does the hardware multiply bf16 matrices faster than fp32?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        features = extension().cpu_features()
+        return any(features[name] for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+    return False
+
+
+def select_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The matmul dtype called `name`; "auto" is bfloat16 where the hardware has it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: it must be auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc's malloc to keep and reuse freed memory. Returns whether it was told.
+
+    By default every large tensor is mmapped, and its pages zeroed by the kernel, anew at each
+    allocation: a tenth of a CPU training step. The process then holds its peak memory until it
+    ends, which is why the trainer does it, and importing fastlm does not.
+    """
+    if sys.platform != "linux":
+        return False
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another libc, musl for one
+        return False
+    largest = 2**31 - 1
+    return bool(
+        mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, largest) and mallopt(m_top_pad, 64 << 20)
+    )
+
+
+def check_compiler(device: torch.device) -> None:
+    """RuntimeError, saying what to install, where torch.compile cannot work on `device`."""
+    if device.type == "mps":
+        return
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            raise RuntimeError(
+                "--compile needs Triton on a GPU and it cannot be imported "
+                f"({error}); install it (pip install triton), or drop --compile"
+            ) from error
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    if not any(shutil.which(compiler) for compiler in compilers if compiler):
+        raise RuntimeError(
+            "--compile needs a C++ compiler and none was found ($CXX, g++, clang++); install one "
+            "(Debian, Ubuntu: apt-get install g++), or drop --compile"
+        )
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.25) -> float:
+    """FLOP/s of the fastest of several large square and training-shaped matmuls, measured now.
+
+    The denominator of model FLOP utilisation (MFU): what this machine reaches in the state it is
+    in, not a data sheet's number.
+    """
+    scale = 4 if device.type == "cuda" else 1
+    shapes = [  # (M, K, N)
+        (1024, 1024, 1024),
+        (2048, 2048, 2048),
+        (4096, 1024, 1024),
+        (2048, 512, 2048),
+        (2048, 768, 3072),
+        (4096, 512, 4096),
+    ]
+    best = 0.0
+    for m, k, n in shapes:
+        a = torch.randn(m * scale, k * scale, device=device, dtype=dtype)
+        b = torch.randn(k * scale, n * scale, device=device, dtype=dtype)
+        flops = 2 * m * k * n * scale**3
+        out = a @ b
+        synchronize(device)
+        # Single calls on the CPU: its best moment is the ceiling. A queue of them on a GPU.
+        calls = 1 if device.type == "cpu" else 10
+        deadline = time.perf_counter() + seconds
+        while time.perf_counter() < deadline:
+            start = time.perf_counter()
+            for _ in range(calls):
+                torch.matmul(a, b, out=out)
+            synchronize(device)
+            best = max(best, calls * flops / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory held so far: of the device for a GPU, of the process for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

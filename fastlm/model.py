@@ -1,0 +1,230 @@
+"""TransformerLM: a pre-norm decoder with RMSNorm, RoPE and SwiGLU, no biases.
+
+Parameter names and mathematics are those of the CS336 assignment-1 model, so its state dicts load.
+Shapes: B batch, T positions, D model width, H heads, d = D / H, F feed-forward width, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (arXiv:1910.07467)."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight).to(x.dtype)
+
+
+def rope_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of position * theta^(-2i/d), fp32, (max_seq_len, d/2) each (arXiv:2104.09864)."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x[2i], x[2i+1]); x: (..., T, d), cos and sin: (T, d/2)."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for generation: (B, H, max_seq_len, d) a layer."""
+
+    def __init__(self):
+        self.length = 0  # positions filled in every layer
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
+        """Appends k, v: (B, H, T, d) and returns those of all positions: (B, H, length + T, d)."""
+        if layer not in self._layers:
+            shape = (*k.shape[:-2], max_seq_len, k.shape[-1])
+            self._layers[layer] = (k.new_empty(shape), v.new_empty(shape))
+        end = self.length + k.shape[-2]
+        filled = []
+        for stored, new in zip(self._layers[layer], (k, v), strict=True):
+            stored[..., self.length : end, :] = new
+            filled.append(stored[..., :end, :])
+        return filled[0], filled[1]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with rotary positions."""
+
+    def __init__(self, d_model: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.q_proj = nn.Linear(d_model, d_model, bias=False)
+        self.k_proj = nn.Linear(d_model, d_model, bias=False)
+        self.v_proj = nn.Linear(d_model, d_model, bias=False)
+        self.output_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        cos: Tensor,  # (T, d/2)
+        sin: Tensor,  # (T, d/2)
+        cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:  # (B, T, D)
+        def heads(y: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, d)
+            return y.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache(k, v)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            # With a cache: either the whole prompt, or one position that sees all before it.
+            is_causal=q.shape[-2] == k.shape[-2],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.output_proj(y.transpose(-2, -3).flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x) (arXiv:2002.05202)."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.w1 = nn.Linear(d_model, d_ff, bias=False)
+        self.w2 = nn.Linear(d_ff, d_model, bias=False)
+        self.w3 = nn.Linear(d_model, d_ff, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float):
+        super().__init__()
+        self.ln1 = RMSNorm(d_model)
+        self.attn = Attention(d_model, num_heads, dropout)
+        self.ln2 = RMSNorm(d_model)
+        self.ffn = SwiGLU(d_model, d_ff)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None) -> Tensor:
+        x = x + self.drop(self.attn(self.ln1(x), cos, sin, cache))
+        return x + self.drop(self.ffn(self.ln2(x)))
+
+
+class TransformerLM(nn.Module):
+    """Token ids (B, T) to logits (B, T, V).
+
+    d_ff: default 8/3 * d_model rounded up to a multiple of 64. dropout: on the embedding, the
+    attention weights and both residual branches, in training mode only. activation_checkpointing:
+    recompute each block in backward instead of keeping its activations.
+    Raises ValueError where d_model is not divisible by num_heads or the head is of odd width.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        num_heads: int,
+        num_layers: int,
+        max_seq_len: int,
+        d_ff: int | None = None,
+        rope_theta: float = 10000.0,
+        *,
+        tie_embeddings: bool = False,
+        dropout: float = 0.0,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        check_heads(d_model, num_heads)
+        d_ff = default_d_ff(d_model) if d_ff is None else d_ff
+        self.max_seq_len = max_seq_len
+        self.activation_checkpointing = activation_checkpointing
+        self.token_embeddings = nn.Embedding(vocab_size, d_model)
+        self.drop = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            Block(d_model, num_heads, d_ff, dropout) for _ in range(num_layers)
+        )
+        self.ln_final = RMSNorm(d_model)
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+        if tie_embeddings:
+            self.lm_head.weight = self.token_embeddings.weight
+        cos, sin = rope_tables(max_seq_len, d_model // num_heads, rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self._init_weights(num_layers)
+
+    def _init_weights(self, num_layers: int) -> None:
+        """GPT-2's: N(0, 0.02^2), the projections into the residual stream over sqrt(2 * layers)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue
+            into_residual = name.endswith(("output_proj.weight", "w2.weight"))
+            std = 0.02 / math.sqrt(2 * num_layers) if into_residual else 0.02
+            nn.init.normal_(parameter, std=std)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens: (B, T) ids; logits: (B, T, V). With `cache`, tokens follow the cached positions."""
+        begin = 0 if cache is None else cache.length
+        end = begin + tokens.shape[-1]
+        if end > self.max_seq_len:
+            raise ValueError(f"{end} positions: this model was built for {self.max_seq_len}")
+        cos, sin = self.rope_cos[begin:end], self.rope_sin[begin:end]
+        x = self.drop(self.token_embeddings(tokens))
+        for index, layer in enumerate(self.layers):
+            if cache is not None:
+                x = layer(x, cos, sin, partial(cache.extend, index, max_seq_len=self.max_seq_len))
+            elif self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin)
+        if cache is not None:
+            cache.length = end
+        return self.lm_head(self.ln_final(x))
+
+
+def check_heads(d_model: int, num_heads: int) -> None:
+    """ValueError where heads of `d_model` / `num_heads` are no whole, even width (RoPE pairs)."""
+    if num_heads < 1 or d_model % num_heads:
+        raise ValueError(f"d_model={d_model} is not divisible by num_heads={num_heads}")
+    if d_model // num_heads % 2:
+        raise ValueError(
+            f"d_model={d_model} over num_heads={num_heads} gives heads of {d_model // num_heads}; "
+            f"RoPE rotates pairs and needs an even width"
+        )
+
+
+def default_d_ff(d_model: int) -> int:
+    """8/3 * d_model, rounded up to a multiple of 64."""
+    return -(-int(8 / 3 * d_model) // 64) * 64
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters; shared ones count once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def training_flops_per_token(model: TransformerLM, context_len: int) -> int:
+    """FLOPs of forward and backward per token: 6 * matmul weights + 6 * layers * T * D.
+
+    Two per weight and token forward, twice that backward; the second term is causal attention,
+    4 * T * D a layer and token forward, halved by the mask. The embedding lookup is no matmul; the
+    output head is, tied or not. (Kaplan et al., arXiv:2001.08361, Table 1, with the causal half.)
+    """
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return 6 * weights + 6 * len(model.layers) * context_len * model.lm_head.in_features

@@ -1,0 +1,100 @@
+"""Batches of token windows out of (memory-mapped) token arrays.
+
+Not a torch.library op as the others are: its input is host memory outside any graph, and batches
+are made between the compiled steps.
+
+B batch, T context length.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlm.extension import extension
+from fastlm.hardware import select_device
+
+# One array, several seen end to end, or an object that holds them as `segments` (TokenDataset).
+TokenSource = Any
+
+
+def gather_batch(
+    data: TokenSource,  # (n,) tokens
+    starts: np.ndarray | Sequence[int],  # (B,) first position of each window
+    context_len: int,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype = torch.int64,
+) -> tuple[Tensor, Tensor]:
+    """x[b] = data[starts[b] : starts[b] + T] and y[b], the same one token later: (B, T) each.
+
+    `data` holds uint8, uint16, uint32, int32 or int64 tokens; x and y are `dtype` (int64 or int32)
+    on `device`. Windows are copied by the C++ kernel, in parallel, the GIL released; for a CUDA
+    device through pinned memory, without waiting for the copy. Raises ValueError where a window
+    does not lie inside the data.
+    """
+    if dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"dtype={dtype}: batches are torch.int64 or torch.int32")
+    device = torch.device(device)
+    starts = np.ascontiguousarray(starts, dtype=np.int64)
+    shape = (len(starts), context_len)
+    pinned = device.type == "cuda"
+    x = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    y = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    extension().gather_batch(token_segments(data), starts, x.numpy(), y.numpy())
+    if device.type == "cpu":
+        return x, y
+    # Pinned blocks go back to the allocator, which reuses them only when the copy has ended.
+    return x.to(device, non_blocking=pinned), y.to(device, non_blocking=pinned)
+
+
+def gather_batch_reference(
+    data: np.ndarray,  # (n,)
+    starts: Sequence[int],  # (B,)
+    context_len: int,
+) -> tuple[Tensor, Tensor]:
+    """The definition above in NumPy slices: what the kernel is tested against."""
+    x = np.stack([data[i : i + context_len].astype(np.int64) for i in starts])
+    y = np.stack([data[i + 1 : i + 1 + context_len].astype(np.int64) for i in starts])
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def get_batch(
+    data: TokenSource,  # (n,) tokens
+    batch_size: int,
+    context_len: int,
+    device: torch.device | str = "auto",
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`batch_size` windows at uniformly random positions: (x, y), int64, (B, T) each, on `device`.
+
+    Every valid start is drawn, 0 to n - T - 1 inclusive. The draws come from `generator` (a CPU
+    one), else from torch's global generator. Raises ValueError where the data is shorter than
+    T + 1 tokens, DeviceError for a device that is not there.
+    """
+    if batch_size < 1 or context_len < 1:
+        raise ValueError(
+            f"batch_size={batch_size}, context_len={context_len}: both must be at least 1"
+        )
+    segments = token_segments(data)
+    tokens = sum(len(segment) for segment in segments)
+    valid_starts = tokens - context_len
+    if valid_starts < 1:
+        raise ValueError(
+            f"data holds {tokens} tokens; context_len={context_len} needs at least "
+            f"{context_len + 1}"
+        )
+    starts = torch.randint(valid_starts, (batch_size,), generator=generator)
+    return gather_batch(segments, starts.numpy(), context_len, select_device(device))
+
+
+def token_segments(data: TokenSource) -> list[np.ndarray]:
+    """The 1-D arrays that `data` consists of; arrays and CPU tensors are not copied."""
+    if isinstance(data, Tensor):
+        return [np.ascontiguousarray(data.cpu().numpy())]
+    if isinstance(data, np.ndarray):
+        return [np.ascontiguousarray(data)]
+    return list(getattr(data, "segments", data))

@@ -1,0 +1,71 @@
+"""Named starting points: the settings in which each differs from TrainingConfig's defaults."""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 5.3 M parameters, about 4 minutes of training on two AMX cores; the default.
+    "demo": dict(
+        batch_size=8,
+        context_len=256,
+        num_layers=4,
+        num_heads=4,
+        d_model=256,
+        train_minutes=4.0,
+        log_every=20,
+        eval_every=200,
+        ckpt_every=500,
+        lr_max=2e-3,
+        lr_min=1e-4,
+        warmup_iters=50,
+    ),
+    # The default on a CUDA device: the same data, a model that a GPU can be seen to work on.
+    "demo-gpu": dict(
+        batch_size=64,
+        context_len=512,
+        num_layers=8,
+        num_heads=8,
+        d_model=512,
+        train_minutes=4.0,
+        log_every=20,
+        eval_every=200,
+        ckpt_every=1000,
+        lr_max=1e-3,
+        lr_min=5e-5,
+        warmup_iters=100,
+        dropout=0.1,
+    ),
+    # The worked example of the training-loop notebook that TrainingConfig comes from.
+    "notebook": dict(
+        batch_size=16,
+        context_len=256,
+        num_layers=6,
+        num_heads=8,
+        d_model=512,
+        total_steps=1000,
+        log_every=20,
+        eval_every=100,
+        ckpt_every=250,
+        lr_max=6e-4,
+        lr_min=6e-5,
+        warmup_iters=300,
+        weight_decay=0.05,
+    ),
+    # GPT-2 124M's size and schedule (about 0.5 M tokens a step), with this model's architecture.
+    "gpt2-124m": dict(
+        batch_size=16,
+        context_len=1024,
+        grad_accum=32,
+        vocab_size=50304,
+        num_layers=12,
+        num_heads=12,
+        d_model=768,
+        total_steps=19_073,
+        log_every=10,
+        eval_every=250,
+        ckpt_every=1000,
+        lr_max=6e-4,
+        lr_min=6e-5,
+        warmup_iters=700,
+        tie_embeddings=True,
+    ),
+}

@@ -1,0 +1,64 @@
+"""Learning-rate schedules: pure functions of the step, and the LambdaLR twin of the cosine."""
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def cosine_lr_schedule(
+    t: int, lr_max: float, lr_min: float, warmup_iters: int, cosine_iters: int
+) -> float:
+    """Linear warm-up from 0 at t = 0, cosine to `lr_min` at t = `cosine_iters`, then constant.
+
+    lr_min + (lr_max - lr_min) * (1 + cos(pi * (t - warmup_iters) / (cosine_iters - warmup_iters))) / 2
+    (Loshchilov & Hutter, arXiv:1608.03983, one cycle), t counted in steps.
+    """
+    if t < warmup_iters:
+        return lr_max * t / warmup_iters
+    if t >= cosine_iters:
+        return lr_min
+    progress = (t - warmup_iters) / (cosine_iters - warmup_iters)
+    return lr_min + (lr_max - lr_min) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def wsd_lr_schedule(
+    t: int,
+    lr_max: float,
+    lr_min: float,
+    warmup_iters: int,
+    total_iters: int,
+    decay_fraction: float = 0.2,
+) -> float:
+    """Warm-up, stable, decay: linear from 0, constant, then linear to `lr_min` at `total_iters`.
+
+    The decay takes the last `decay_fraction` of `total_iters` (MiniCPM, arXiv:2404.06395 §4; linear
+    decay over a fifth: Hägele et al., arXiv:2405.18392).
+    """
+    if t < warmup_iters:
+        return lr_max * t / warmup_iters
+    if t >= total_iters:
+        return lr_min
+    decay_start = max(warmup_iters, total_iters * (1 - decay_fraction))
+    if t < decay_start:
+        return lr_max
+    progress = (t - decay_start) / (total_iters - decay_start)
+    return lr_max + (lr_min - lr_max) * progress
+
+
+def get_cosine_schedule_with_warmup(
+    optimizer: torch.optim.Optimizer,
+    num_warmup_steps: int,
+    num_training_steps: int,
+    min_lr_ratio: float = 0.1,
+) -> LambdaLR:
+    """cosine_lr_schedule as a LambdaLR: factors of the optimizer's own lr, from 0 to `min_lr_ratio`.
+
+    `min_lr_ratio` is clamped to [0, 1]. After `num_training_steps` the rate stays at its minimum.
+    """
+    min_lr_ratio = min(1.0, max(0.0, min_lr_ratio))
+
+    def factor(step: int) -> float:
+        return cosine_lr_schedule(step, 1.0, min_lr_ratio, num_warmup_steps, num_training_steps)
+
+    return LambdaLR(optimizer, factor)
