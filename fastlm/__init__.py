@@ -3,4 +3,81 @@
 Importing it loads neither Triton nor the compiled extension and touches no device.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from fastlm.checkpoint import load_checkpoint, save_checkpoint
+from fastlm.config import TrainingConfig
+from fastlm.data.files import TokenDataset, load_token_dataset
+from fastlm.errors import (
+    CheckpointError,
+    CompileError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    ExtensionError,
+    OutputError,
+    UserError,
+)
+from fastlm.evaluate import evaluate_model_loss, validate
+from fastlm.hardware import select_device
+from fastlm.model import TransformerLM, count_parameters
+from fastlm.ops.cross_entropy import cross_entropy_loss
+from fastlm.ops.dispatch import active_implementation
+from fastlm.ops.gather_batch import gather_batch, get_batch
+from fastlm.optim import AdamW, clip_gradients
+from fastlm.plot import LivePlotter, plot_lr_schedule
+from fastlm.schedule import (
+    cosine_lr_schedule,
+    get_cosine_schedule_with_warmup,
+    wsd_lr_schedule,
+)
+from fastlm.step import create_model_and_optimizer, set_seed
+
+if TYPE_CHECKING:
+    from fastlm.train import train_loop
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdamW",
+    "CheckpointError",
+    "CompileError",
+    "ConfigError",
+    "DataError",
+    "DeviceError",
+    "ExtensionError",
+    "LivePlotter",
+    "OutputError",
+    "TokenDataset",
+    "TrainingConfig",
+    "TransformerLM",
+    "UserError",
+    "active_implementation",
+    "clip_gradients",
+    "cosine_lr_schedule",
+    "count_parameters",
+    "create_model_and_optimizer",
+    "cross_entropy_loss",
+    "evaluate_model_loss",
+    "gather_batch",
+    "get_batch",
+    "get_cosine_schedule_with_warmup",
+    "load_checkpoint",
+    "load_token_dataset",
+    "plot_lr_schedule",
+    "save_checkpoint",
+    "select_device",
+    "set_seed",
+    "train_loop",
+    "validate",
+    "wsd_lr_schedule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: `python -m fastlm.train` warns when the package has imported its module already.
+    if name == "train_loop":
+        from fastlm.train import train_loop
+
+        return train_loop
+    raise AttributeError(f"module 'fastlm' has no attribute {name!r}")

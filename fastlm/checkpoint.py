@@ -100,7 +100,7 @@ def iteration_of(payload: Mapping[str, Any]) -> int:
 
 
 def read_checkpoint(src: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
-    """The checkpoint's content on the CPU, its digest checked (files of other programs have none)."""
+    """The checkpoint's content on the CPU, its digest checked (other programs' files have none)."""
     is_path = isinstance(src, str | os.PathLike)
     if is_path and not Path(src).is_file():
         raise CheckpointError(f"{src}: no such checkpoint")
@@ -139,9 +139,12 @@ def restore_model(model: nn.Module, payload: Mapping[str, Any]) -> None:
     model.load_state_dict(state)
 
 
-def checkpoint_files(directory: str | os.PathLike, prefix: str) -> list[Path]:
-    """The resumable checkpoints {prefix}_{step}.pt and {prefix}_final.pt, newest first."""
-    name = re.compile(re.escape(prefix) + r"_(\d+|final)\.pt")
+def checkpoint_files(directory: str | os.PathLike, prefix: str | None = None) -> list[Path]:
+    """The resumable checkpoints {prefix}_{step}.pt and {prefix}_final.pt, newest first.
+
+    prefix None: any.
+    """
+    name = re.compile((".+" if prefix is None else re.escape(prefix)) + r"_(\d+|final)\.pt")
     directory = Path(directory)
     if not directory.is_dir():
         return []
@@ -149,14 +152,18 @@ def checkpoint_files(directory: str | os.PathLike, prefix: str) -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
-def newest_readable(directory: str | os.PathLike, prefix: str) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of a run that is whole, and its content; says which ones it passed over."""
+def newest_readable(
+    directory: str | os.PathLike, prefix: str | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """The newest whole checkpoint of a run, and its content; says which ones it passed over."""
     for path in checkpoint_files(directory, prefix):
         try:
             return path, read_checkpoint(path)
         except CheckpointError as error:
             print(f"[resume] {error}; trying the one before it")
-    raise CheckpointError(f"{directory}: no readable checkpoint {prefix}_*.pt to resume from")
+    raise CheckpointError(
+        f"{directory}: holds no readable checkpoint {prefix or '*'}_<step>.pt or _final.pt"
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,15 +1,25 @@
-"""The exceptions a user can meet. Each message names the argument, its value and the fix, in one line."""
+"""The errors a user can cause and mend. Each message names the thing, its value and the fix, in one
+line; the commands print it after `error:` and exit with code 2. Any other exception is a bug.
+"""
 
 
-class DataError(ValueError):
-    """A token file or a text file cannot be used (missing, empty, wrong dtype, ids out of range, not UTF-8)."""
+class UserError(Exception):
+    """Base of them all."""
 
 
-class CheckpointError(ValueError):
+class ConfigError(UserError, ValueError):
+    """A setting is unknown, of the wrong type, or cannot be."""
+
+
+class DataError(UserError, ValueError):
+    """A token or text file cannot be used (missing, empty, wrong dtype, ids out of range, not UTF-8)."""
+
+
+class CheckpointError(UserError, ValueError):
     """A checkpoint is missing, damaged, or belongs to another architecture."""
 
 
-class DeviceError(ValueError, RuntimeError):
+class DeviceError(UserError, ValueError, RuntimeError):
     """The requested device is unknown or unavailable.
 
     Both a ValueError (the argument is wrong) and a RuntimeError (what torch raises, and what
@@ -17,5 +27,13 @@ class DeviceError(ValueError, RuntimeError):
     """
 
 
-class ExtensionError(ImportError):
+class CompileError(UserError, RuntimeError):
+    """torch.compile cannot work here."""
+
+
+class OutputError(UserError, OSError):
+    """A directory or file cannot be written."""
+
+
+class ExtensionError(UserError, ImportError):
     """The compiled extension `fastlm._C` is missing or older than its sources."""

@@ -16,7 +16,9 @@ from fastlm.data.loader import all_batches, spread_batches
 from fastlm.hardware import select_device
 from fastlm.ops.cross_entropy import cross_entropy_loss
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]  # x, y: (B, T) -> sum of the targets' losses, nats
+LossFunction = Callable[
+    [Tensor, Tensor], Tensor
+]  # x, y: (B, T) -> sum of the targets' losses, nats
 
 
 def evaluate_model_loss(

@@ -28,14 +28,14 @@ def extension() -> ModuleType:
         ) from error
     from fastlm import __version__
 
-    if module.VERSION != __version__:
+    if __version__ != module.VERSION:
         raise ExtensionError(
             f"the compiled extension fastlm._C is of version {module.VERSION}, fastlm of "
             f"{__version__}; {_HOW_TO_BUILD}"
         )
     # In a checkout the sources may have changed since the build; an installed wheel has none.
     root = Path(__file__).resolve().parents[1]
-    if (root / "csrc" / "bindings.cpp").exists() and module.SOURCE_HASH != source_hash(root):
+    if (root / "csrc" / "bindings.cpp").exists() and source_hash(root) != module.SOURCE_HASH:
         raise ExtensionError(
             f"the compiled extension fastlm._C is older than csrc/; {_HOW_TO_BUILD}"
         )

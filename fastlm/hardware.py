@@ -5,12 +5,13 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 import torch
 
-from fastlm.errors import DeviceError
+from fastlm.errors import CompileError, ConfigError, DeviceError
 from fastlm.extension import extension
 
 DTYPES = {
@@ -39,7 +40,9 @@ def select_device(name: str | torch.device = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DeviceError(f"device={str(name)!r} is unknown: auto, cpu, cuda, cuda:0, mps") from error
+        raise DeviceError(
+            f"device={str(name)!r} is unknown: auto, cpu, cuda, cuda:0, mps"
+        ) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise DeviceError(f"device={str(name)!r} is not available: {_why_no_cuda()}")
@@ -100,7 +103,7 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     if name not in DTYPES:
-        raise ValueError(f"dtype={name!r}: it must be auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype={name!r}: it must be auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -120,27 +123,35 @@ def keep_freed_memory() -> bool:
         return False
     largest = 2**31 - 1
     return bool(
-        mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, largest) and mallopt(m_top_pad, 64 << 20)
+        mallopt(m_mmap_max, 0)
+        and mallopt(m_trim_threshold, largest)
+        and mallopt(m_top_pad, 64 << 20)
     )
 
 
 def check_compiler(device: torch.device) -> None:
-    """RuntimeError, saying what to install, where torch.compile cannot work on `device`."""
+    """CompileError, saying what to install, where torch.compile cannot work on `device`."""
     if device.type == "mps":
         return
     if device.type == "cuda":
         try:
             import triton  # noqa: F401
         except ImportError as error:
-            raise RuntimeError(
-                "--compile needs Triton on a GPU and it cannot be imported "
-                f"({error}); install it (pip install triton), or drop --compile"
+            raise CompileError(
+                f"--compile needs Triton on a GPU and it cannot be imported ({error}); install it "
+                f"(pip install triton), or drop --compile"
             ) from error
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    if not any(shutil.which(compiler) for compiler in compilers if compiler):
-        raise RuntimeError(
-            "--compile needs a C++ compiler and none was found ($CXX, g++, clang++); install one "
-            "(Debian, Ubuntu: apt-get install g++), or drop --compile"
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        raise CompileError(
+            f"--compile needs a C++ compiler and none was found ({', '.join(compilers)}); install "
+            f"one (Debian, Ubuntu: apt-get install g++), or drop --compile"
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise CompileError(
+            f"--compile needs Python's headers and {header} is missing; install them (Debian, "
+            f"Ubuntu: apt-get install python3-dev), or drop --compile"
         )
 
 
@@ -196,3 +207,10 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Is it a device's or the CPU allocator's report that memory ran out?"""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

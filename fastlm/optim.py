@@ -45,7 +45,9 @@ class AdamW(torch.optim.AdamW):
             raise ValueError(f"max_grad_norm={max_grad_norm}: it must be positive, or None")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = max_grad_norm is not None if skip_nonfinite is None else skip_nonfinite
+        self.skip_nonfinite = (
+            max_grad_norm is not None if skip_nonfinite is None else skip_nonfinite
+        )
         devices = {p.device for group in self.param_groups for p in group["params"]}
         for device in devices:
             resolve_implementation("adamw", impl, device)

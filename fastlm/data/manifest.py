@@ -29,7 +29,9 @@ class Shard:
 @dataclass
 class Split:
     tokens: int = 0
-    bytes: int = 0  # UTF-8 bytes of the text, end-of-text markers not counted: the base of bits per byte
+    bytes: int = (
+        0  # UTF-8 bytes of the text, end-of-text markers not counted: the base of bits per byte
+    )
     documents: int = 0
     shards: list[Shard] = field(default_factory=list)
 
@@ -41,8 +43,12 @@ class Manifest:
     splits: dict[str, Split]  # "train" and "val"
     tokenizer: str | None = None  # file name, relative to the manifest's directory
     end_of_text: int | None = None  # token id that ends every document
-    fingerprint: str = ""  # sha256 over the tokenizer and every shard: identifies the exact data of a run
-    source: dict[str, str | int | float] = field(default_factory=dict)  # how it was made, for people
+    fingerprint: str = (
+        ""  # sha256 over the tokenizer and every shard: identifies the exact data of a run
+    )
+    source: dict[str, str | int | float] = field(
+        default_factory=dict
+    )  # how it was made, for people
 
     def save(self, directory: str | Path) -> None:
         payload = {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -64,4 +70,6 @@ class Manifest:
             }
             return cls(splits=splits, **payload)
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path}: not a readable manifest ({error}); prepare the data again") from error
+            raise DataError(
+                f"{path}: not a readable manifest ({error}); prepare the data again"
+            ) from error

@@ -1,9 +1,9 @@
 """The AdamW update (Loshchilov & Hutter, arXiv:1711.05101), as torch.optim.AdamW computes it:
 
-    p   <- p * (1 - lr * weight_decay)
-    m   <- beta1 * m + (1 - beta1) * g
-    v   <- beta2 * v + (1 - beta2) * g^2
-    p   <- p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)          t = 1, 2, …
+p   <- p * (1 - lr * weight_decay)
+m   <- beta1 * m + (1 - beta1) * g
+v   <- beta2 * v + (1 - beta2) * g^2
+p   <- p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)          t = 1, 2, …
 """
 
 import torch

@@ -16,13 +16,12 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _PREFERRED = ("triton", "cpp", "torch")
 
+
 def resolve_implementation(op: str, impl: str, device: torch.device | str) -> str:
     """The implementation that runs for `op` on `device`; ValueError where `impl` cannot."""
     device_type = torch.device(device).type
     usable = [
-        name
-        for name in _PREFERRED
-        if set(IMPLEMENTATIONS[op].get(name, ())) & {"*", device_type}
+        name for name in _PREFERRED if set(IMPLEMENTATIONS[op].get(name, ())) & {"*", device_type}
     ]
     if impl == "auto" and usable:
         return usable[0]

@@ -1,0 +1,161 @@
+"""The default corpus: the source of the running interpreter's own standard library.
+
+Real text (Python and English) that every machine has, so that a first run needs no data and no
+network. It is prepared once, under the user's cache directory.
+"""
+
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from fastlm.data.manifest import VERSION, Manifest
+from fastlm.data.text import TextFile
+from fastlm.errors import DataError
+from fastlm.prepare import data_fingerprint, prepare
+
+VAL_FRACTION = 0.05
+# Goes into the cache's key: count up when the same files would be prepared in another way.
+RECIPE = 1
+
+# Tests are two thirds of a full installation and missing in slim ones; the others are tables,
+# generated text, or programs beside the library.
+EXCLUDED_DIRECTORIES = {
+    *("test", "tests", "idlelib", "idle_test", "encodings", "pydoc_data", "lib2to3", "turtledemo"),
+    *("site-packages", "dist-packages", "__pycache__"),
+}
+MIN_BYTES = 1_000_000
+
+_USE_DATA = "prepare text of your own with python -m fastlm.prepare and pass it with --data DIR"
+
+
+def default_corpus(vocab_size: int = 4096, *, log: Callable[[str], object] = print) -> Path:
+    """A directory with the standard library as token files: from the cache, or prepared now.
+
+    The cache is `$XDG_CACHE_HOME/fastlm` or `~/.cache/fastlm`. Its key covers the files' names and
+    contents, so that an update of the interpreter makes a new directory.
+
+    vocab_size: of the byte-level BPE tokenizer.
+    log: takes each line that is said on the way.
+
+    Raises DataError where the library's source is missing or the cache cannot be written.
+    """
+    files, key, size = _standard_library(vocab_size)
+    directory = _cache_directory() / f"stdlib-{key[:16]}"
+    say = _prefixed(log)
+    say(
+        f"Python {platform.python_version()} standard library: {len(files)} files, "
+        f"{size / 1e6:.1f} MB -> {directory}"
+    )
+    damage = _damage(directory)
+    if damage is None:
+        say(f"already prepared; fingerprint {Manifest.load(directory).fingerprint}")
+        return directory
+
+    _check_writable(directory.parent)
+    if directory.exists():
+        say(f"the cached corpus is damaged ({damage}); it is prepared again")
+        # Out of the way by a rename, which is atomic, so that no other process opens half of it.
+        aside = directory.with_name(f".{directory.name}.damaged-{secrets.token_hex(4)}")
+        directory.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    try:
+        prepare(files, directory, vocab_size=vocab_size, val_fraction=VAL_FRACTION, log=say)
+    except DataError:
+        # Another process was first: its result is the same.
+        if _damage(directory) is not None:
+            raise
+        say("another process has prepared it meanwhile")
+    return directory
+
+
+def _prefixed(log: Callable[[str], object]) -> Callable[[str], object]:
+    return lambda line: log(f"[corpus] {line}")
+
+
+def _standard_library(vocab_size: int) -> tuple[list[TextFile], str, int]:
+    """(the files, the cache's key, the files' bytes)."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    try:
+        tokenizers_version = metadata.version("tokenizers")
+    except metadata.PackageNotFoundError as error:
+        raise DataError(
+            "the default corpus needs the tokenizers library; install it (pip install tokenizers) "
+            "or pass token files with --data"
+        ) from error
+    recipe = f"{RECIPE} {VERSION} {vocab_size} {VAL_FRACTION} {tokenizers_version}"
+    digest = hashlib.sha256(recipe.encode())
+    files, size = [], 0
+    for file in _python_files(root):
+        try:
+            content = file.path.read_bytes()
+            content.decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue  # a few files are in other encodings on purpose
+        digest.update(f"\n{file.name} {len(content)}\n".encode())
+        digest.update(content)
+        files.append(file)
+        size += len(content)
+    if size < MIN_BYTES:
+        raise DataError(
+            f"the standard library of this Python ({root}) holds {size / 1e6:.1f} MB of source, "
+            f"too little for a default corpus; {_USE_DATA}"
+        )
+    return files, digest.hexdigest(), size
+
+
+def _python_files(root: Path) -> list[TextFile]:
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in EXCLUDED_DIRECTORIES]
+        paths = (Path(folder, name) for name in names if name.endswith(".py"))
+        files += [TextFile(path, path.relative_to(root).as_posix()) for path in paths]
+    return sorted(files, key=lambda file: file.name)
+
+
+def _cache_directory() -> Path:
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"there is no home directory for the cache ({error}); set XDG_CACHE_HOME to a "
+            f"directory that you can write to"
+        ) from error
+    return root.absolute() / "fastlm"
+
+
+def _check_writable(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError as error:
+        raise DataError(
+            f"the cache directory {cache} cannot be written ({error.strerror}); set "
+            f"XDG_CACHE_HOME to a directory that you can write to, or {_USE_DATA}"
+        ) from error
+
+
+def _damage(directory: Path) -> str | None:
+    """What is wrong with a prepared directory, as far as can be told without reading the tokens."""
+    try:
+        manifest = Manifest.load(directory)
+        itemsize = np.dtype(manifest.dtype).itemsize
+        for split in manifest.splits.values():
+            for shard in split.shards:
+                found = (directory / shard.file).stat().st_size
+                if found != shard.tokens * itemsize:
+                    return f"{shard.file} is {found} bytes, not {shard.tokens * itemsize}"
+        tokenizer_json = (directory / manifest.tokenizer).read_bytes()
+        if data_fingerprint(tokenizer_json, manifest) != manifest.fingerprint:
+            return "the tokenizer or the manifest was changed"
+    except (OSError, ValueError, TypeError) as error:
+        return str(error)
+    return None

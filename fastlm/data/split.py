@@ -1,0 +1,118 @@
+"""Which documents are held out for validation: a rule that depends on neither order nor machine."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastlm.data.text import Piece, TextFile, read_pieces
+from fastlm.errors import DataError
+
+TRAIN, VAL = "train", "val"
+_HASHES = 1 << 64
+
+
+class SplitPiece(NamedTuple):
+    split: str  # TRAIN or VAL
+    text: str
+    last: bool  # the document ends with this piece
+
+
+def document_hash(name: str, document: int) -> int:
+    """In [0, 2**64), from the file's name and the document's index within the file."""
+    return int.from_bytes(hashlib.sha256(f"{name}#{document}".encode()).digest()[:8], "big")
+
+
+@dataclass
+class Survey:
+    """What one reading of the whole input finds. Documents without text are counted, no more."""
+
+    documents: int = 0
+    pieces: int = 0
+    bytes: int = 0  # UTF-8, markers not counted
+    characters: int = 0
+    with_text: int = 0  # documents
+    lowest: int = _HASHES  # hash of a document with text
+    highest: int = -1
+
+
+def survey(files: Sequence[TextFile], on_bytes: Callable[[int], object]) -> Survey:
+    """Reads all of `files` once; DataError where one is not UTF-8 or all are empty."""
+    found = Survey()
+    for file in files:
+        counted = -1  # the last document seen to have text
+        for piece in read_pieces(file.path):
+            size = len(piece.text.encode())
+            found.documents += piece.last
+            found.pieces += 1
+            found.bytes += size
+            found.characters += len(piece.text)
+            if piece.text and piece.document != counted:
+                counted = piece.document
+                found.with_text += 1
+                value = document_hash(file.name, piece.document)
+                found.lowest = min(found.lowest, value)
+                found.highest = max(found.highest, value)
+            on_bytes(size)
+    if not found.with_text:
+        raise DataError(f"the input holds no text: {len(files)} file(s), all of them empty")
+    return found
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """Validation: documents whose hash is below `threshold`, or the end of the only document."""
+
+    threshold: int
+    cut: int | None = None  # where the only document with text is split, in characters
+
+    @classmethod
+    def choose(cls, found: Survey, val_fraction: float) -> "SplitRule":
+        """The rule that holds out `val_fraction` of the documents and leaves no split without text.
+
+        Where the fraction alone would leave one empty, the threshold moves just enough for the
+        document with the lowest (or the highest) hash to change sides.
+        """
+        threshold = int(val_fraction * _HASHES)
+        if found.with_text > 1:
+            return cls(min(max(threshold, found.lowest + 1), found.highest))
+        if found.characters < 2:
+            raise DataError(
+                f"the input is one document of {found.characters} character: too short to hold "
+                f"out a part for validation; give more text"
+            )
+        cut = round(found.characters * (1 - val_fraction))
+        return cls(threshold, cut=min(max(cut, 1), found.characters - 1))
+
+
+def read_split(files: Sequence[TextFile], rule: SplitRule) -> Iterator[SplitPiece]:
+    """Every document of `files`, in order, with its split."""
+    for file in files:
+        document, split = -1, TRAIN
+        pieces = read_pieces(file.path)
+        for piece in pieces:
+            if rule.cut is not None and piece.text:
+                yield from _cut_in_two(piece, pieces, rule.cut)
+                continue
+            if piece.document != document:
+                document = piece.document
+                split = VAL if document_hash(file.name, document) < rule.threshold else TRAIN
+            yield SplitPiece(split, piece.text, piece.last)
+
+
+def _cut_in_two(piece: Piece, following: Iterator[Piece], cut: int) -> Iterator[SplitPiece]:
+    """The only document with text: the characters before about `cut` to TRAIN, the rest to VAL."""
+    while cut >= len(piece.text) and not piece.last:
+        yield SplitPiece(TRAIN, piece.text, last=False)
+        cut -= len(piece.text)
+        piece = next(following)
+    # After the newline before `cut`, else after the next one, else right there; neither side empty.
+    text = piece.text
+    at = text.rfind("\n", 0, cut) + 1 or text.find("\n", cut) + 1 or cut
+    if at == len(text) and piece.last:
+        at = cut
+    yield SplitPiece(TRAIN, text[:at], last=True)
+    yield SplitPiece(VAL, text[at:], piece.last)
+    while not piece.last:
+        piece = next(following)
+        yield SplitPiece(VAL, piece.text, piece.last)

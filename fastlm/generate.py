@@ -1,0 +1,228 @@
+"""Sampling text from a checkpoint: python -m fastlm.generate --ckpt F --prompt "..."
+
+B samples at once, T prompt tokens, V vocabulary.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.checkpoint import newest_readable, read_checkpoint, restore_model
+from fastlm.errors import CheckpointError, ConfigError, UserError
+from fastlm.hardware import select_device
+from fastlm.model import KVCache, TransformerLM
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@torch.no_grad()
+def generate(
+    model: TransformerLM,
+    prompt: Tensor,  # (B, T) token ids
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(B, T + max_new_tokens) ids: `prompt` continued token by token, with a key-value cache.
+
+    temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest whose
+    probabilities reach p (nucleus sampling, arXiv:1904.09751). `generator` lives on the model's
+    device. Where the text outgrows the model's context, the window moves on by half of it.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if prompt.dim() != 2 or prompt.shape[1] < 1:
+        raise ValueError(f"prompt has shape {tuple(prompt.shape)}: it must be (B, T), T at least 1")
+    was_training = model.training
+    model.eval()
+    try:
+        tokens, cache = prompt, KVCache()
+        unseen = prompt[:, -model.max_seq_len :]
+        for _ in range(max_new_tokens):
+            if cache.length + unseen.shape[1] > model.max_seq_len:
+                cache, unseen = KVCache(), tokens[:, -(model.max_seq_len // 2 or 1) :]
+            logits = model(unseen, cache)[:, -1].float()
+            unseen = sample(logits, temperature, top_k, top_p, generator)
+            tokens = torch.cat((tokens, unseen), dim=1)
+        return tokens
+    finally:
+        model.train(was_training)
+
+
+def sample(
+    logits: Tensor,  # (B, V)
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # (B, 1)
+    """One token id a row."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None:
+        ordered, indices = probabilities.sort(dim=-1, descending=True)
+        # Dropped: tokens before which p is reached already. The likeliest always stays.
+        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
+        probabilities = torch.zeros_like(ordered).scatter(-1, indices, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if temperature < 0:
+        raise ConfigError(f"temperature={temperature}: it must not be negative")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k={top_k}: it must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p}: it must lie in (0, 1]")
+
+
+def sample_texts(
+    model: TransformerLM,
+    tokenizer_json: str | None,
+    *,
+    prompt: str = "",
+    num_samples: int = 5,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.95,
+    seed: int = 0,
+) -> list[str]:
+    """`num_samples` continuations of `prompt`, each cut at the end of its document.
+
+    An empty prompt starts a new document. Without a tokenizer the texts are token ids.
+    """
+    tokenizer = None
+    end_of_text = None
+    ids = [0]
+    if tokenizer_json is not None:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+        end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        start = [] if end_of_text is None else [end_of_text]
+        ids = start + tokenizer.encode(prompt).ids
+        if not ids:
+            raise ConfigError("prompt is empty and the tokenizer has no end-of-text token")
+    elif prompt:
+        try:
+            ids = [int(word) for word in prompt.split()]
+        except ValueError as error:
+            raise ConfigError(
+                f"prompt={prompt!r}: this checkpoint has no tokenizer; give token ids, as in '5 17'"
+            ) from error
+    vocab_size = model.token_embeddings.num_embeddings
+    if not all(0 <= i < vocab_size for i in ids):
+        raise ConfigError(f"prompt holds token ids outside the vocabulary of {vocab_size}")
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = generate(
+        model,
+        torch.tensor([ids] * num_samples, device=device),
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+    ).tolist()
+    texts = []
+    for row in rows:
+        new = row[len(ids) :]
+        if tokenizer is None:
+            texts.append(" ".join(map(str, row)))
+            continue
+        if end_of_text in new:
+            new = new[: new.index(end_of_text)]
+        # Decoded as a whole: a character's bytes may stand on both sides of the prompt's end.
+        texts.append(tokenizer.decode(tokenizer.encode(prompt).ids + new))
+    return texts
+
+
+def load_model(
+    ckpt: str | Path, device: torch.device | str
+) -> tuple[TransformerLM, dict[str, Any]]:
+    """(model in eval mode, checkpoint content) of a checkpoint file of the trainer, or a run."""
+    path = Path(ckpt)
+    if path.is_dir():
+        directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        path, payload = newest_readable(directory)
+    else:
+        payload = read_checkpoint(path)
+    config = payload.get("config")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds no model config; it was not written by fastlm.train")
+    model = TransformerLM(
+        **{name: config[name] for name in ("vocab_size", "d_model", "num_heads", "num_layers")},
+        max_seq_len=config["context_len"],
+        d_ff=config["d_ff"],
+        rope_theta=config["rope_theta"],
+        tie_embeddings=config["tie_embeddings"],
+    )
+    restore_model(model, payload)
+    return model.to(device).eval(), payload
+
+
+@dataclass
+class GenerateArguments:
+    """Sample text from a checkpoint of fastlm.train."""
+
+    ckpt: str
+    """A checkpoint file, or a run's directory (its newest checkpoint)."""
+    prompt: str = ""
+    """Text to continue. Empty: a new document."""
+    max_new_tokens: int = 200
+    num_samples: int = 1
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens."""
+    top_p: float | None = None
+    """Sample among the fewest tokens whose probabilities reach p."""
+    seed: int = 0
+    device: str = "auto"
+
+
+def main(argv: list[str] | None = None) -> int:
+    import tyro
+
+    arguments = tyro.cli(GenerateArguments, args=argv, prog="python -m fastlm.generate")
+    try:
+        for name in ("max_new_tokens", "num_samples"):
+            if getattr(arguments, name) < 1:
+                raise ConfigError(f"{name}={getattr(arguments, name)}: it must be at least 1")
+        check_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+        model, payload = load_model(arguments.ckpt, select_device(arguments.device))
+        texts = sample_texts(
+            model,
+            payload.get("tokenizer"),
+            prompt=arguments.prompt,
+            num_samples=arguments.num_samples,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for index, text in enumerate(texts):
+        if len(texts) > 1:
+            print(f"--- sample {index + 1} of {len(texts)} ---")
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

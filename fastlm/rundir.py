@@ -1,0 +1,118 @@
+"""A run's directories, and the signals that end it."""
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+
+from fastlm.checkpoint import checkpoint_files
+from fastlm.config import TrainingConfig
+from fastlm.errors import OutputError
+
+
+class RunDirectory:
+    """Makes and checks where a run writes; takes back empty directories when its start fails."""
+
+    def __init__(self, cfg: TrainingConfig, *, resuming: bool):
+        self.cfg, self.resuming = cfg, resuming
+        self._made: list[Path] = []
+        self._begun = False
+
+    def __enter__(self) -> "RunDirectory":
+        """Raises OutputError where the place cannot be written or holds another run."""
+        cfg = self.cfg
+        found = checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix)
+        if found and not (self.resuming or cfg.overwrite):
+            raise OutputError(
+                f"{cfg.ckpt_dir} holds the checkpoints of another run ({found[0].name}); "
+                f"--resume {cfg.target_dir} continues it, --overwrite starts anew in its place"
+            )
+        for name in ("target_dir", "ckpt_dir", "log_dir"):
+            path = Path(getattr(cfg, name))
+            try:
+                missing = [p for p in (path, *path.parents) if not p.exists()]
+                path.mkdir(parents=True, exist_ok=True)
+                self._made += reversed(missing)
+                with tempfile.TemporaryFile(dir=path):  # permissions alone do not tell
+                    pass
+            except OSError as error:
+                self._take_back()
+                raise OutputError(
+                    f"{name}={path}: cannot be written ({error.strerror}); choose another with "
+                    f"--{name.replace('_', '-')}"
+                ) from error
+        return self
+
+    def begin(self) -> None:
+        """The run starts: from now on its files stay. With --overwrite the old run's go now."""
+        self._begun = True
+        if self.cfg.overwrite and not self.resuming:
+            prefix = self.cfg.ckpt_save_prefix
+            old = checkpoint_files(self.cfg.ckpt_dir, prefix)
+            logs = Path(self.cfg.log_dir)
+            for path in (
+                *old,
+                self.checkpoint_path("model"),
+                logs / "metrics.jsonl",
+                logs / f"{self.cfg.log_save_prefix}.log",
+            ):
+                path.unlink(missing_ok=True)
+
+    def checkpoint_path(self, name: str) -> Path:
+        """{ckpt_dir}/{prefix}_{name}.pt; name: a step, "final" or "model"."""
+        return Path(self.cfg.ckpt_dir) / f"{self.cfg.ckpt_save_prefix}_{name}.pt"
+
+    def __exit__(self, *exception) -> None:
+        if not self._begun:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        for path in reversed(self._made):
+            with contextlib.suppress(OSError):  # not empty: somebody else's files
+                path.rmdir()
+
+
+class StopSignals:
+    """SIGINT (Ctrl-C) and SIGTERM ask for a stop at the next step's end; a second one ends at once.
+
+    Outside the main thread, where Python lets nobody handle signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.received is not None
+
+    @property
+    def name(self) -> str | None:
+        return None if self.received is None else signal.Signals(self.received).name
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os.write(2, b"\n[train] stopped at once: nothing was saved after the last checkpoint\n")
+            os._exit(128 + number)
+        self.received = number
+        os.write(2, b"\n[train] stopping: a checkpoint follows (again: stop at once)\n")
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def leave(self) -> None:
+        """Ends as a program ends on the received signal; returns where there was none."""
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is not None:
+            sys.exit(128 + self.received)
