@@ -77,8 +77,8 @@ void gather_batch_checked(const std::vector<py::array>& segments,
   for (int64_t b = 0; b < B; ++b) {
     if (start[b] < 0 || start[b] > total - T - 1) {
       throw py::value_error("starts[" + std::to_string(b) + "] = " + std::to_string(start[b]) +
-                            " is outside [0, " + std::to_string(total - T - 1) + "]: " +
-                            std::to_string(total) + " tokens hold windows of " +
+                            " is outside [0, " + std::to_string(total - T - 1) +
+                            "]: " + std::to_string(total) + " tokens hold windows of " +
                             std::to_string(T) + " + 1 tokens only there");
     }
   }

@@ -161,9 +161,8 @@ int64_t first_out_of_range(const void* data, int64_t size, TokenType token_type,
     const Token* tokens = static_cast<const Token*>(data);
     using Unsigned = std::make_unsigned_t<Token>;
     // Never above the type's own maximum + 1: there a negative token begins, seen as unsigned.
-    const uint64_t limit =
-        std::min(static_cast<uint64_t>(std::max<int64_t>(vocab_size, 0)),
-                 static_cast<uint64_t>(std::numeric_limits<Token>::max()) + 1);
+    const uint64_t limit = std::min(static_cast<uint64_t>(std::max<int64_t>(vocab_size, 0)),
+                                    static_cast<uint64_t>(std::numeric_limits<Token>::max()) + 1);
     std::atomic<int64_t> first_block{kNone};
     const int64_t blocks = (size + kBlock - 1) / kBlock;
     parallel_for(blocks, 4, [&](int64_t begin, int64_t end) {

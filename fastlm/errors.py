@@ -12,7 +12,7 @@ class ConfigError(UserError, ValueError):
 
 
 class DataError(UserError, ValueError):
-    """A token or text file cannot be used (missing, empty, wrong dtype, ids out of range, not UTF-8)."""
+    """A token or text file cannot be used: missing, empty, wrong dtype, ids out of range, …"""
 
 
 class CheckpointError(UserError, ValueError):

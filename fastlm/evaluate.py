@@ -51,7 +51,7 @@ def validate(
 ) -> float:
     """evaluate_model_loss with the arguments of the CS336 training guide.
 
-    The sizes from vocab_size to rope_theta are accepted for its callers' sake; the model knows them.
+    The sizes from vocab_size to rope_theta are there for its callers; the model knows them.
     """
     device = select_device(device)
     batches = spread_batches(val_dataset, batch_size, context_length, num_val_batches, device)

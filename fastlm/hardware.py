@@ -82,7 +82,8 @@ def device_name(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        name = next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), name)
+        models = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
+        name = models[0].strip() if models else name
     if device.type == "mps":
         return f"{name} GPU"
     return f"{name}, {torch.get_num_threads()} threads"
@@ -99,7 +100,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def select_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The matmul dtype called `name`; "auto" is bfloat16 where the hardware has it, else float32."""
+    """The matmul dtype called `name`; "auto": bfloat16 where the hardware has it, else float32."""
     if name == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     if name not in DTYPES:

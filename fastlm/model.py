@@ -43,7 +43,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, for generation: (B, H, max_seq_len, d) a layer."""
+    """Keys and values of the positions seen so far, in generation: (B, H, max_seq_len, d) each."""
 
     def __init__(self):
         self.length = 0  # positions filled in every layer
@@ -179,7 +179,7 @@ class TransformerLM(nn.Module):
             nn.init.normal_(parameter, std=std)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens: (B, T) ids; logits: (B, T, V). With `cache`, tokens follow the cached positions."""
+        """tokens: (B, T) ids, after the positions in `cache`; returns logits: (B, T, V)."""
         begin = 0 if cache is None else cache.length
         end = begin + tokens.shape[-1]
         if end > self.max_seq_len:

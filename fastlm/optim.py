@@ -85,7 +85,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss, or None."""
+        """One update of every parameter with a gradient; returns the closure's loss, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

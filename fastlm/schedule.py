@@ -11,8 +11,8 @@ def cosine_lr_schedule(
 ) -> float:
     """Linear warm-up from 0 at t = 0, cosine to `lr_min` at t = `cosine_iters`, then constant.
 
-    lr_min + (lr_max - lr_min) * (1 + cos(pi * (t - warmup_iters) / (cosine_iters - warmup_iters))) / 2
-    (Loshchilov & Hutter, arXiv:1608.03983, one cycle), t counted in steps.
+    lr_min + (lr_max - lr_min) * (1 + cos(pi * progress)) / 2, with progress from 0 to 1 between
+    the two (Loshchilov & Hutter, arXiv:1608.03983, one cycle); t counts steps.
     """
     if t < warmup_iters:
         return lr_max * t / warmup_iters
@@ -52,7 +52,7 @@ def get_cosine_schedule_with_warmup(
     num_training_steps: int,
     min_lr_ratio: float = 0.1,
 ) -> LambdaLR:
-    """cosine_lr_schedule as a LambdaLR: factors of the optimizer's own lr, from 0 to `min_lr_ratio`.
+    """cosine_lr_schedule as a LambdaLR: factors of the optimizer's own lr.
 
     `min_lr_ratio` is clamped to [0, 1]. After `num_training_steps` the rate stays at its minimum.
     """

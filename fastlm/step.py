@@ -165,10 +165,8 @@ class TrainStep:
 
 
 def _is_compile_failure(error: Exception) -> bool:
-    modules = {
-        cls.__module__.split(".")[1] for cls in type(error).__mro__ if "torch._" in cls.__module__
-    }
-    return bool(modules & {"_dynamo", "_inductor"})
+    modules = [cls.__module__ for cls in type(error).__mro__]
+    return any(name.startswith(("torch._dynamo", "torch._inductor")) for name in modules)
 
 
 def graphs_compiled() -> int:

@@ -11,7 +11,7 @@ FLOP_FORMULA = "6 * matmul weights + 6 * layers * context_len * d_model"
 
 
 class Clock:
-    """Time spent in training steps: runs between `start` and `pause`, waits for the device at both."""
+    """Time spent in training steps: from `start` to `pause`, which both wait for the device."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -54,7 +54,7 @@ class RunFigures:
 
 
 def print_summary(figures: RunFigures, device: torch.device, dtype: torch.dtype) -> dict:
-    """Measures the ceiling and the peak memory, prints the summary, returns it for metrics.jsonl."""
+    """Measures ceiling and peak memory, prints the summary, returns it for metrics.jsonl."""
     dtype_name = str(dtype).removeprefix("torch.")
     peak = peak_memory_bytes(device)
     achieved = figures.tokens_per_second * figures.flops_per_token

@@ -323,7 +323,11 @@ def _describe(data: Data, cfg: TrainingConfig, model: TransformerLM, runner: Tra
 
 def _print_samples(model: TransformerLM, data: Data, cfg: TrainingConfig) -> None:
     """Five samples, the first five: none is chosen."""
-    texts = sample_texts(model, _tokenizer(data), num_samples=5, seed=cfg.seed)
+    tokenizer = _tokenizer(data)
+    if tokenizer is None:
+        print("[sample] none: the data has no tokenizer to turn ids into text")
+        return
+    texts = sample_texts(model, tokenizer, num_samples=5, seed=cfg.seed)
     for index, text in enumerate(texts):
         print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
 

@@ -1,4 +1,4 @@
-"""manifest.json: what `python -m fastlm.prepare` writes beside the token shards and the trainer reads back.
+"""manifest.json: what `python -m fastlm.prepare` writes and the trainer reads back.
 
 A prepared directory holds
 
@@ -62,7 +62,7 @@ class Manifest:
             payload = json.loads(path.read_text(encoding="utf-8"))
             if (found := (payload.pop("format"), payload.pop("version"))) != (FORMAT, VERSION):
                 raise DataError(
-                    f"{path}: format {found}, this fastlm reads {(FORMAT, VERSION)}; prepare the data again"
+                    f"{path}: format {found}, this fastlm reads {(FORMAT, VERSION)}; prepare again"
                 )
             splits = {
                 name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})

@@ -32,7 +32,7 @@ def _key(*parts: int) -> np.uint64:
 
 
 def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
-    """A permutation of range(size), chosen by `key`, at the positions `index` (int64, any shape)."""
+    """The permutation of range(size) chosen by `key`, at positions `index` (int64, any shape)."""
     if size == 1:
         return np.zeros_like(index)
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))

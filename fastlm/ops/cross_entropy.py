@@ -4,8 +4,8 @@ With l = softcap(logits) in fp32 and lse = log(sum_v exp(l_v)), the loss of a ro
 
     (1 - s) * (lse - l_y) + s * (lse - mean_v l_v) + z_loss * lse^2        s = label_smoothing
 
-softcap(x) = c * tanh(x / c) is Gemma 2's (arXiv:2408.00118 §2), z_loss PaLM's (arXiv:2204.02311 §5),
-label smoothing that of torch.nn.functional.cross_entropy.
+softcap(x) = c * tanh(x / c) is Gemma 2's (arXiv:2408.00118 §2), z_loss PaLM's
+(arXiv:2204.02311 §5), label smoothing that of torch.nn.functional.cross_entropy.
 
 Shapes: N = any leading dimensions, V vocabulary.
 """

@@ -1,0 +1,52 @@
+# make train | test | bench | lint: each makes the environment it needs in .venv first.
+#
+# PYTHON=python3.12           the interpreter .venv is made with
+# PIP_FLAGS="--index-url URL" passed to pip, for a CPU-only or other build of torch (see README.md)
+# ARGS="--max-minutes 1"      passed to the command
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test bench lint format check clean
+
+train: $(VENV)/.installed
+	$(BIN)/python -m fastlm.train --compile $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+lint: $(VENV)/.linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/csrc/*.cpp
+
+format: $(VENV)/.linters
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp tests/csrc/*.cpp
+
+# The extension is built anew when its sources change; the Python files are used where they stand.
+$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*) | check
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[test]"
+	touch $@
+
+$(VENV)/.linters: pyproject.toml constraints.txt | check
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt ruff clang-format
+	touch $@
+
+# What the recipes above stand on, each with how to get it.
+check:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.10 or later (Debian, Ubuntu: apt-get install python3)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10: name another, as in make train PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv: install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 2; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "error: the headers of $(PYTHON) are missing: install them (Debian, Ubuntu: apt-get install python3-dev)"; exit 2; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "error: no C++ compiler found: install one (Debian, Ubuntu: apt-get install g++), or name it in CXX"; exit 2; }
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastlm/_C.*.so
