@@ -16,6 +16,12 @@ namespace {
 template <class Token, class Output>
 constexpr bool fits = sizeof(Token) < sizeof(Output) || std::is_same_v<Token, Output>;
 
+// Nonzero where a 32- or 64-bit token does not fit int32.
+template <class Token>
+FASTLM_INLINE uint64_t beyond_int32(Token token) {
+  return (static_cast<uint64_t>(token) + (uint64_t{1} << 31)) >> 32;
+}
+
 // Widens n tokens. Returns nonzero if a token did not fit (possible for 32- and 64-bit tokens in
 // int32 output only, elsewhere the check compiles to nothing).
 template <class Token, class Output>
@@ -24,7 +30,7 @@ FASTLM_INLINE uint64_t widen_body(const Token* __restrict tokens, int64_t n,
   uint64_t lost = 0;
   for (int64_t i = 0; i < n; ++i) {
     output[i] = static_cast<Output>(tokens[i]);
-    if constexpr (!fits<Token, Output>) lost |= static_cast<uint64_t>(tokens[i]) >> 31;
+    if constexpr (!fits<Token, Output>) lost |= beyond_int32(tokens[i]);
   }
   return lost;
 }
@@ -116,7 +122,7 @@ int64_t gather(const std::vector<const Token*>& tokens, const std::vector<int64_
         lost |= widen(source + skip, n - skip, y + row * T + done - 1 + skip);
         if (lost) {
           for (int64_t i = 0; i < n; ++i) {
-            if (static_cast<uint64_t>(source[i]) >> 31) {
+            if (beyond_int32(source[i])) {
               atomic_min(first_lost, start + done + i);
               break;
             }

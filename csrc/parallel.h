@@ -53,7 +53,7 @@ inline int max_threads() {
 template <class Fn>
 void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
   if (n <= 0) return;
-  const int64_t parts = std::min<int64_t>(max_threads(), (n + grain - 1) / grain);
+  const int64_t parts = std::min<int64_t>(max_threads(), n / grain);
   if (parts <= 1) {
     fn(int64_t{0}, n);
     return;

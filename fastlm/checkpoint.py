@@ -16,12 +16,13 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from fastlm.errors import CheckpointError
+from fastlm.errors import CheckpointError, OutputError
 
 FORMAT_VERSION = 1
 _PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's wrappers
 _COMMENT_TAG = b"sha256:"
 _COMMENT_SIZE = len(_COMMENT_TAG) + 64
+_ZIP_END, _ZIP_END_SIZE = b"PK\5\6", 22  # a zip file's last record, which the comment follows
 _MODEL_KEYS = ("model_state", "model_state_dict", "model")
 _OPTIMIZER_KEYS = ("optimizer_state", "optimizer_state_dict", "optimizer")
 _ITERATION_KEYS = ("iteration", "step", "iter_num")
@@ -39,7 +40,7 @@ def save_checkpoint(
     Keys: model_state, optimizer_state (unless None), iteration, format_version, and those of
     `extra` (tensors and plain values only). Parameter names never carry a wrapper's prefix.
     A path is written under a temporary name, synced and renamed: at every moment there is the old
-    file or the whole new one.
+    file or the whole new one. Raises OutputError where it cannot be written.
     """
     payload = {
         "format_version": FORMAT_VERSION,
@@ -53,18 +54,25 @@ def save_checkpoint(
         torch.save(payload, out)
         return
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # ".tmp" at the end: what a killed process leaves behind is never taken for a checkpoint.
-    handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp")
+    temporary = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # ".tmp" at the end: what a killed process leaves behind is never taken for a checkpoint.
+        handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             _write_with_digest(payload, file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would lock colleagues out
         os.replace(temporary, out)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(
+                f"{out}: cannot be written ({error.strerror}); make room there or choose another "
+                f"directory"
+            ) from error
         raise
     _sync_directory(out.parent)
 
@@ -79,24 +87,26 @@ def load_checkpoint(
     Takes (model, optimizer, src) and (src, model, optimizer), src a path or a binary file; this
     module's keys, those of nanoGPT and of the GPT tutorial (model_state_dict, step, …); names with
     the prefixes of torch.compile and DistributedDataParallel. Raises CheckpointError for a missing
-    or damaged file and for another architecture's, before anything is changed.
+    or damaged file and for another model's or optimizer's, before anything is changed.
     """
     if not isinstance(model, nn.Module):
         model, optimizer, src = optimizer, src, model
     payload = read_checkpoint(src)
-    restore_model(model, payload)
-    state = _first(payload, _OPTIMIZER_KEYS)
-    if optimizer is not None and state is not None:
-        try:
-            optimizer.load_state_dict(state)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{src}: its optimizer state does not fit: {error}") from error
+    model_state = _fitting_state(model, payload)
+    if optimizer is not None and holds_optimizer_state(payload):
+        restore_optimizer(optimizer, payload)
+    unwrap(model).load_state_dict(model_state)
     return iteration_of(payload)
 
 
 def iteration_of(payload: Mapping[str, Any]) -> int:
     """The stored step number; 0 where there is none."""
     return int(_first(payload, _ITERATION_KEYS) or 0)
+
+
+def holds_optimizer_state(payload: Mapping[str, Any]) -> bool:
+    """False for weights alone."""
+    return _first(payload, _OPTIMIZER_KEYS) is not None
 
 
 def read_checkpoint(src: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
@@ -120,23 +130,56 @@ def read_checkpoint(src: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
 
 def restore_model(model: nn.Module, payload: Mapping[str, Any]) -> None:
     """Loads the weights of a checkpoint, or of a bare state dict."""
+    unwrap(model).load_state_dict(_fitting_state(model, payload))
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, payload: Mapping[str, Any]) -> None:
+    """Loads the optimizer state of a checkpoint that holds one."""
+    try:
+        optimizer.load_state_dict(_first(payload, _OPTIMIZER_KEYS))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the checkpoint's optimizer state does not fit: {error}; group the parameters as its "
+            f"run did"
+        ) from error
+
+
+def _fitting_state(model: nn.Module, payload: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, names without prefixes, checked against those of `model`."""
     state = _first(payload, _MODEL_KEYS)
     state = payload if state is None else state
-    state = {_strip_prefixes(name): tensor for name, tensor in state.items()}
-    model = unwrap(model)
-    expected = model.state_dict()
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"the checkpoint holds no weights but a {type(state).__name__}")
+    state = {_strip_prefixes(str(name)): tensor for name, tensor in state.items()}
+    expected = unwrap(model).state_dict()
     differences = [
         f"{name} is {_shape(state.get(name))}, not {_shape(expected.get(name))}"
         for name in sorted(expected.keys() | state.keys())
         if _shape(state.get(name)) != _shape(expected.get(name))
     ]
+    differences = differences or _untied(state, expected)
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
         raise CheckpointError(
             f"the checkpoint is of another architecture: {differences[0]}{more}; set the model's "
             f"size as the checkpoint's run did"
         )
-    model.load_state_dict(state)
+    return state
+
+
+def _untied(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Names under which the model has one matrix and the checkpoint two different ones."""
+    first_name: dict[tuple, str] = {}
+    result = []
+    for name, tensor in expected.items():
+        if tensor.data_ptr() == 0:  # empty, or without memory (the meta device)
+            continue
+        first = first_name.setdefault((tensor.data_ptr(), tensor.shape), name)
+        a, b = state[first], state[name]
+        # Saved tied, they share their memory here too (NaNs would not be equal).
+        if first != name and a.data_ptr() != b.data_ptr() and not torch.equal(a, b):
+            result.append(f"{first} and {name} are two matrices, not one")
+    return result
 
 
 def checkpoint_files(directory: str | os.PathLike, prefix: str | None = None) -> list[Path]:
@@ -187,8 +230,10 @@ def _strip_prefixes(name: str) -> str:
     return name
 
 
-def _shape(tensor: torch.Tensor | None) -> str:
-    return "missing" if tensor is None else str(tuple(tensor.shape))
+def _shape(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return str(tuple(value.shape))
+    return "missing" if value is None else f"a {type(value).__name__}"
 
 
 class _HashingWriter:
@@ -196,10 +241,15 @@ class _HashingWriter:
 
     def __init__(self, file: IO[bytes]):
         self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -207,7 +257,12 @@ class _HashingWriter:
 
 def _write_with_digest(payload: dict[str, Any], file: IO[bytes]) -> None:
     writer = _HashingWriter(file)
-    torch.save(payload, writer)
+    try:
+        torch.save(payload, writer)
+    except Exception as error:
+        if writer.error is not None:  # torch's own says "unexpected pos", not that the disk is full
+            raise writer.error from error
+        raise
     # A zip file ends with the length of its comment (two bytes, 0 so far) and the comment.
     comment = _COMMENT_TAG + writer.sha256.hexdigest().encode()
     file.seek(-2, os.SEEK_END)
@@ -217,18 +272,19 @@ def _write_with_digest(payload: dict[str, Any], file: IO[bytes]) -> None:
 def _digest_holds(path: Path) -> bool:
     """Does the file match its digest? True for a file without one."""
     size = path.stat().st_size
-    if size < _COMMENT_SIZE + 2:
-        return True
     with open(path, "rb") as file:
-        file.seek(size - _COMMENT_SIZE - 2)
+        file.seek(max(0, size - _ZIP_END_SIZE - 0xFFFF))  # where zip readers look for the end too
         tail = file.read()
-        length, comment = int.from_bytes(tail[:2], "little"), tail[2:]
-        tagged = comment.startswith(_COMMENT_TAG)
-        if not tagged and length != _COMMENT_SIZE:
-            return True
-        if not tagged or length != _COMMENT_SIZE:
-            return False  # one of the two is damaged
-        sha256, left = hashlib.sha256(), size - _COMMENT_SIZE - 2
+        end = tail.rfind(_ZIP_END)
+        if end < 0 or len(tail) < end + _ZIP_END_SIZE:
+            return True  # no zip file; torch.load says what is wrong
+        length = int.from_bytes(tail[end + _ZIP_END_SIZE - 2 : end + _ZIP_END_SIZE], "little")
+        comment = tail[end + _ZIP_END_SIZE :]
+        if length != len(comment):
+            return False  # cut within the comment, or something stands behind it
+        if not comment.startswith(_COMMENT_TAG):
+            return length != _COMMENT_SIZE  # of that size it is ours, its tag damaged
+        sha256, left = hashlib.sha256(), size - length - 2
         file.seek(0)
         while left:
             block = file.read(min(left, 1 << 22))

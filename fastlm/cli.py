@@ -6,6 +6,7 @@ Each layer overrides the ones before it, and every value remembers which layer i
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import sys
 import time
@@ -21,7 +22,6 @@ from fastlm.errors import CheckpointError, ConfigError, DeviceError
 from fastlm.presets import PRESETS
 
 RUNS = "runs"  # where runs go unless --target-dir says otherwise
-_DERIVED = ("d_ff", "ckpt_dir", "log_dir")  # computed from other settings where None
 # Of the invocation, not of the run: a checkpoint does not bring them back.
 _NOT_RESUMED = (
     "target_dir", "ckpt_dir", "log_dir", "ckpt_path_to_resume", "init_from", "eval_only",
@@ -42,6 +42,9 @@ class CommandLine(TrainingConfig):
     run's newest checkpoint."""
     print_config: bool = False
     """Print every setting and where it came from, and stop."""
+
+    def __post_init__(self):
+        """Derives and checks nothing: TrainingConfig does, when every layer has had its say."""
 
 
 @dataclass
@@ -70,7 +73,8 @@ def parse(argv: list[str] | None = None) -> Invocation:
         first, _ = early.parse_known_args([])
 
     file_settings = read_toml(first.config) if first.config else {}
-    preset = first.preset or file_settings.pop("preset", None) or _default_preset(first.device)
+    of_file = file_settings.pop("preset", None)
+    preset = first.preset or of_file or _default_preset(first.device)
     if preset not in PRESETS:
         raise ConfigError(f"preset={preset!r} is unknown{_nearest(preset, PRESETS)}")
 
@@ -92,37 +96,43 @@ def parse(argv: list[str] | None = None) -> Invocation:
         origins.update(dict.fromkeys(layer, origin))
 
     default = CommandLine(**values, preset=preset)
-    for name in _DERIVED:  # so that tyro's result derives them anew, from the flags' values
-        if name not in values:
-            setattr(default, name, None)
     parsed = tyro.cli(CommandLine, args=argv, default=default, prog="python -m fastlm.train")
     flags = {_setting_name(token) for token in argv if token.startswith("--")} & set(names)
     origins.update(dict.fromkeys(flags, "command line"))
 
     settings = {name: getattr(parsed, name) for name in names}
     asked = flags | set(file_settings)  # by this invocation, not by a preset or a checkpoint
-    _follow(settings, origins, asked, stored)
+    _follow(settings, origins, flags, asked, stored)
     _place(settings, origins, asked, preset, resume_path)
     config = TrainingConfig(**settings)
     changed = [
         f"{name}: {stored[name]} -> {getattr(config, name)}"
-        for name in sorted(stored.keys() & asked)
+        for name in sorted(stored)
         if getattr(config, name) != stored[name]
     ]
     return Invocation(config, preset, parsed.print_config, origins, changed)
 
 
-def _follow(settings: dict, origins: dict, asked: set[str], stored: dict) -> None:
+def _follow(settings: dict, origins: dict, flags: set[str], asked: set[str], stored: dict) -> None:
     """Settings that follow another one unless they are set themselves."""
     # A resumed run keeps its schedule, unless it is told to end elsewhere.
     keeps_schedule = "cosine_iters" in stored and "total_steps" not in asked
     if "cosine_iters" not in asked and not keeps_schedule:
         settings["cosine_iters"] = settings["total_steps"]
         origins["cosine_iters"] = "follows total_steps"
-    if "total_steps" in asked | set(stored) and "train_minutes" not in asked:
+    minutes_are_a_flag = "train_minutes" in flags
+    if "total_steps" in stored and minutes_are_a_flag:
+        raise ConfigError(
+            "--train-minutes chooses the length of a new run; a resumed one ends elsewhere with "
+            "--total-steps N"
+        )
+    steps_are_set = "total_steps" in asked and not minutes_are_a_flag
+    if steps_are_set or "total_steps" in flags | stored.keys():
         settings["train_minutes"] = None
         origins["train_minutes"] = "total_steps is set"
-    if settings["d_ff"] is not None and origins["d_ff"] == "default":
+    elif settings["train_minutes"] is not None:
+        origins["total_steps"] = "follows train_minutes"
+    if settings["d_ff"] is None:
         origins["d_ff"] = "follows d_model"
     if "vocab_size" not in asked:
         origins["vocab_size"] += ", until the data's manifest says"
@@ -134,7 +144,8 @@ def _place(
     """Where the run's files go: a resumed run's own place, or runs/<preset>-<time>."""
     if resume_path is not None:
         settings["ckpt_path_to_resume"] = str(resume_path)
-        origins["ckpt_path_to_resume"] = "command line"
+        if "ckpt_path_to_resume" not in asked:
+            origins["ckpt_path_to_resume"] = "command line"
     if "target_dir" not in asked:
         if resume_path is None:
             name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -145,8 +156,8 @@ def _place(
             settings["target_dir"] = str(parent.parent if in_run else parent)
             origins["target_dir"] = "where the checkpoint is"
     for name in ("ckpt_dir", "log_dir"):
-        if name not in asked:  # tyro derived it from the target_dir of before
-            settings[name], origins[name] = None, "follows target_dir"
+        if name not in asked:
+            origins[name] = "follows target_dir"
 
 
 def read_toml(path: str) -> dict[str, Any]:
@@ -175,7 +186,7 @@ def read_toml(path: str) -> dict[str, Any]:
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """`value` as the annotated type, where TOML's type is one that a person would write for it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:  # X | None; TOML has no None
+    if origin in (types.UnionType, typing.Union):  # X | None; TOML has no None
         return _coerce(name, value, next(a for a in arguments if a is not type(None)))
     if origin is typing.Literal and value in arguments:
         return value
@@ -213,8 +224,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False)  # its escapes are TOML's too
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_toml, value))}]"
     return repr(value)

@@ -13,6 +13,8 @@ from fastlm.model import check_heads, default_d_ff
 
 @dataclass
 class TrainingConfig:
+    """Every setting of a run. Raises ConfigError, naming the setting, for one that cannot be."""
+
     # === Data / batching ===
     data: tuple[str, ...] = ()
     """A prepared directory (python -m fastlm.prepare), or token files (.bin, .npy). Default: the

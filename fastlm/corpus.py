@@ -19,7 +19,7 @@ import numpy as np
 
 from fastlm.data.manifest import VERSION, Manifest
 from fastlm.data.text import TextFile
-from fastlm.errors import DataError
+from fastlm.errors import DataError, OutputError
 from fastlm.prepare import data_fingerprint, prepare
 
 VAL_FRACTION = 0.05
@@ -28,10 +28,12 @@ RECIPE = 1
 
 # Tests are two thirds of a full installation and missing in slim ones; the others are tables,
 # generated text, or programs beside the library.
+# fmt: off
 EXCLUDED_DIRECTORIES = {
-    *("test", "tests", "idlelib", "idle_test", "encodings", "pydoc_data", "lib2to3", "turtledemo"),
-    *("site-packages", "dist-packages", "__pycache__"),
+    "test", "tests", "idlelib", "idle_test", "encodings", "pydoc_data", "lib2to3", "turtledemo",
+    "site-packages", "dist-packages", "__pycache__",
 }
+# fmt: on
 MIN_BYTES = 1_000_000
 
 _USE_DATA = "prepare text of your own with python -m fastlm.prepare and pass it with --data DIR"
@@ -46,7 +48,8 @@ def default_corpus(vocab_size: int = 4096, *, log: Callable[[str], object] = pri
     vocab_size: of the byte-level BPE tokenizer.
     log: takes each line that is said on the way.
 
-    Raises DataError where the library's source is missing or the cache cannot be written.
+    Raises DataError where the library's source is missing, OutputError where the cache cannot be
+    written.
     """
     files, key, size = _standard_library(vocab_size)
     directory = _cache_directory() / f"stdlib-{key[:16]}"
@@ -69,7 +72,7 @@ def default_corpus(vocab_size: int = 4096, *, log: Callable[[str], object] = pri
         shutil.rmtree(aside, ignore_errors=True)
     try:
         prepare(files, directory, vocab_size=vocab_size, val_fraction=VAL_FRACTION, log=say)
-    except DataError:
+    except OutputError:
         # Another process was first: its result is the same.
         if _damage(directory) is not None:
             raise
@@ -84,14 +87,7 @@ def _prefixed(log: Callable[[str], object]) -> Callable[[str], object]:
 def _standard_library(vocab_size: int) -> tuple[list[TextFile], str, int]:
     """(the files, the cache's key, the files' bytes)."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    try:
-        tokenizers_version = metadata.version("tokenizers")
-    except metadata.PackageNotFoundError as error:
-        raise DataError(
-            "the default corpus needs the tokenizers library; install it (pip install tokenizers) "
-            "or pass token files with --data"
-        ) from error
-    recipe = f"{RECIPE} {VERSION} {vocab_size} {VAL_FRACTION} {tokenizers_version}"
+    recipe = f"{RECIPE} {VERSION} {vocab_size} {VAL_FRACTION} {metadata.version('tokenizers')}"
     digest = hashlib.sha256(recipe.encode())
     files, size = [], 0
     for file in _python_files(root):
@@ -125,7 +121,7 @@ def _cache_directory() -> Path:
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError as error:
-        raise DataError(
+        raise OutputError(
             f"there is no home directory for the cache ({error}); set XDG_CACHE_HOME to a "
             f"directory that you can write to"
         ) from error
@@ -137,7 +133,7 @@ def _check_writable(cache: Path) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
-        raise DataError(
+        raise OutputError(
             f"the cache directory {cache} cannot be written ({error.strerror}); set "
             f"XDG_CACHE_HOME to a directory that you can write to, or {_USE_DATA}"
         ) from error

@@ -74,9 +74,18 @@ class AdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class, of torch.optim.AdamW, or of the seeds' optimizers."""
-        super().load_state_dict(state_dict)
-        # The other optimizer's choice of implementation came along with its parameter groups.
-        self._choose_implementation()
+        # Its groups bring the other optimizer's choice of implementation along. With ours in its
+        # place, torch puts the step counters where the fused kernel reads them.
+        ours = [{key: group[key] for key in ("fused", "foreach")} for group in self.param_groups]
+        groups = state_dict["param_groups"]
+        if len(groups) == len(ours):  # else torch says what is wrong
+            groups = [{**group, **choice} for group, choice in zip(groups, ours, strict=True)]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's holds groups, state and defaults only: a copy could not step.
+        names = ("max_grad_norm", "skip_nonfinite", "_fused", "_step_supports_amp_scaling")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -91,13 +100,16 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         if not self._clips_in_step:
-            super().step()
+            self._update()
             return loss
 
         gradients = [
             p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
         ]
         norm = global_norm(gradients)
+        # Set by a GradScaler whose unscale_ was not called: the fused step divides by it later.
+        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
+            norm = norm / grad_scale.to(norm.device)
         self.last_grad_norm = norm
         finite = torch.isfinite(norm)
         if self.max_grad_norm is not None and gradients:
@@ -105,7 +117,7 @@ class AdamW(torch.optim.AdamW):
             torch._foreach_mul_(gradients, torch.where(finite, factor, 1.0))
 
         if not self.skip_nonfinite:
-            super().step()
+            self._update()
             return loss
         # torch's fused step skips where found_inf is 1; a GradScaler may have set its own.
         scalers_found_inf = getattr(self, "found_inf", None)
@@ -114,10 +126,21 @@ class AdamW(torch.optim.AdamW):
             found_inf = torch.maximum(found_inf, scalers_found_inf)
         self.found_inf = found_inf
         try:
-            super().step()
+            self._update()
         finally:
             if scalers_found_inf is None:
                 del self.found_inf
             else:
                 self.found_inf = scalers_found_inf
         return loss
+
+    def _update(self) -> None:
+        """torch's step without its hooks, which run around ours.
+
+        torch wraps the step of its own class, too, as soon as somebody has made a
+        torch.optim.AdamW: every hook would run twice.
+        """
+        step = torch.optim.AdamW.step
+        while getattr(step, "hooked", False):
+            step = step.__wrapped__
+        step(self)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastlm.data.manifest import MANIFEST_NAME, Manifest, Split
+from fastlm.data.manifest import Manifest, Split
 from fastlm.data.shards import ShardWriter
 from fastlm.data.split import TRAIN, VAL, SplitPiece, SplitRule, read_split, survey
 from fastlm.data.staging import staging_directory
@@ -30,7 +30,7 @@ from fastlm.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from fastlm.errors import DataError
+from fastlm.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,15 +39,19 @@ TOKENIZER_NAME = "tokenizer.json"
 DEFAULT_VOCAB_SIZE = 10_000
 SHARD_TOKENS = 100_000_000
 
-# The trainer keeps every distinct word: of a larger text an even sample bounds its memory, and more
-# text hardly changes the merges.
-TOKENIZER_SAMPLE_BYTES = 1 << 30
-# One call of the encoder: 32 pieces to spread over the cores. It needs about 22 bytes of memory per
-# byte of text (91 MB for 4 MiB of Python source, `tokenizers` 0.23).
+# The trainer keeps every distinct word, and takes 70 bytes of memory for a byte of text that has no
+# spaces. An even sample of a larger text bounds that; more text hardly changes the merges.
+TOKENIZER_SAMPLE_BYTES = 256 << 20
+# Its time grows with the length of the words: for 15 MB of letters without a space it took 250 s,
+# and 19 s with a line break after every so many of them (`tokenizers` 0.23, 2 cores).
+_LONG_WORD = re.compile(r"\S{1024}(?=\S)")
+
+# One call of the encoder: 32 pieces to spread over the cores. The encoder takes 80 bytes of memory
+# for a token (`tokenizers` 0.23).
 _BATCH_CHARACTERS = 2 << 20
 _PIECE_OVERHEAD = 100  # characters that an (even empty) document counts for in a batch
 
-_OWN_FILE = re.compile(rf"{MANIFEST_NAME}|{TOKENIZER_NAME}|({TRAIN}|{VAL})_\d+\.bin")
+_OWN_FILE = re.compile(r"manifest\.json|tokenizer\.json|(train|val)_\d+\.bin")
 
 
 def prepare(
@@ -71,20 +75,21 @@ def prepare(
     overwrite: replace the prepared directory at `out`. Nothing else is ever replaced.
     log: takes each line that is said on the way.
 
-    `out` is complete or, after any error, as it was. Raises DataError for unusable files, tokenizer
-    or directory, and ValueError for numbers that make no sense.
+    `out` is complete or, after any error, as it was. Raises DataError for unusable text or
+    tokenizer, OutputError for a directory that cannot be written or may not be replaced, and
+    ConfigError for settings that make no sense.
     """
     if vocab_size is not None and tokenizer is not None:
-        raise ValueError("--vocab-size and --tokenizer exclude each other; give one")
+        raise ConfigError("--vocab-size and --tokenizer exclude each other; give one")
     if vocab_size is not None and vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
+        raise ConfigError(
             f"--vocab-size {vocab_size}: it must be at least {MIN_VOCAB_SIZE} (256 bytes and "
             f"{END_OF_TEXT})"
         )
     if not 0 < val_fraction < 1:
-        raise ValueError(f"--val-fraction {val_fraction}: it must be between 0 and 1")
+        raise ConfigError(f"--val-fraction {val_fraction}: it must be between 0 and 1")
     if shard_tokens < 1:
-        raise ValueError(f"--shard-tokens {shard_tokens}: it must be at least 1")
+        raise ConfigError(f"--shard-tokens {shard_tokens}: it must be at least 1")
 
     with staging_directory(out, _OWN_FILE, overwrite) as staging:
         encoder = load_tokenizer(tokenizer) if tokenizer is not None else None
@@ -98,6 +103,8 @@ def prepare(
             with _progress("training the tokenizer", found.bytes, log) as on_bytes:
                 texts = _training_texts(read_split(files, rule), found.bytes, on_bytes)
                 encoder = train_tokenizer(texts, wanted)
+            if found.bytes > TOKENIZER_SAMPLE_BYTES:
+                log(f"note: from an even sample of {TOKENIZER_SAMPLE_BYTES / 1e6:,.0f} MB")
             if encoder.get_vocab_size() < wanted:
                 log(
                     f"note: the vocabulary is {encoder.get_vocab_size():,} tokens, not the "
@@ -160,7 +167,7 @@ def _training_texts(
     for index, piece in enumerate(pieces):
         on_bytes(len(piece.text.encode()))
         if piece.split == TRAIN and int((index + 1) * fraction) > int(index * fraction):
-            yield piece.text
+            yield _LONG_WORD.sub(r"\g<0>\n", piece.text)
 
 
 def _encode(
@@ -279,23 +286,23 @@ def _command(
     print(f"next: python -m fastlm.train --data {shlex.quote(str(out))}")
 
 
-def main() -> None:
-    # A scheduler's SIGTERM must remove the partial directory as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        import tyro
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    import tyro
 
-        tyro.cli(_command, prog="python -m fastlm.prepare")
-    except ImportError as error:
-        print(f"error: {error}; install it with: pip install {error.name}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (ValueError, OSError) as error:
+    # A scheduler's SIGTERM must remove the partial directory as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        tyro.cli(_command, args=argv, prog="python -m fastlm.prepare")
+    except UserError as error:
+        # On one line: the messages of the libraries behind it may have several.
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

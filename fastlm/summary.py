@@ -1,11 +1,15 @@
-"""The figures of a run: time in steps, tokens per second, FLOP/s against the measured ceiling."""
+"""What a run says of itself: at the start what it will do, at the end what was measured."""
 
 import time
 from dataclasses import dataclass
 
 import torch
 
-from fastlm.hardware import matmul_ceiling, peak_memory_bytes, synchronize
+from fastlm.config import TrainingConfig
+from fastlm.data.files import Data
+from fastlm.hardware import device_name, matmul_ceiling, peak_memory_bytes, synchronize
+from fastlm.model import TransformerLM, count_parameters
+from fastlm.step import TrainStep
 
 FLOP_FORMULA = "6 * matmul weights + 6 * layers * context_len * d_model"
 
@@ -31,6 +35,32 @@ class Clock:
     def seconds(self) -> float:
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         return self._before + running
+
+
+def describe(data: Data, cfg: TrainingConfig, model: TransformerLM, runner: TrainStep) -> None:
+    """What the run does, on what, for how long."""
+    compiled = "compiled" if cfg.compile else "not compiled (--compile is faster)"
+    length = (
+        f"as many steps as take {cfg.train_minutes:g} minutes"
+        if cfg.train_minutes is not None
+        else f"{cfg.total_steps:,} steps"
+    )
+    print(
+        f"[run] model: {count_parameters(model) / 1e6:.2f} M parameters ({cfg.num_layers} layers, "
+        f"d_model {cfg.d_model}, {cfg.num_heads} heads, vocabulary {cfg.vocab_size})"
+    )
+    print(
+        f"[run] data: {len(data.train):,} training and {len(data.val):,} validation tokens, "
+        f"fingerprint {data.fingerprint[:16]}"
+    )
+    print(
+        f"[run] on {runner.device} ({device_name(runner.device)}), torch {torch.__version__}, "
+        f"{str(runner.dtype).removeprefix('torch.')}, {compiled}"
+    )
+    print(
+        f"[run] {length} of {runner.tokens:,} tokens, seed {cfg.seed}, into {cfg.target_dir}",
+        flush=True,
+    )
 
 
 @dataclass

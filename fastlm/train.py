@@ -1,31 +1,35 @@
 """The trainer: python -m fastlm.train --compile
 
-main() is the command; train_loop() is the same run for data and settings of one's own.
+main() is the command; train_loop() is the same run for data and settings of one's own. Here a run
+is set up and checked; fastlm/loop.py runs it, fastlm/step.py is the step.
 """
 
 import sys
 import time
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fastlm import __version__
-from fastlm.checkpoint import iteration_of, read_checkpoint, restore_model, save_checkpoint
+from fastlm.checkpoint import (
+    holds_optimizer_state,
+    iteration_of,
+    read_checkpoint,
+    restore_model,
+    restore_optimizer,
+)
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data, as_dataset, check_dataset, open_data
-from fastlm.data.loader import TrainLoader, spread_batches
+from fastlm.data.loader import TrainLoader
 from fastlm.errors import CheckpointError, ConfigError, UserError
-from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss
-from fastlm.generate import sample_texts
-from fastlm.hardware import device_name, is_out_of_memory, keep_freed_memory, select_device
-from fastlm.model import TransformerLM, count_parameters, training_flops_per_token
-from fastlm.rundir import RunDirectory, StopSignals
-from fastlm.runlog import RunLog
-from fastlm.schedule import cosine_lr_schedule, wsd_lr_schedule
-from fastlm.step import TrainStep, create_model_and_optimizer, graphs_compiled, set_seed
-from fastlm.summary import Clock, RunFigures, print_summary
+from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
+from fastlm.hardware import is_out_of_memory, keep_freed_memory, select_device
+from fastlm.loop import Run
+from fastlm.model import TransformerLM
+from fastlm.rundir import RunDirectory
+from fastlm.step import TrainStep, create_model_and_optimizer, set_seed
+from fastlm.summary import describe
 
 
 def train_loop(train_data: Any, val_data: Any, cfg: TrainingConfig) -> TransformerLM:
@@ -65,7 +69,7 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
         grad_accum=cfg.grad_accum,
     )
     runner = TrainStep(model, optimizer, loader, cfg)
-    _describe(data, cfg, model, runner)
+    describe(data, cfg, model, runner)
 
     with RunDirectory(cfg, resuming=resumed is not None) as directory:
         if cfg.compile:
@@ -78,136 +82,8 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
         if resumed:
             _restore_state(runner, resumed)
         directory.begin()
-        return _run(data, cfg, runner, directory, start_step, begin)
-
-
-def _run(
-    data: Data,
-    cfg: TrainingConfig,
-    runner: TrainStep,
-    directory: RunDirectory,
-    start_step: int,
-    begin: float,  # time.perf_counter() of the run's begin
-) -> TransformerLM:
-    """The loop and the end of a run."""
-    model, optimizer, device = runner.model, runner.optimizer, runner.device
-    log = RunLog(
-        cfg.log_dir, cfg.log_save_prefix, start_step=start_step, total_steps=cfg.total_steps
-    )
-    log.metrics("start", step=start_step, config=asdict(cfg), data=_fingerprint(data))
-    graphs = graphs_compiled() if cfg.compile else 0
-
-    def save(completed: int, name: str) -> Path:
-        path = directory.checkpoint_path(name)
-        save_checkpoint(model, optimizer, completed, path, **_state(data, cfg, runner))
-        log.checkpoint(path)
-        return path
-
-    clock = Clock(device)
-    window_loss, window_steps, window_begin = torch.zeros((), device=device), 0, 0.0
-    completed = start_step
-    with StopSignals() as stop:
-        clock.start()
-        for step in range(start_step, cfg.total_steps):
-            lr = learning_rate(step, cfg)
-            loss = runner.run(step, lr)
-            completed = step + 1
-            window_loss += loss
-            window_steps += 1
-            log.advance()
-
-            if step % cfg.log_every == 0:
-                average = float(window_loss) / window_steps  # waits for the device
-                seconds = clock.seconds - window_begin
-                norm = optimizer.last_grad_norm
-                log.train(
-                    step,
-                    loss=float(loss),
-                    avg_loss=average,
-                    lr=lr,
-                    grad_norm=float("nan") if norm is None else float(norm),
-                    steps_per_second=window_steps / seconds,
-                    tokens_per_second=window_steps * runner.tokens / seconds,
-                )
-                window_loss.zero_()
-                window_steps, window_begin = 0, clock.seconds
-
-            stopping = stop.requested or _time_is_up(cfg, clock)
-            last = completed == cfg.total_steps
-            # A checkpoint comes before an evaluation: what could fail must not cost the steps.
-            saving = not last and (stopping or _is_multiple(completed, cfg.ckpt_every))
-            evaluating_now = last or (step > 0 and _is_multiple(step, cfg.eval_every))
-            if saving or evaluating_now:
-                clock.pause()
-                if saving:
-                    save(completed, str(completed))
-                if evaluating_now and not (stopping and not last):
-                    log.val(step, _quick_validation(data, cfg, runner))
-                clock.start()
-            if stopping:
-                break
-        clock.pause()
-
-    if completed < cfg.total_steps:
-        log.close()
-        why = stop.name or f"--max-minutes {cfg.max_minutes}"
-        print(
-            f"[train] stopped after {completed} of {cfg.total_steps} steps ({why}); continue with: "
-            f"python -m fastlm.train --resume {cfg.target_dir}" + (" --compile" * cfg.compile)
-        )
-        stop.leave()
-        return model
-
-    save(completed, "final")
-    path = directory.checkpoint_path("model")
-    save_checkpoint(model, None, completed, path, config=asdict(cfg), tokenizer=_tokenizer(data))
-    log.checkpoint(path)
-    with evaluating(model):
-        val_loss, targets = loss_over_all(
-            runner.summed_loss, data.val, cfg.batch_size, cfg.context_len, device
-        )
-    log.close()
-    figures = RunFigures(
-        steps=completed - start_step,
-        tokens=(completed - start_step) * runner.tokens,
-        step_seconds=clock.seconds,
-        run_seconds=time.perf_counter() - begin,
-        compile_seconds=runner.compile_seconds,
-        recompiles=graphs_compiled() - graphs if cfg.compile else 0,
-        flops_per_token=training_flops_per_token(model, cfg.context_len),
-        val_loss=val_loss,
-        val_targets=targets,
-        bits_per_byte=bits_per_byte(val_loss, targets, data.val_bytes) if data.val_bytes else None,
-    )
-    _print_samples(model, data, cfg)
-    log.metrics("summary", **print_summary(figures, device, runner.dtype))
-    print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
-    print(f'[summary] try it      python -m fastlm.generate --ckpt {path} --prompt "..."')
+        Run(data, cfg, runner, directory, start_step, begin).train()
     return model
-
-
-def learning_rate(step: int, cfg: TrainingConfig) -> float:
-    """The rate of a step under cfg.schedule."""
-    if cfg.schedule == "wsd":
-        return wsd_lr_schedule(step, cfg.lr_max, cfg.lr_min, cfg.warmup_iters, cfg.total_steps)
-    return cosine_lr_schedule(step, cfg.lr_max, cfg.lr_min, cfg.warmup_iters, cfg.cosine_iters)
-
-
-def _is_multiple(number: int, every: int) -> bool:
-    return every > 0 and number % every == 0
-
-
-def _time_is_up(cfg: TrainingConfig, clock: Clock) -> bool:
-    return cfg.max_minutes is not None and clock.seconds >= cfg.max_minutes * 60
-
-
-def _quick_validation(data: Data, cfg: TrainingConfig, runner: TrainStep) -> float:
-    """Mean loss on the fixed batches."""
-    batches = spread_batches(
-        data.val, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
-    )
-    with evaluating(runner.model):
-        return mean_loss(runner.summed_loss, batches)
 
 
 def _weights_to_start_from(
@@ -224,24 +100,23 @@ def _weights_to_start_from(
     print(f"[resume] Loading checkpoint from {cfg.ckpt_path_to_resume}")
     payload = read_checkpoint(cfg.ckpt_path_to_resume)
     restore_model(model, payload)
+    if not (holds_optimizer_state(payload) or cfg.eval_only):
+        raise CheckpointError(
+            f"{cfg.ckpt_path_to_resume}: holds no optimizer state and cannot be resumed; "
+            f"--init-from starts a new run with its weights"
+        )
     stored = payload.get("data_fingerprint")
-    if stored is not None and stored != _fingerprint(data) and not cfg.eval_only:
+    if stored is not None and stored != data.fingerprint and not cfg.eval_only:
         raise CheckpointError(
             f"{cfg.ckpt_path_to_resume}: its run read other data ({stored}) than this one "
-            f"({_fingerprint(data)}); --init-from starts a new run with its weights"
+            f"({data.fingerprint}); --init-from starts a new run with its weights"
         )
     return payload
 
 
 def _restore_state(runner: TrainStep, payload: dict[str, Any]) -> None:
     """Everything but the weights: moments, loss scale, random state."""
-    state = payload.get("optimizer_state", payload.get("optimizer_state_dict"))
-    if state is None:
-        raise CheckpointError(
-            "the checkpoint holds no optimizer state and cannot be resumed; --init-from starts a "
-            "new run with its weights"
-        )
-    runner.optimizer.load_state_dict(state)
+    restore_optimizer(runner.optimizer, payload)
     if payload.get("scaler"):
         runner.scaler.load_state_dict(payload["scaler"])
     random_state = payload.get("random_state", {})
@@ -250,32 +125,6 @@ def _restore_state(runner: TrainStep, payload: dict[str, Any]) -> None:
     if "cuda" in random_state and runner.device.type == "cuda":
         torch.cuda.set_rng_state(random_state["cuda"], runner.device)
     print(f"[resume] at step {iteration_of(payload)}")
-
-
-def _state(data: Data, cfg: TrainingConfig, runner: TrainStep) -> dict[str, Any]:
-    """What a checkpoint holds beside model, optimizer and step."""
-    random_state = {"torch": torch.get_rng_state()}
-    if runner.device.type == "cuda":
-        random_state["cuda"] = torch.cuda.get_rng_state(runner.device)
-    return {
-        "config": asdict(cfg),
-        "data_fingerprint": _fingerprint(data),
-        "tokenizer": _tokenizer(data),
-        "scaler": runner.scaler.state_dict(),
-        "random_state": random_state,
-        "fastlm_version": __version__,
-    }
-
-
-def _fingerprint(data: Data) -> str:
-    if data.manifest is not None:
-        return data.manifest.fingerprint
-    return f"{len(data.train)} {data.train.dtype} tokens without a manifest"
-
-
-def _tokenizer(data: Data) -> str | None:
-    path = data.tokenizer_path
-    return None if path is None else path.read_text(encoding="utf-8")
 
 
 def _calibrated(cfg: TrainingConfig, runner: TrainStep) -> TrainingConfig:
@@ -293,43 +142,6 @@ def _calibrated(cfg: TrainingConfig, runner: TrainStep) -> TrainingConfig:
         cosine_iters=steps if follows else cfg.cosine_iters,
         train_minutes=None,
     )
-
-
-def _describe(data: Data, cfg: TrainingConfig, model: TransformerLM, runner: TrainStep) -> None:
-    """What the run does, on what, for how long."""
-    compiled = "compiled" if cfg.compile else "not compiled (--compile is faster)"
-    length = (
-        f"as many steps as take {cfg.train_minutes:g} minutes"
-        if cfg.train_minutes is not None
-        else f"{cfg.total_steps:,} steps"
-    )
-    print(
-        f"[run] model: {count_parameters(model) / 1e6:.2f} M parameters ({cfg.num_layers} layers, "
-        f"d_model {cfg.d_model}, {cfg.num_heads} heads, vocabulary {cfg.vocab_size})"
-    )
-    print(
-        f"[run] data: {len(data.train):,} training and {len(data.val):,} validation tokens, "
-        f"fingerprint {_fingerprint(data)[:16]}"
-    )
-    print(
-        f"[run] on {runner.device} ({device_name(runner.device)}), torch {torch.__version__}, "
-        f"{str(runner.dtype).removeprefix('torch.')}, {compiled}"
-    )
-    print(
-        f"[run] {length} of {runner.tokens:,} tokens, seed {cfg.seed}, into {cfg.target_dir}",
-        flush=True,
-    )
-
-
-def _print_samples(model: TransformerLM, data: Data, cfg: TrainingConfig) -> None:
-    """Five samples, the first five: none is chosen."""
-    tokenizer = _tokenizer(data)
-    if tokenizer is None:
-        print("[sample] none: the data has no tokenizer to turn ids into text")
-        return
-    texts = sample_texts(model, tokenizer, num_samples=5, seed=cfg.seed)
-    for index, text in enumerate(texts):
-        print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
 
 
 def _evaluate_only(data: Data, cfg: TrainingConfig) -> None:

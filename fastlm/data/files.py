@@ -1,7 +1,7 @@
 """Token files: opening them, checking them, and seeing several as one dataset.
 
 Formats: .npy; raw little-endian .bin (nanoGPT); .bin with the 1 KiB header of llm.c and
-modded-nanogpt (magic 20240520 or 20240801), told apart by its magic number and token count.
+modded-nanogpt, told apart by its magic number (20240520 or 20240801).
 """
 
 import bisect
@@ -25,7 +25,12 @@ _HEADER_MAGIC = {20240520: "uint16", 20240801: "uint32"}  # magic number -> dtyp
 class TokenDataset:
     """One or more 1-D token arrays of one dtype, seen end to end."""
 
-    def __init__(self, segments: Sequence[np.ndarray], paths: Sequence[str | Path] = ()):
+    def __init__(
+        self,
+        segments: Sequence[np.ndarray],
+        paths: Sequence[str | Path] = (),  # the file of each segment
+        offsets: Sequence[int] = (),  # where in its file each segment begins, in tokens; default 0
+    ):
         if not segments:
             raise DataError("a dataset needs at least one token array")
         for array in segments:
@@ -42,6 +47,7 @@ class TokenDataset:
                 )
         self.segments = [np.ascontiguousarray(array) for array in segments]
         self.paths = [str(path) for path in paths]
+        self._offsets = list(offsets) or [0] * len(segments)
         self._ends = list(accumulate(len(array) for array in segments))
 
     def __len__(self) -> int:
@@ -56,14 +62,17 @@ class TokenDataset:
         """(file, offset in tokens within it) of a position of the dataset."""
         index = bisect.bisect_right(self._ends, position)
         name = self.paths[index] if self.paths else f"array {index}"
-        return name, position - (self._ends[index - 1] if index else 0)
+        begin = self._ends[index - 1] if index else 0
+        return name, position - begin + self._offsets[index]
 
     def slice(self, begin: int, end: int) -> "TokenDataset":
         """The tokens [begin, end), without a copy."""
-        pieces, starts = [], [0, *self._ends[:-1]]
-        for array, start in zip(self.segments, starts, strict=True):
-            pieces.append(array[max(0, begin - start) : max(0, end - start)])
-        return TokenDataset(pieces, self.paths)
+        pieces, offsets, starts = [], [], [0, *self._ends[:-1]]
+        for array, start, offset in zip(self.segments, starts, self._offsets, strict=True):
+            first = max(0, begin - start)
+            pieces.append(array[first : max(0, end - start)])
+            offsets.append(offset + first)
+        return TokenDataset(pieces, self.paths, offsets)
 
 
 def as_dataset(data: "np.ndarray | Sequence[np.ndarray] | TokenDataset") -> TokenDataset:
@@ -81,17 +90,21 @@ class Data:
     val: TokenDataset
     directory: Path | None = None  # of the manifest
     manifest: Manifest | None = None
+    val_bytes: int | None = None  # UTF-8 bytes of the validation text, where the manifest knows
 
     @property
-    def tokenizer_path(self) -> Path | None:
+    def tokenizer_json(self) -> str | None:
+        """The tokenizer in the format of the `tokenizers` library, where the manifest has one."""
         if self.manifest is None or self.manifest.tokenizer is None:
             return None
-        return self.directory / self.manifest.tokenizer
+        return (self.directory / self.manifest.tokenizer).read_text(encoding="utf-8")
 
     @property
-    def val_bytes(self) -> int | None:
-        """UTF-8 bytes of the validation text, where the manifest knows."""
-        return self.manifest.splits["val"].bytes if self.manifest else None
+    def fingerprint(self) -> str:
+        """Tells whether a resumed run reads the data that it read before."""
+        if self.manifest is not None:
+            return self.manifest.fingerprint
+        return f"{len(self.train)} {self.train.dtype} tokens without a manifest"
 
 
 def load_token_dataset(
@@ -121,7 +134,12 @@ def _open_npy(path: Path, mmap: bool) -> np.ndarray:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; a token file holds at least one token")
     try:
-        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        # Not np.load: it takes archives under this name, and advises to load pickles.
+        if mmap:
+            array = np.lib.format.open_memmap(path, mode="r")
+        else:
+            with open(path, "rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise DataError(f"{path}: not a readable .npy file ({error})") from error
     if array.ndim != 1 or array.dtype.name not in TOKEN_DTYPES:
@@ -137,7 +155,9 @@ def _open_bin(path: Path, mmap: bool, dtype: str | None) -> np.ndarray:
     offset, header_dtype = _header(path, size)
     name = dtype or header_dtype or "uint16"
     if name not in TOKEN_DTYPES:
-        raise DataError(f"dtype={name!r}: token files hold {', '.join(TOKEN_DTYPES)}")
+        raise DataError(f"{path}: dtype={name!r}: token files hold {', '.join(TOKEN_DTYPES)}")
+    if header_dtype not in (None, name):
+        raise DataError(f"{path}: its header says {header_dtype}, not {name}; name no dtype")
     token_dtype = np.dtype(name).newbyteorder("<")
     count, rest = divmod(size - offset, token_dtype.itemsize)
     if rest:
@@ -156,11 +176,17 @@ def _header(path: Path, size: int) -> tuple[int, str | None]:
     """(bytes to skip, dtype) of a file with the llm.c header, (0, None) of one without."""
     if size < _HEADER_BYTES:
         return 0, None
-    magic, _version, tokens = np.fromfile(path, dtype="<i4", count=3)
-    dtype = _HEADER_MAGIC.get(int(magic))
-    if dtype and size == _HEADER_BYTES + int(tokens) * np.dtype(dtype).itemsize:
-        return _HEADER_BYTES, dtype
-    return 0, None
+    magic, _version, tokens = map(int, np.fromfile(path, dtype="<i4", count=3))
+    dtype = _HEADER_MAGIC.get(magic)
+    if dtype is None:
+        return 0, None
+    expected = _HEADER_BYTES + tokens * np.dtype(dtype).itemsize
+    if size != expected:
+        raise DataError(
+            f"{path}: its header says {tokens} tokens of {dtype}, {expected} bytes in all, and the "
+            f"file has {size}; it is incomplete or damaged, copy it again"
+        )
+    return _HEADER_BYTES, dtype
 
 
 def open_data(
@@ -221,8 +247,10 @@ def _open_prepared(directory: Path, val_paths: Sequence[str], dtype: str | None)
             )
     if val_paths:
         # Other validation files: the manifest's byte count is not theirs.
-        return Data(datasets["train"], _open_files(val_paths, dtype or manifest.dtype))
-    return Data(datasets["train"], datasets["val"], directory, manifest)
+        val = _open_files(val_paths, dtype or manifest.dtype)
+        return Data(datasets["train"], val, directory, manifest)
+    val_bytes = manifest.splits["val"].bytes
+    return Data(datasets["train"], datasets["val"], directory, manifest, val_bytes)
 
 
 def check_dataset(dataset: TokenDataset, what: str, *, context_len: int, vocab_size: int) -> None:

@@ -68,8 +68,12 @@ class Manifest:
                 name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
                 for name, split in payload.pop("splits").items()
             }
+            if missing := {"train", "val"} - set(splits):
+                raise DataError(f"{path}: has no {min(missing)} split; prepare the data again")
             return cls(splits=splits, **payload)
-        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except DataError:
+            raise
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
                 f"{path}: not a readable manifest ({error}); prepare the data again"
             ) from error

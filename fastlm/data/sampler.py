@@ -10,6 +10,8 @@ that holds W, walked until the value lies below W (Black & Rogaway, "Ciphers wit
 domains", 2002). The round function is splitmix64's finaliser (Steele et al., 2014).
 """
 
+import functools
+
 import numpy as np
 
 _ROUNDS = 4
@@ -23,6 +25,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+@functools.lru_cache(maxsize=64)
 def _key(*parts: int) -> np.uint64:
     """A 64-bit key out of integers, in order."""
     key = np.zeros(1, dtype=np.uint64)

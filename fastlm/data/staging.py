@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastlm.errors import DataError
+from fastlm.errors import OutputError, UserError
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def staging_directory(
     own_files: matches the names of files that may be replaced.
     overwrite: a non-empty `out` that holds nothing else may be replaced.
 
-    Raises DataError, before the body runs, where `out` may not be replaced or cannot be written.
+    Raises OutputError, before the body runs, where `out` may not be replaced or cannot be written.
     """
     target = Path(os.path.realpath(out))  # of a link, the target is replaced and the link stays
     _check_replaceable(out, target, own_files, overwrite)
@@ -30,18 +30,20 @@ def staging_directory(
         try:
             staging.mkdir(parents=True)
         except OSError as error:
-            raise DataError(
+            raise OutputError(
                 f"--out {out}: cannot write in {target.parent} ({error.strerror}); choose a "
                 f"directory that you can write to"
             ) from error
-        yield staging
-        for path in (*staging.iterdir(), staging):
-            _sync(path)  # a rename must not reach the disk before the contents
-        _check_replaceable(out, target, own_files, overwrite)  # someone else may have written it
         try:
+            yield staging
+            for path in (*staging.iterdir(), staging):
+                _sync(path)  # a rename must not reach the disk before the contents
+            _check_replaceable(out, target, own_files, overwrite)  # may be there by now
             _replace(staging, target, overwrite)
         except OSError as error:
-            raise DataError(f"--out {out}: cannot be put in place ({error.strerror})") from error
+            if isinstance(error, UserError):
+                raise
+            raise OutputError(f"--out {out}: cannot be written ({error.strerror})") from error
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in made:
@@ -60,16 +62,16 @@ def _check_replaceable(
     except FileNotFoundError:
         return
     except OSError as error:
-        raise DataError(f"--out {out}: not a usable directory ({error.strerror})") from error
+        raise OutputError(f"--out {out}: not a usable directory ({error.strerror})") from error
     # --overwrite with a home directory, or with runs saved beside the data, must lose nothing.
     foreign = [name for name in entries if not own_files.fullmatch(name)]
     if foreign:
-        raise DataError(
+        raise OutputError(
             f"--out {out}: holds {foreign[0]!r}, which is not prepared data; choose another "
             f"directory"
         )
     if entries and not overwrite:
-        raise DataError(
+        raise OutputError(
             f"--out {out}: is not empty; add --overwrite to replace it, or choose another directory"
         )
 

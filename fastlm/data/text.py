@@ -45,7 +45,12 @@ def find_text_files(inputs: Iterable[str | Path]) -> list[TextFile]:
     if not inputs:
         raise DataError("no input is given; name at least one text file, glob or directory")
     # Keyed by the real path: a file reached twice would be in both splits.
-    found = {os.path.realpath(path): path for argument in inputs for path in _expand(argument)}
+    found = {}
+    for argument in inputs:
+        try:
+            found.update((os.path.realpath(path), path) for path in _expand(argument))
+        except OSError as error:
+            raise DataError(f"{argument}: cannot be read ({error.strerror})") from error
     paths = [os.path.abspath(path) for path in found.values()]
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     files = [TextFile(Path(path), Path(path).relative_to(root).as_posix()) for path in paths]
@@ -83,7 +88,7 @@ def read_pieces(
 
     `<|endoftext|>` ends a document and belongs to none. An empty file, or nothing between two
     markers, is an empty document. Blanks after the last marker are no document: they are the
-    newline that closes the file.
+    newline that closes the file (a piece of blanks and more is one).
 
     Raises DataError where the file cannot be read or is not UTF-8.
     """

@@ -57,7 +57,7 @@ def clip_gradients_reference(params: Iterable[Tensor], max_norm: float, eps: flo
     """The formula above in fp64: what every implementation is tested against."""
     gradients = [p.grad for p in params if p.grad is not None]
     norm = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
-    if norm > max_norm:
+    if max_norm < norm < float("inf"):
         for gradient in gradients:
             gradient.copy_(gradient.double() * (max_norm / (norm + eps)))
     return norm

@@ -40,15 +40,17 @@ def cross_entropy_loss(
     The loss is fp32: () for "mean" and "sum", (...) for "none". Raises ValueError for arguments
     that do not fit together and, on CPU outside torch.compile, for a label out of range.
     """
-    _check(logits, targets, label_smoothing, softcap, reduction, num_items)
+    _check(logits, targets, label_smoothing, softcap, z_loss, reduction, num_items)
     resolve_implementation("cross_entropy", impl, logits.device)
+    # Before any comparison: in a narrower dtype V and ignore_index would wrap around.
+    targets = targets.long()
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_labels(targets, logits.shape[-1], ignore_index)
 
     V = logits.shape[-1]
     rows = logits.reshape(-1, V)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    labels = targets.reshape(-1).long()
+    labels = targets.reshape(-1)
     if softcap is not None:
         rows = softcap * torch.tanh(rows / softcap)
 
@@ -64,7 +66,8 @@ def cross_entropy_loss(
             reduction="none",
         )
         if z_loss:
-            loss = loss + z_loss * lse.square() * (labels != ignore_index)
+            # Not a product with the mask: an ignored row's lse may be infinite.
+            loss = loss + z_loss * torch.where(labels != ignore_index, lse.square(), 0.0)
         loss = loss.view(targets.shape) if reduction == "none" else loss.sum()
     else:
         # "sum" and our own division: torch's "mean" is NaN when every row is ignored.
@@ -76,7 +79,8 @@ def cross_entropy_loss(
             reduction="sum",
         )
     if reduction == "mean":
-        loss = loss / (_count_valid(labels, ignore_index) if num_items is None else num_items)
+        items = _count_valid(labels, ignore_index) if num_items is None else num_items
+        loss = (loss / items).to(rows.dtype)  # an fp64 num_items would widen it
     return (loss, lse.view(targets.shape)) if return_lse else loss
 
 
@@ -102,8 +106,9 @@ def cross_entropy_loss_reference(
     largest = x.max(dim=-1, keepdim=True).values
     lse = (x - largest).exp().sum(dim=-1).log() + largest.squeeze(-1)
 
+    targets = targets.long()
     valid = targets != ignore_index
-    labels = torch.where(valid, targets, 0).long()
+    labels = torch.where(valid, targets, 0)
     target_logit = torch.take_along_dim(x, labels.unsqueeze(-1), dim=-1).squeeze(-1)
     loss = lse - target_logit
     if label_smoothing:
@@ -123,12 +128,14 @@ def _count_valid(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels != ignore_index).sum().clamp(min=1)
 
 
-def _check(logits, targets, label_smoothing, softcap, reduction, num_items) -> None:
+def _check(logits, targets, label_smoothing, softcap, z_loss, reduction, num_items) -> None:
     if logits.dim() < 1 or logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"targets has shape {tuple(targets.shape)}, logits {tuple(logits.shape)}: targets must "
             f"have the shape of logits without its last dimension, the vocabulary"
         )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: the vocabulary is empty")
     if not logits.is_floating_point():
         raise TypeError(f"logits has dtype {logits.dtype}: it must be a floating-point dtype")
     if targets.is_floating_point() or targets.dtype == torch.bool:
@@ -137,10 +144,18 @@ def _check(logits, targets, label_smoothing, softcap, reduction, num_items) -> N
         raise ValueError(f"label_smoothing={label_smoothing}: it must lie in [0, 1]")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap}: it must be positive, or None for no cap")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss={z_loss}: it must be 0 (none) or positive")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: it must be 'mean', 'sum' or 'none'")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items replaces the mean's denominator; reduction is {reduction!r}")
+    # A tensor's value is not read: that would wait for the device.
+    if isinstance(num_items, Tensor):
+        if num_items.dim():
+            raise ValueError(f"num_items has shape {tuple(num_items.shape)}: it must be 0-d")
+    elif num_items is not None and not num_items > 0:
+        raise ValueError(f"num_items={num_items}: it must be positive")
 
 
 def _check_labels(targets: Tensor, V: int, ignore_index: int) -> None:

@@ -37,8 +37,15 @@ def gather_batch(
     """
     if dtype not in (torch.int64, torch.int32):
         raise TypeError(f"dtype={dtype}: batches are torch.int64 or torch.int32")
-    device = torch.device(device)
+    if context_len < 1:
+        raise ValueError(f"context_len={context_len}: it must be at least 1")
+    starts = np.asarray(starts)
+    if starts.ndim != 1 or (starts.size and starts.dtype.kind not in "iu"):
+        raise TypeError(
+            f"starts must be a 1-D array of integers, got {starts.dtype} of shape {starts.shape}"
+        )
     starts = np.ascontiguousarray(starts, dtype=np.int64)
+    device = device if isinstance(device, torch.device) else select_device(device)
     shape = (len(starts), context_len)
     pinned = device.type == "cuda"
     x = torch.empty(shape, dtype=dtype, pin_memory=pinned)

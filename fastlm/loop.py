@@ -1,0 +1,207 @@
+"""The training loop: steps, log lines, evaluations, checkpoints, and the end of a run."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm import __version__
+from fastlm.checkpoint import save_checkpoint
+from fastlm.config import TrainingConfig
+from fastlm.data.files import Data
+from fastlm.data.loader import spread_batches
+from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss
+from fastlm.generate import sample_texts
+from fastlm.model import training_flops_per_token
+from fastlm.rundir import RunDirectory, StopSignals
+from fastlm.runlog import RunLog
+from fastlm.schedule import cosine_lr_schedule, wsd_lr_schedule
+from fastlm.step import TrainStep, graphs_compiled
+from fastlm.summary import Clock, RunFigures, print_summary
+
+
+def learning_rate(step: int, cfg: TrainingConfig) -> float:
+    """The rate of a step under cfg.schedule."""
+    if cfg.schedule == "wsd":
+        return wsd_lr_schedule(step, cfg.lr_max, cfg.lr_min, cfg.warmup_iters, cfg.total_steps)
+    return cosine_lr_schedule(step, cfg.lr_max, cfg.lr_min, cfg.warmup_iters, cfg.cosine_iters)
+
+
+class Run:
+    """One run, warmed up and restored: `train` takes it to its end, or to where it is stopped.
+
+    Steps count from 0. The log has the steps that are multiples of log_every; evaluations follow
+    those of eval_every (not 0) and the last; checkpoint N is written after N steps, N a multiple of
+    ckpt_every, and the final one always.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        cfg: TrainingConfig,
+        runner: TrainStep,
+        directory: RunDirectory,
+        start_step: int,
+        begin: float,  # time.perf_counter() when the run began
+    ):
+        self.data, self.cfg, self.runner, self.directory = data, cfg, runner, directory
+        self.start_step, self.completed, self.begin = start_step, start_step, begin
+        self.clock = Clock(runner.device)
+        self.log = RunLog(
+            cfg.log_dir, cfg.log_save_prefix, start_step=start_step, total_steps=cfg.total_steps
+        )
+        self.log.metrics("start", step=start_step, config=asdict(cfg), data=data.fingerprint)
+        self._graphs = graphs_compiled() if cfg.compile else 0
+        # Of the steps since the last log line.
+        self._window_loss = torch.zeros((), device=runner.device)
+        self._window_steps, self._window_begin = 0, 0.0
+
+    def train(self) -> None:
+        """Runs all steps. After Ctrl-C or SIGTERM: saves, then ends as the signal would have."""
+        cfg = self.cfg
+        with StopSignals() as stop:
+            self.clock.start()
+            for step in range(self.start_step, cfg.total_steps):
+                lr = learning_rate(step, cfg)
+                loss = self.runner.run(step, lr)
+                self.completed = step + 1
+                self._window_loss += loss
+                self._window_steps += 1
+                self.log.advance()
+                if step % cfg.log_every == 0:
+                    self._log(step, loss, lr)
+
+                last = self.completed == cfg.total_steps
+                stopping = not last and (stop.requested or self._time_is_up())
+                # The checkpoint first: what may fail in an evaluation must not cost the steps.
+                if last or stopping or _is_multiple(self.completed, cfg.ckpt_every):
+                    self._save("final" if last else str(self.completed), must=last or stopping)
+                if last or (step > 0 and _is_multiple(step, cfg.eval_every) and not stopping):
+                    self._validate(step)
+                if stopping:
+                    break
+            self.clock.pause()
+        if self.completed == cfg.total_steps:
+            self._finish()
+            return
+        self.log.close()
+        print(
+            f"[train] stopped after {self.completed} of {cfg.total_steps} steps "
+            f"({stop.name or f'--max-minutes {cfg.max_minutes:g}'}); continue with: "
+            f"python -m fastlm.train{' --compile' * cfg.compile} --resume {cfg.target_dir}"
+        )
+        stop.leave()
+
+    def _time_is_up(self) -> bool:
+        minutes = self.cfg.max_minutes
+        return minutes is not None and self.clock.seconds >= minutes * 60
+
+    def _log(self, step: int, loss: Tensor, lr: float) -> None:
+        average = float(self._window_loss) / self._window_steps  # waits for the device
+        seconds = self.clock.seconds - self._window_begin
+        norm = self.runner.optimizer.last_grad_norm
+        self.log.train(
+            step,
+            loss=float(loss),
+            avg_loss=average,
+            lr=lr,
+            grad_norm=float("nan") if norm is None else float(norm),
+            steps_per_second=self._window_steps / seconds,
+            tokens_per_second=self._window_steps * self.runner.tokens / seconds,
+        )
+        self._window_loss.zero_()
+        self._window_steps, self._window_begin = 0, self.clock.seconds
+
+    def _save(self, name: str, *, must: bool) -> None:
+        """A checkpoint. Where it cannot be written the run goes on, unless it `must` be."""
+        self.clock.pause()
+        runner, path = self.runner, self.directory.checkpoint_path(name)
+        random_state = {"torch": torch.get_rng_state()}
+        if runner.device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(runner.device)
+        try:
+            save_checkpoint(
+                runner.model,
+                runner.optimizer,
+                self.completed,
+                path,
+                scaler=runner.scaler.state_dict(),
+                random_state=random_state,
+                **self._identity(),
+            )
+            self.log.checkpoint(path)
+        except OSError as error:
+            if must:
+                raise
+            self.log.say(f"[CKPT] FAILED: {path}: {error.strerror or error}; training goes on")
+        self.clock.start()
+
+    def _identity(self) -> dict[str, Any]:
+        """What says which run a checkpoint is of, and lets it be used without the data."""
+        return {
+            "config": asdict(self.cfg),
+            "data_fingerprint": self.data.fingerprint,
+            "tokenizer": self.data.tokenizer_json,
+            "fastlm_version": __version__,
+        }
+
+    def _validate(self, step: int) -> None:
+        """The mean loss on the fixed batches."""
+        self.clock.pause()
+        cfg, runner = self.cfg, self.runner
+        batches = spread_batches(
+            self.data.val, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
+        )
+        with evaluating(runner.model):
+            self.log.val(step, mean_loss(runner.summed_loss, batches))
+        self.clock.start()
+
+    def _finish(self) -> None:
+        """Weights alone, loss over all validation data, samples, summary."""
+        cfg, runner, data = self.cfg, self.runner, self.data
+        model_path: Path = self.directory.checkpoint_path("model")
+        save_checkpoint(runner.model, None, self.completed, model_path, **self._identity())
+        self.log.checkpoint(model_path)
+        with evaluating(runner.model):
+            val_loss, targets = loss_over_all(
+                runner.summed_loss, data.val, cfg.batch_size, cfg.context_len, runner.device
+            )
+        self.log.close()
+        steps = self.completed - self.start_step
+        in_bytes = bits_per_byte(val_loss, targets, data.val_bytes) if data.val_bytes else None
+        figures = RunFigures(
+            steps=steps,
+            tokens=steps * runner.tokens,
+            step_seconds=self.clock.seconds,
+            run_seconds=time.perf_counter() - self.begin,
+            compile_seconds=runner.compile_seconds,
+            recompiles=graphs_compiled() - self._graphs if cfg.compile else 0,
+            flops_per_token=training_flops_per_token(runner.model, cfg.context_len),
+            val_loss=val_loss,
+            val_targets=targets,
+            bits_per_byte=in_bytes,
+        )
+        self._print_samples()
+        self.log.metrics("summary", **print_summary(figures, runner.device, runner.dtype))
+        print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
+        print(
+            f'[summary] try it      python -m fastlm.generate --ckpt {model_path} --prompt "..."',
+            flush=True,
+        )
+
+    def _print_samples(self) -> None:
+        """Five samples, the first five: none is chosen."""
+        tokenizer = self.data.tokenizer_json
+        if tokenizer is None:
+            print("[sample] none: the data has no tokenizer to turn ids into text")
+            return
+        texts = sample_texts(self.runner.model, tokenizer, num_samples=5, seed=self.cfg.seed)
+        for index, text in enumerate(texts):
+            print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
+
+
+def _is_multiple(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0

@@ -1,0 +1,479 @@
+// Tests of csrc/gather_batch.h, csrc/isa.h and csrc/parallel.h.
+//
+//   csrc_test                        every test; prints "N passed, 0 failed", exit 1 otherwise
+//   csrc_test overrun|overread|misaligned|race
+//                                    a deliberate error inside the kernel, which the sanitizer that
+//                                    this binary is built with must stop (tests/test_csrc.py)
+//
+// Every buffer is a heap block of exactly the elements that may be touched, so that
+// AddressSanitizer sees the first one too many.
+
+#include "gather_batch.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+
+using namespace fastlm;
+
+namespace {
+
+int64_t passed = 0, failed = 0;
+
+void check(bool ok, const std::string& what) {
+  if (ok) {
+    ++passed;
+  } else if (++failed <= 20) {
+    std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  }
+}
+
+void check_equal(int64_t got, int64_t expected, const std::string& what) {
+  check(got == expected,
+        what + ": got " + std::to_string(got) + ", expected " + std::to_string(expected));
+}
+
+// Fixed, so that a failure comes again.
+std::mt19937_64 random_bits(1);
+
+int64_t random_below(int64_t n) { return static_cast<int64_t>(random_bits() % n); }
+
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> found;
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    if (isa <= best_isa()) found.push_back(isa);
+  }
+  return found;
+}
+
+// How many threads the next loops may use, where the backend lets us say.
+void use_threads(int threads) {
+#ifdef _OPENMP
+  omp_set_num_threads(threads);
+#else
+  (void)threads;
+#endif
+}
+
+template <class Token>
+constexpr TokenType token_type_of = std::is_same_v<Token, uint8_t>    ? TokenType::kUint8
+                                    : std::is_same_v<Token, uint16_t> ? TokenType::kUint16
+                                    : std::is_same_v<Token, uint32_t> ? TokenType::kUint32
+                                    : std::is_same_v<Token, int32_t>  ? TokenType::kInt32
+                                                                      : TokenType::kInt64;
+template <class Token>
+const char* const name_of = std::is_same_v<Token, uint8_t>    ? "uint8"
+                            : std::is_same_v<Token, uint16_t> ? "uint16"
+                            : std::is_same_v<Token, uint32_t> ? "uint32"
+                            : std::is_same_v<Token, int32_t>  ? "int32"
+                                                              : "int64";
+template <class Output>
+constexpr OutputType output_type_of = sizeof(Output) == 4 ? OutputType::kInt32 : OutputType::kInt64;
+
+// A dataset of random tokens in segments of the given sizes, `misalign` elements after the start of
+// each heap block: the last token still ends it.
+template <class Token>
+struct Dataset {
+  std::vector<std::vector<Token>> blocks;
+  std::vector<Segment> segments;
+  std::vector<Token> all;  // end to end
+
+  // `limit`: tokens lie in [0, limit]; negative ones too where the type has them and `negative`.
+  Dataset(const std::vector<int64_t>& sizes, int64_t misalign, int64_t limit, bool negative) {
+    for (int64_t size : sizes) {
+      std::vector<Token> block(size + misalign);
+      for (Token& token : block) {
+        const int64_t drawn = limit == std::numeric_limits<int64_t>::max()
+                                  ? static_cast<int64_t>(random_bits() >> 1)
+                                  : random_below(limit + 1);
+        token = static_cast<Token>(negative && random_below(2) ? -1 - drawn : drawn);
+      }
+      all.insert(all.end(), block.begin() + misalign, block.end());
+      blocks.push_back(std::move(block));
+    }
+    for (const std::vector<Token>& block : blocks) {
+      segments.push_back({block.data() + misalign, static_cast<int64_t>(block.size()) - misalign});
+    }
+  }
+
+  int64_t size() const { return static_cast<int64_t>(all.size()); }
+
+  // Changes the token at `position` of the concatenation.
+  void set(int64_t position, Token token) {
+    all[position] = token;
+    for (const Segment& segment : segments) {
+      if (position < segment.size) {
+        const_cast<Token*>(static_cast<const Token*>(segment.tokens))[position] = token;
+        return;
+      }
+      position -= segment.size;
+    }
+  }
+};
+
+template <class Output>
+struct Batch {
+  std::vector<Output> x, y;  // (B, T) each
+  int64_t lost;
+};
+
+template <class Output, class Token>
+Batch<Output> gathered(const Dataset<Token>& data, const std::vector<int64_t>& starts, int64_t T) {
+  const int64_t B = static_cast<int64_t>(starts.size());
+  // Filled with what no token is, so that an element left out shows.
+  Batch<Output> batch{std::vector<Output>(B * T, -77), std::vector<Output>(B * T, -77), 0};
+  batch.lost = gather_batch(data.segments.data(), static_cast<int64_t>(data.segments.size()),
+                            token_type_of<Token>, starts.data(), B, T, output_type_of<Output>,
+                            batch.x.data(), batch.y.data());
+  return batch;
+}
+
+// Is `batch` what the header defines?
+template <class Output, class Token>
+bool is_right(const Batch<Output>& batch, const Dataset<Token>& data,
+              const std::vector<int64_t>& starts, int64_t T) {
+  for (size_t b = 0; b < starts.size(); ++b) {
+    for (int64_t t = 0; t < T; ++t) {
+      if (batch.x[b * T + t] != static_cast<Output>(data.all[starts[b] + t])) return false;
+      if (batch.y[b * T + t] != static_cast<Output>(data.all[starts[b] + t + 1])) return false;
+    }
+  }
+  return true;
+}
+
+template <class Token, class Output>
+void test_gather() {
+  const int64_t largest = static_cast<int64_t>(
+      std::min<uint64_t>(static_cast<uint64_t>(std::numeric_limits<Token>::max()),
+                         static_cast<uint64_t>(std::numeric_limits<Output>::max())));
+  // One segment; empty ones at either end and in a row; windows that cross 2, 3 and many segments.
+  const std::vector<std::vector<int64_t>> layouts = {{300},           {0, 300},
+                                                     {300, 0},        {0, 0, 150, 0, 0, 150, 0},
+                                                     {1, 298, 1},     {299, 1},
+                                                     {100, 100, 100}, {64, 64, 64, 64, 44},
+                                                     {7, 0, 250, 43}, std::vector<int64_t>(300, 1)};
+  // A window of one token; one less and one more than vector widths; all but one of the tokens.
+  for (size_t layout = 0; layout < layouts.size(); ++layout) {
+    const int64_t misalign = static_cast<int64_t>(layout) % 2;
+    const Dataset<Token> data(layouts[layout], misalign, largest, std::is_signed_v<Token>);
+    for (int64_t T : {1, 2, 7, 8, 9, 15, 17, 31, 33, 64, 65, 130, 299}) {
+      const int64_t last = data.size() - T - 1;
+      std::vector<int64_t> many = {0, last};
+      while (many.size() < 7) many.push_back(random_below(last + 1));
+      for (const std::vector<int64_t>& starts : {std::vector<int64_t>{}, {0}, {last}, many}) {
+        for (Isa isa : supported_isas()) {
+          force_isa(isa);
+          const Batch<Output> batch = gathered<Output>(data, starts, T);
+          check(batch.lost == -1 && is_right(batch, data, starts, T),
+                std::string("gather_batch ") + name_of<Token> + " -> int" +
+                    std::to_string(8 * sizeof(Output)) + " layout " + std::to_string(layout) +
+                    " T " + std::to_string(T) + " B " + std::to_string(starts.size()) + " " +
+                    isa_name(isa));
+        }
+      }
+    }
+  }
+  force_isa(best_isa());
+}
+
+// Rows enough for several parts (a part is 16 K tokens), and the same for any number of threads.
+void test_gather_threads() {
+  const Dataset<uint16_t> data({5000, 0, 3000, 4000}, 0, 65535, false);
+  const int64_t T = 1024;
+  std::vector<int64_t> starts = {0, data.size() - T - 1};
+  while (starts.size() < 101) starts.push_back(random_below(data.size() - T));
+  for (int threads : {1, 2, 3, 7}) {
+    use_threads(threads);
+    const Batch<int64_t> batch = gathered<int64_t>(data, starts, T);
+    check(batch.lost == -1 && is_right(batch, data, starts, T),
+          "gather_batch with " + std::to_string(threads) + " threads");
+  }
+  use_threads(4);
+}
+
+// The position of a token that does not fit int32.
+template <class Token>
+void test_narrowing(std::vector<Token> too_large, std::vector<Token> just_fits) {
+  const int64_t T = 40, first = 100, second = 180;
+  for (Isa isa : supported_isas()) {
+    force_isa(isa);
+    const std::string what = std::string("narrowing ") + name_of<Token> + " " + isa_name(isa);
+    // The windows are [100, 140] and [180, 220]; a segment ends at 120 and at 200.
+    const std::vector<int64_t> starts = {second, first};
+    for (Token token : too_large) {
+      // The window's first token (in x only), both sides of a segment's end, its last (in y only).
+      for (int64_t position : {first, first + 1, int64_t{119}, int64_t{120}, first + T - 1,
+                               first + T, second, second + T}) {
+        Dataset<Token> data({120, 80, 100}, 0, 1000, false);
+        data.set(position, token);
+        check_equal(gathered<int32_t>(data, starts, T).lost, position, what);
+        const Batch<int64_t> wide = gathered<int64_t>(data, starts, T);
+        check(wide.lost == -1 && is_right(wide, data, starts, T), what + ", wide output");
+        // Of two, in one window and in two, the lower position.
+        data.set(second + T - 1, token);
+        check_equal(gathered<int32_t>(data, starts, T).lost, std::min(position, second + T - 1),
+                    what + ", two of them");
+      }
+      Dataset<Token> data({120, 80, 100}, 0, 1000, false);
+      for (int64_t position : {first - 1, first + T + 1, second - 1, second + T + 1}) {
+        data.set(position, token);  // in no window
+      }
+      check_equal(gathered<int32_t>(data, starts, T).lost, -1, what + ", outside every window");
+    }
+    Dataset<Token> data({120, 80, 100}, 0, 1000, false);
+    for (size_t i = 0; i < just_fits.size(); ++i) data.set(first + 3 * i, just_fits[i]);
+    const Batch<int32_t> batch = gathered<int32_t>(data, starts, T);
+    check(batch.lost == -1 && is_right(batch, data, starts, T), what + ", tokens that just fit");
+  }
+  force_isa(best_isa());
+}
+
+template <class Token>
+int64_t first_out(const std::vector<Token>& tokens, int64_t vocab_size) {
+  return first_out_of_range(tokens.data(), static_cast<int64_t>(tokens.size()),
+                            token_type_of<Token>, vocab_size);
+}
+
+template <class Token>
+void test_first_out_of_range() {
+  const int64_t vocab_size = 100, block = 1 << 16;
+  std::vector<Token> wrong = {100, 101, std::numeric_limits<Token>::max()};
+  if constexpr (std::is_signed_v<Token>) {
+    wrong.push_back(-1);
+    wrong.push_back(std::numeric_limits<Token>::min());
+  }
+  // Empty, one token, one less and more than a block, and blocks enough for several threads.
+  for (int64_t size : {int64_t{0}, int64_t{1}, block - 1, block, block + 1, 9 * block + 5}) {
+    std::vector<Token> tokens(size);
+    for (int64_t i = 0; i < size; ++i) tokens[i] = static_cast<Token>(i % vocab_size);
+    std::vector<int64_t> positions = {0,         1,         block - 1, block,
+                                      block + 1, 8 * block, size - 2,  size - 1};
+    for (Isa isa : supported_isas()) {
+      force_isa(isa);
+      const std::string what = std::string("first_out_of_range ") + name_of<Token> + " of " +
+                               std::to_string(size) + " " + isa_name(isa);
+      check_equal(first_out(tokens, vocab_size), -1, what);
+      for (size_t i = 0; i < positions.size(); ++i) {
+        const int64_t position = positions[i];
+        if (position < 0 || position >= size) continue;
+        const Token right = tokens[position], last = tokens[size - 1];
+        tokens[position] = wrong[i % wrong.size()];
+        check_equal(first_out(tokens, vocab_size), position, what);
+        tokens[size - 1] = wrong[0];  // a second one, later
+        check_equal(first_out(tokens, vocab_size), position, what + ", two of them");
+        tokens[size - 1] = last;
+        tokens[position] = right;
+      }
+    }
+  }
+  for (Isa isa : supported_isas()) {
+    force_isa(isa);
+    const std::string what =
+        std::string("first_out_of_range ") + name_of<Token> + " " + isa_name(isa);
+    for (Token token : wrong) {
+      const std::vector<Token> tokens = {3, 99, token, 0};
+      check_equal(first_out(tokens, vocab_size), 2, what + ", every wrong token");
+    }
+    // The type's largest token is in a vocabulary one larger, whatever the type.
+    const Token largest = std::numeric_limits<Token>::max();
+    const std::vector<Token> tokens = {0, static_cast<Token>(largest - 1), largest};
+    const int64_t huge = std::numeric_limits<int64_t>::max();
+    const bool widest = sizeof(Token) == 8;  // largest + 1 is no int64
+    check_equal(first_out(tokens, huge), widest ? 2 : -1, what + ", huge vocabulary");
+    check_equal(first_out(tokens, static_cast<int64_t>(largest)), 2, what + ", largest token");
+    if (!widest) {
+      check_equal(first_out(tokens, static_cast<int64_t>(largest) + 1), -1, what + ", all in");
+    }
+    check_equal(first_out(tokens, 0), 0, what + ", vocabulary of 0");
+    check_equal(first_out(tokens, 1), 1, what + ", vocabulary of 1");
+    check_equal(first_out(tokens, -1), 0, what + ", negative vocabulary");
+    check_equal(first_out(std::vector<Token>{}, 0), -1, what + ", nothing in nothing");
+    if constexpr (std::is_signed_v<Token>) {
+      const std::vector<Token> negative = {0, std::numeric_limits<Token>::min()};
+      check_equal(first_out(negative, huge), 1, what + ", negative in a huge vocabulary");
+    }
+  }
+  force_isa(best_isa());
+}
+
+// Callers with threads of their own, as a prefetching thread beside the main one.
+void test_concurrent_callers() {
+  const Dataset<uint16_t> data({40000, 40000}, 0, 999, false);
+  std::vector<int> wrong(2);
+  const auto caller = [&](int id) {
+    std::vector<int64_t> starts;
+    for (int64_t b = 0; b < 64; ++b) starts.push_back((b * 1237 + id * 31) % 79000);
+    for (int round = 0; round < 10; ++round) {
+      wrong[id] += !is_right(gathered<int64_t>(data, starts, 512), data, starts, 512);
+      wrong[id] += first_out(data.all, 1000) != -1;
+    }
+  };
+  std::thread first(caller, 0), second(caller, 1);
+  first.join();
+  second.join();
+  check_equal(wrong[0] + wrong[1], 0, "concurrent callers");
+}
+
+void test_parallel_for() {
+  for (int threads : {1, 2, 3, 4, 8}) {
+    use_threads(threads);
+    for (int64_t n = 0; n <= 70; ++n) {
+      for (int64_t grain : {1, 2, 3, 7, 16, 100}) {
+        std::vector<int> visits(n), parts(n);  // not atomic: parts that overlap are a race as well
+        parallel_for(n, grain, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) ++visits[i];
+          if (begin < end) parts[begin] = static_cast<int>(end - begin);
+        });
+        const std::string what = "parallel_for n " + std::to_string(n) + " grain " +
+                                 std::to_string(grain) + " threads " + std::to_string(threads);
+        check(std::count(visits.begin(), visits.end(), 1) == n, what + ", each index once");
+        int64_t num_parts = 0, smallest = n;
+        for (int part : parts) {
+          if (part) ++num_parts, smallest = std::min<int64_t>(smallest, part);
+        }
+        check(num_parts <= max_threads(), what + ", parts");
+        check(num_parts <= 1 || smallest >= grain, what + ", smallest part");
+      }
+    }
+  }
+  use_threads(4);
+#ifdef _OPENMP
+  check_equal(max_threads(), 4, "max_threads");
+  int64_t parts = 0;
+  parallel_for(1000, 1, [&](int64_t, int64_t) { __atomic_add_fetch(&parts, 1, __ATOMIC_RELAXED); });
+  check_equal(parts, 4, "parallel_for uses every thread");
+#endif
+}
+
+// The pool's threads do not exist in the child, and libgomp would wait for them for ever.
+void test_fork() {
+  use_threads(4);
+  int64_t sum = 0;
+  parallel_for(1000, 1, [&](int64_t begin, int64_t end) {
+    __atomic_add_fetch(&sum, end - begin, __ATOMIC_RELAXED);  // the pool exists now
+  });
+  check_equal(sum, 1000, "before fork()");
+  check(!in_forked_child(), "in_forked_child in the parent");
+  std::fflush(nullptr);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);  // a child that hangs is killed, and seen as such below
+    const Dataset<uint16_t> data({30000, 40000}, 0, 999, false);
+    std::vector<int64_t> starts;
+    for (int64_t b = 0; b < 200; ++b) starts.push_back(b * 300);
+    const bool ok = max_threads() == 1 && in_forked_child() &&
+                    is_right(gathered<int64_t>(data, starts, 512), data, starts, 512) &&
+                    first_out(std::vector<uint16_t>(2000000, 7), 8) == -1;
+    _exit(ok ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  check(WIFEXITED(status) && WEXITSTATUS(status) == 0,
+        "a forked child: " + std::string(WIFSIGNALED(status) ? "it hung" : "wrong result"));
+  check(max_threads() >= 1 && !in_forked_child(), "the parent after fork()");
+}
+
+void test_isa() {
+  check(isa() == best_isa(), "the best is used unless another is forced");
+  for (Isa wanted : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    const Isa before = isa();
+    const bool forced = force_isa(wanted);
+    check(forced == (wanted <= best_isa()), std::string("force_isa ") + isa_name(wanted));
+    check(isa() == (forced ? wanted : before), std::string("isa after ") + isa_name(wanted));
+    Isa elsewhere = best_isa();
+    std::thread([&] { elsewhere = isa(); }).join();
+    check(elsewhere == isa(), "a forced instruction set holds in every thread");
+  }
+  force_isa(best_isa());
+  const CpuFeatures& has = cpu_features();
+  check(has.avx2 == (best_isa() >= Isa::kAvx2), "avx2");
+  check(has.avx512 == (best_isa() >= Isa::kAvx512), "avx512");
+  check(has.avx2 || !has.avx512, "avx512 without avx2");
+  check(has.avx512 || !has.avx512_bf16, "avx512_bf16 without avx512");
+  check(!std::strcmp(isa_name(Isa::kPortable), "portable") &&
+            !std::strcmp(isa_name(Isa::kAvx2), "avx2") &&
+            !std::strcmp(isa_name(Isa::kAvx512), "avx512"),
+        "isa_name");
+}
+
+// The deliberate errors. Each is committed by the kernel, so it also shows that the kernel, not
+// only this file, is built with the sanitizer.
+int commit(const std::string& error) {
+  const int64_t T = 100, start = 0;
+  std::vector<uint16_t> tokens(T + 1, 5);
+  Segment segment{tokens.data(), T + 1};
+  std::vector<int64_t> x(T), y(T);
+  const auto gather = [&](std::vector<int64_t>& into) {
+    gather_batch(&segment, 1, TokenType::kUint16, &start, 1, T, OutputType::kInt64, into.data(),
+                 y.data());
+  };
+  if (error == "overrun") {
+    std::vector<int64_t> short_x(T - 1);
+    gather(short_x);
+  } else if (error == "overread") {
+    std::vector<uint16_t> short_tokens(T, 5);
+    segment.tokens = short_tokens.data();
+    gather(x);
+  } else if (error == "misaligned") {
+    std::vector<char> bytes(2 * T + 3);
+    segment.tokens = bytes.data() + 1;
+    gather(x);
+  } else if (error == "race") {
+    std::thread first([&] { gather(x); }), second([&] { gather(x); });
+    first.join();
+    second.join();
+  } else {
+    std::fprintf(stderr, "unknown argument %s\n", error.c_str());
+    return 2;
+  }
+  std::printf("%s: nothing stopped it\n", error.c_str());
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1) return commit(argv[1]);
+  test_isa();
+  test_parallel_for();
+  test_gather<uint8_t, int32_t>();
+  test_gather<uint8_t, int64_t>();
+  test_gather<uint16_t, int32_t>();
+  test_gather<uint16_t, int64_t>();
+  test_gather<uint32_t, int32_t>();
+  test_gather<uint32_t, int64_t>();
+  test_gather<int32_t, int32_t>();
+  test_gather<int32_t, int64_t>();
+  test_gather<int64_t, int32_t>();
+  test_gather<int64_t, int64_t>();
+  test_gather_threads();
+  test_narrowing<uint32_t>({0x80000000u, 0xffffffffu}, {0x7fffffffu, 0});
+  test_narrowing<int64_t>({int64_t{1} << 31, int64_t{1} << 32, int64_t{1} << 62,
+                           -(int64_t{1} << 31) - 1, std::numeric_limits<int64_t>::min()},
+                          {(int64_t{1} << 31) - 1, -1, -100, -(int64_t{1} << 31)});
+  test_first_out_of_range<uint8_t>();
+  test_first_out_of_range<uint16_t>();
+  test_first_out_of_range<uint32_t>();
+  test_first_out_of_range<int32_t>();
+  test_first_out_of_range<int64_t>();
+  test_concurrent_callers();
+  test_fork();
+  std::printf("%s, %d threads, best instruction set %s\n", parallel_backend(), max_threads(),
+              isa_name(best_isa()));
+  std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed),
+              static_cast<long long>(failed));
+  return failed ? 1 : 0;
+}

@@ -1,0 +1,183 @@
+"""TrainingConfig: the seeds' fields and defaults, what follows from what, and refusals."""
+
+import os
+from dataclasses import fields
+
+import pytest
+
+from fastlm import ConfigError, TrainingConfig
+from fastlm.presets import PRESETS
+
+# TrainingConfig of the functions notebook; its device="cuda" is "auto" here.
+NOTEBOOK_DEFAULTS = dict(
+    batch_size=32,
+    context_len=256,
+    vocab_size=10000,
+    num_layers=12,
+    num_heads=16,
+    d_model=1024,
+    d_ff=2752,  # None there, derived in __post_init__
+    rope_theta=10000.0,
+    total_steps=10_000,
+    log_every=50,
+    eval_every=500,
+    ckpt_every=1000,
+    lr_max=3e-4,
+    lr_min=3e-5,
+    betas=(0.9, 0.95),
+    eps=1e-8,
+    weight_decay=0.1,
+    grad_clip_norm=1.0,
+    warmup_iters=200,
+    cosine_iters=10000,
+    device="auto",
+    target_dir="./TrainLoopFiles",
+    ckpt_dir="./TrainLoopFiles/checkpoints",
+    ckpt_save_prefix="checkpoint",
+    log_dir="./TrainLoopFiles/logs",
+    log_save_prefix="train",
+    ckpt_path_to_resume=None,
+)
+
+
+def notebook_d_ff(d_model: int) -> int:
+    """As it stands in the notebook."""
+    multiple = 64
+    raw_dff = int((8 / 3) * d_model)
+    return multiple * ((raw_dff + multiple - 1) // multiple)
+
+
+def test_the_defaults_are_the_notebooks():
+    cfg = TrainingConfig()
+    assert {name: getattr(cfg, name) for name in NOTEBOOK_DEFAULTS} == NOTEBOOK_DEFAULTS
+
+
+def test_what_is_new_changes_nothing_of_the_notebooks_run():
+    cfg = TrainingConfig()
+    new = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in NOTEBOOK_DEFAULTS}
+    assert new == dict(
+        data=(), val_data=(), data_dtype=None, grad_accum=1, tie_embeddings=False, dropout=0.0,
+        train_minutes=None, max_minutes=None, eval_batches=20, weight_decay_all=False,
+        schedule="cosine", dtype="auto", compile=False, activation_checkpointing=False, seed=0,
+        init_from=None, eval_only=False, overwrite=False,
+    )  # fmt: skip
+
+
+def test_d_ff_follows_d_model():
+    for d_model in (*range(2, 2000, 6), 4096, 5120, 8192):
+        assert TrainingConfig.cal_d_ff(d_model) == notebook_d_ff(d_model)
+    assert TrainingConfig(d_model=512).d_ff == 1408
+    assert TrainingConfig(d_model=512, d_ff=100).d_ff == 100
+    assert TrainingConfig().cal_d_ff(96) == 256  # from an instance too, as the notebook allows
+
+
+def test_directories_follow_target_dir():
+    cfg = TrainingConfig(target_dir="here")
+    assert cfg.ckpt_dir == os.path.join("here", "checkpoints")
+    assert cfg.log_dir == os.path.join("here", "logs")
+    cfg = TrainingConfig(ckpt_dir="./TrainLoopFiles/test")
+    assert cfg.ckpt_dir == "./TrainLoopFiles/test"
+    assert cfg.log_dir == os.path.join("./TrainLoopFiles", "logs")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_presets_are_valid(preset):
+    known = {f.name for f in fields(TrainingConfig)}
+    assert set(PRESETS[preset]) <= known
+    TrainingConfig(**PRESETS[preset])
+
+
+def test_the_notebook_preset_is_its_worked_example():
+    cfg = TrainingConfig(**PRESETS["notebook"])
+    expected = dict(
+        batch_size=16, context_len=256, total_steps=1000, log_every=20, eval_every=100,
+        ckpt_every=250, lr_max=6e-4, lr_min=6e-5, warmup_iters=300, weight_decay=0.05,
+        grad_clip_norm=1.0, vocab_size=10000, num_layers=6, d_model=512, num_heads=8, d_ff=1408,
+    )  # fmt: skip
+    assert {name: getattr(cfg, name) for name in expected} == expected
+
+
+def test_the_gpt2_preset_is_gpt2s_size():
+    from fastlm.model import TransformerLM, count_parameters
+
+    cfg = TrainingConfig(**PRESETS["gpt2-124m"])
+    assert (cfg.num_layers, cfg.num_heads, cfg.d_model, cfg.context_len) == (12, 12, 768, 1024)
+    assert 480_000 < cfg.batch_size * cfg.grad_accum * cfg.context_len < 530_000
+    import torch
+
+    with torch.device("meta"):
+        model = TransformerLM(
+            cfg.vocab_size, cfg.d_model, cfg.num_heads, cfg.num_layers, cfg.context_len,
+            tie_embeddings=cfg.tie_embeddings,
+        )  # fmt: skip
+    assert 120e6 < count_parameters(model) < 128e6
+
+
+POSITIVE = [
+    "batch_size",
+    "context_len",
+    "grad_accum",
+    "vocab_size",
+    "num_layers",
+    "num_heads",
+    "d_model",
+    "d_ff",
+    "total_steps",
+    "log_every",
+    "eval_batches",
+    "lr_max",
+    "eps",
+    "rope_theta",
+    "train_minutes",
+    "max_minutes",
+]
+NOT_NEGATIVE = [
+    "eval_every",
+    "ckpt_every",
+    "lr_min",
+    "weight_decay",
+    "grad_clip_norm",
+    "warmup_iters",
+    "seed",
+]
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_settings_that_must_be_positive(name):
+    not_a_number = () if name == "d_model" else (float("nan"),)  # no width follows from that one
+    for value in (0, -1, *not_a_number):
+        with pytest.raises(ConfigError, match=rf"^{name}={value}: it must be positive"):
+            TrainingConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", NOT_NEGATIVE)
+def test_settings_that_must_not_be_negative(name):
+    for value in (-1, float("nan")):
+        with pytest.raises(ConfigError, match=rf"^{name}={value}: it must not be negative"):
+            TrainingConfig(**{name: value})
+    TrainingConfig(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(betas=(0.9, 1.0)), r"betas=\(0\.9, 1\.0\): both must lie in \[0, 1\)"),
+        (dict(betas=(-0.1, 0.9)), r"betas=\(-0\.1, 0\.9\)"),
+        (dict(dropout=1.0), r"dropout=1\.0: it must lie in \[0, 1\)"),
+        (dict(dropout=-0.1), r"dropout=-0\.1"),
+        (dict(lr_min=1e-3), r"lr_min=0\.001: it must not be above lr_max=0\.0003"),
+        (dict(schedule="linear"), r"schedule='linear': it must be cosine, wsd"),
+        (dict(dtype="fp8"), r"dtype='fp8': it must be auto, float32, bfloat16, float16"),
+        (dict(num_heads=3), r"d_model=1024 is not divisible by num_heads=3"),
+        (dict(d_model=48, num_heads=16), r"num_heads=16 gives heads of 3; .* even"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ConfigError, match=f"^{message}" if "heads of" not in message else message):
+        TrainingConfig(**settings)
+
+
+def test_a_config_error_is_a_value_error_in_one_line():
+    with pytest.raises(ValueError) as caught:
+        TrainingConfig(num_heads=7)
+    assert "\n" not in str(caught.value)

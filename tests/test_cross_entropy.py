@@ -1,0 +1,517 @@
+"""cross_entropy_loss against its reference in fp64 and against torch.nn.functional.cross_entropy.
+
+N rows, V vocabulary.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import DEVICES, assert_as_accurate, assert_bitwise_equal
+
+from fastlm import active_implementation, cross_entropy_loss
+from fastlm.ops.cross_entropy import cross_entropy_loss_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+OPTIONS = {
+    "defaults": {},
+    "ignore_index": {"ignore_index": 3},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "all smoothed": {"label_smoothing": 1.0},
+    "softcap": {"softcap": 5.0},
+    "z_loss": {"z_loss": 0.01},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "num_items": {"num_items": 11},
+    "together": {"label_smoothing": 0.2, "softcap": 8.0, "z_loss": 0.02, "num_items": 7.5},
+    "together, none": {
+        "label_smoothing": 0.2, "softcap": 8.0, "z_loss": 0.02, "reduction": "none",
+    },
+}  # fmt: skip
+
+# Leading dimensions and V: one row, one class; one less and more than a vector of 64; odd ones;
+# a vocabulary larger than a block of 4096.
+SHAPES = [(1, 1), (3, 1), (7, 2), (4, 63), (5, 64), (4, 65), (2, 3, 17), (6, 1000), (2, 4097)]
+
+
+def make(shape, dtype=torch.float32, device="cpu", *, seed=0, scale=3.0, ignored=True):
+    """Random logits (..., V) and targets (...); every third target is -100."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+    targets = torch.randint(shape[-1], shape[:-1], generator=generator)
+    if ignored:
+        targets.view(-1)[1::3] = -100
+    return logits, targets.to(device)
+
+
+def torch_loss(logits, targets, *, softcap=None, z_loss=0.0, num_items=None, **options):
+    """The same by PyTorch's own functions, on fp32 logits."""
+    reduction = options.pop("reduction", "mean")
+    ignore_index = options.get("ignore_index", -100)
+    V = logits.shape[-1]
+    rows, labels = logits.float().reshape(-1, V), targets.reshape(-1)
+    if softcap is not None:
+        rows = softcap * torch.tanh(rows / softcap)
+    loss = F.cross_entropy(rows, labels, reduction="none", **options)
+    if z_loss:
+        kept = labels != ignore_index
+        loss = loss + torch.where(kept, z_loss * torch.logsumexp(rows, dim=-1).square(), 0.0)
+    if reduction == "none":
+        return loss.view(targets.shape)
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / ((labels != ignore_index).sum() if num_items is None else num_items)
+
+
+def loss_and_gradient(loss_function, logits, targets, **options):
+    """(loss, gradient of the logits) for an upstream gradient that is not 1."""
+    leaf = logits.detach().clone().requires_grad_()
+    loss = loss_function(leaf, targets, **options)
+    # In fp32, then widened: the truth must get the same.
+    generator = torch.Generator().manual_seed(5)
+    upstream = (0.2 + torch.rand(loss.shape, generator=generator)).to(loss.device, loss.dtype)
+    loss.backward(upstream)
+    return loss.detach(), leaf.grad
+
+
+def assert_right(loss, gradient, logits, targets, **options):
+    """The suite's one comparison of values and gradients: fp64 truth, PyTorch's error allowed."""
+    true_loss, true_gradient = loss_and_gradient(
+        cross_entropy_loss_reference, logits.double(), targets, **options
+    )
+    torchs_loss, torchs_gradient = loss_and_gradient(torch_loss, logits, targets, **options)
+    # In lse - l_y and in p_v - [v = y] terms cancel. Each is rounded at its own size: that of the
+    # row's lse and, for the gradient, the row's upstream gradient over the denominator.
+    rows = logits.double()
+    if (softcap := options.get("softcap")) is not None:
+        rows = softcap * torch.tanh(rows / softcap)
+    finite = torch.where(rows.isfinite(), rows, 0.0)
+    size = finite.abs().amax(-1) + torch.logsumexp(rows, -1).abs().nan_to_num(0, 0, 0)
+    if loss.dim() == 0:
+        size = size.mean() if options.get("reduction", "mean") == "mean" else size.sum()
+    assert_as_accurate(
+        loss, torchs_loss, true_loss, magnitude=true_loss.abs().nan_to_num(0, 0, 0) + size,
+        what="loss",
+    )  # fmt: skip
+    labels = torch.where(targets == options.get("ignore_index", -100), 0, targets).unsqueeze(-1)
+    size = true_gradient.abs().nan_to_num(0, 0, 0)
+    row_size = size.sum(-1, keepdim=True) / 2  # of p_v - [v = y] the positive part, or a bound
+    size = size.scatter_add(-1, labels, row_size)
+    assert_as_accurate(
+        gradient, torchs_gradient, true_gradient, magnitude=size, what="gradient of the logits"
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options, dtype, device):
+    for shape in SHAPES:
+        logits, targets = make(shape, dtype, device)
+        if "ignore_index" in options:
+            if shape[-1] <= 3:
+                continue
+            targets[targets == -100] = 3  # a label of the vocabulary, which others have, too
+        loss, gradient = loss_and_gradient(cross_entropy_loss, logits, targets, **options)
+        assert loss.dtype == torch.float32 and gradient.dtype == dtype
+        assert loss.shape == (targets.shape if options.get("reduction") == "none" else ())
+        assert_right(loss, gradient, logits, targets, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_reference_is_differentiable(options):
+    # The oracle itself: its gradient by finite differences, its value by PyTorch's function.
+    logits, targets = make((2, 3, 7))
+    logits = logits.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: cross_entropy_loss_reference(x, targets, **options), (logits,)
+    )
+    reference = cross_entropy_loss_reference(logits, targets, **options)
+    torch.testing.assert_close(
+        reference.float(), torch_loss(logits.float(), targets, **options), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_double_precision():
+    logits, targets = make((2, 3, 7))
+    logits = logits.double().requires_grad_()
+    options = OPTIONS["together"]
+    assert torch.autograd.gradcheck(lambda x: cross_entropy_loss(x, targets, **options), (logits,))
+    torch.testing.assert_close(
+        cross_entropy_loss(logits, targets, **options),
+        cross_entropy_loss_reference(logits, targets, **options),
+        rtol=1e-13,
+        atol=0,
+    )
+
+
+def test_cs336_values():
+    # The logits and targets of CS336's own test, with its second part: overflow.
+    logits = torch.tensor(
+        [
+            [0.1088, 0.1060, 0.6683, 0.5131, 0.0645],
+            [0.4538, 0.6852, 0.2520, 0.3792, 0.2675],
+            [0.4578, 0.3357, 0.6384, 0.0481, 0.5612],
+            [0.9639, 0.8864, 0.1585, 0.3038, 0.0350],
+            [0.3356, 0.9013, 0.7052, 0.8294, 0.8334],
+            [0.6333, 0.4434, 0.1428, 0.5739, 0.3810],
+            [0.9476, 0.5917, 0.7037, 0.2987, 0.6208],
+            [0.8541, 0.1803, 0.2054, 0.4775, 0.8199],
+        ]
+    )
+    targets = torch.tensor([1, 0, 2, 2, 4, 1, 4, 0])
+    for inputs in (logits, 1000.0 * logits):
+        torch.testing.assert_close(
+            cross_entropy_loss(inputs, targets), F.cross_entropy(inputs, targets), atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, OPTIONS["label_smoothing"], OPTIONS["z_loss"]], ids=str)
+def test_huge_logits(dtype, options):
+    # exp(1e4) is no fp32 number; 1e4 is one of fp16.
+    logits, targets = make((6, 50), dtype, scale=1.0)
+    logits[0] += 1e4
+    logits[1] -= 1e4
+    logits[2] *= 1e4
+    logits[3, 7], targets[3] = 1e4, 7
+    logits[4], targets[4] = 1e4, 0
+    targets[5] = 49
+    loss, gradient = loss_and_gradient(cross_entropy_loss, logits, targets, **options)
+    assert loss.isfinite() and gradient.isfinite().all()
+    assert_right(loss, gradient, logits, targets, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, OPTIONS["softcap"], OPTIONS["z_loss"]], ids=str)
+def test_minus_infinity_is_no_probability(dtype, options):
+    logits, targets = make((4, 20), dtype, ignored=False)
+    logits[:, 5:9] = -torch.inf
+    targets[:] = torch.tensor([0, 4, 9, 19])
+    loss, gradient = loss_and_gradient(cross_entropy_loss, logits, targets, **options)
+    assert loss.isfinite() and (gradient[:, 5:9] == 0).all()
+    assert_right(loss, gradient, logits, targets, **options)
+    if "softcap" not in options:  # a label of probability 0
+        targets[0] = 5
+        assert cross_entropy_loss(logits, targets, **options) == torch.inf
+
+
+def test_nan_is_not_hidden():
+    logits, targets = make((4, 20), ignored=False)
+    logits[2, 3] = torch.nan
+    losses = cross_entropy_loss(logits, targets, reduction="none")
+    assert losses.isnan().tolist() == [False, False, True, False]
+    assert cross_entropy_loss(logits, targets).isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(4, 9), (0, 9), (2, 0, 9)], ids=str)
+def test_nothing_to_learn_from(shape, reduction, dtype):
+    # Every row ignored, or no row at all: not 0/0, which F.cross_entropy's mean returns.
+    logits, targets = make(shape, dtype)
+    targets[:] = -100
+    for options in ({}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"softcap": 2.0}):
+        loss, gradient = loss_and_gradient(
+            cross_entropy_loss, logits, targets, reduction=reduction, **options
+        )
+        assert loss.shape == (targets.shape if reduction == "none" else ())
+        assert (loss == 0).all() and (gradient == 0).all()
+
+
+def test_ignored_rows_may_hold_anything():
+    # Padding is often masked with -inf, whose lse is infinite: it must not enter by 0 * inf.
+    logits, targets = make((5, 9), ignored=False)
+    expected = cross_entropy_loss(logits[1:], targets[1:], z_loss=0.1, label_smoothing=0.1)
+    for padding in (-torch.inf, torch.inf, torch.nan):
+        logits[0], targets[0] = padding, -100
+        loss = cross_entropy_loss(logits, targets, z_loss=0.1, label_smoothing=0.1)
+        torch.testing.assert_close(loss, expected)
+
+
+def test_num_items_counts_over_micro_batches():
+    logits, targets = make((8, 30))
+    logits.requires_grad_()
+    (whole,) = torch.autograd.grad(cross_entropy_loss(logits, targets), logits)
+    items = (targets != -100).sum()
+    for num_items in (items, int(items), float(items), items.double()):
+        parts = [
+            cross_entropy_loss(logits[rows], targets[rows], num_items=num_items)
+            for rows in (slice(0, 3), slice(3, 8))
+        ]
+        assert all(part.dtype == torch.float32 for part in parts)
+        (summed,) = torch.autograd.grad(sum(parts), logits)
+        torch.testing.assert_close(summed, whole, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_return_lse(dtype, softcap):
+    logits, targets = make((2, 3, 40), dtype)
+    logits.requires_grad_()
+    loss, lse = cross_entropy_loss(logits, targets, softcap=softcap, return_lse=True)
+    torch.testing.assert_close(loss, cross_entropy_loss(logits, targets, softcap=softcap))
+    true_logits = logits.detach().double().requires_grad_()
+    true_loss, true_lse = cross_entropy_loss_reference(
+        true_logits, targets, softcap=softcap, return_lse=True
+    )
+    assert lse.dtype == torch.float32 and lse.shape == targets.shape
+    torch.testing.assert_close(lse.double(), true_lse, rtol=1e-6, atol=1e-6)
+    # Both outputs in one backward pass.
+    weights = torch.rand(targets.shape, generator=torch.Generator().manual_seed(1))
+    (loss + (weights * lse).sum()).backward()
+    (true_loss + (weights * true_lse).sum()).backward()
+    tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(
+        logits.grad.double(), true_logits.grad, rtol=tolerance, atol=tolerance
+    )
+
+
+def test_lse_alone_is_differentiable():
+    logits, targets = make((5, 11))
+    logits.requires_grad_()
+    _, lse = cross_entropy_loss(logits, targets, return_lse=True)
+    (gradient,) = torch.autograd.grad(lse.sum(), logits)
+    torch.testing.assert_close(gradient, torch.softmax(logits, dim=-1))
+
+
+def test_inputs_are_unchanged():
+    logits, targets = make((6, 33), torch.bfloat16)
+    before = logits.clone(), targets.clone()
+    logits.requires_grad_()
+    cross_entropy_loss(logits, targets, **OPTIONS["together"]).backward()
+    assert_bitwise_equal(logits.detach(), before[0])
+    assert_bitwise_equal(targets, before[1])
+
+
+def test_backward_twice():
+    # A kernel that writes the gradient over the logits, or scales it in place, fails here.
+    logits, targets = make((6, 33))
+    logits.requires_grad_()
+    loss = cross_entropy_loss(logits, targets)
+    (first,) = torch.autograd.grad(loss, logits, torch.tensor(3.0), retain_graph=True)
+    (second,) = torch.autograd.grad(loss, logits, torch.tensor(3.0))
+    assert_bitwise_equal(first, second)
+    (unit,) = torch.autograd.grad(cross_entropy_loss(logits, targets), logits)
+    torch.testing.assert_close(first, 3 * unit)
+
+
+def test_memory_layouts():
+    # A slice of a padded vocabulary, a transposed matrix, every other row.
+    logits, targets = make((6, 40), ignored=False)
+    padded = torch.full((6, 64), torch.nan)
+    padded[:, :40] = logits
+    spread = torch.full((12, 40), torch.nan)
+    spread[::2] = logits
+    expected, expected_gradient = loss_and_gradient(cross_entropy_loss, logits, targets)
+    for view in (padded[:, :40], logits.t().contiguous().t(), spread[::2]):
+        view = view.detach().requires_grad_()
+        assert not view.is_contiguous()
+        loss = cross_entropy_loss(view, targets.repeat_interleave(2)[::2])
+        assert_bitwise_equal(loss.detach(), expected)
+        (gradient,) = torch.autograd.grad(loss, view)
+        (contiguous,) = torch.autograd.grad(
+            cross_entropy_loss(leaf := logits.clone().requires_grad_(), targets), leaf
+        )
+        torch.testing.assert_close(gradient, contiguous, rtol=0, atol=0)
+    assert expected_gradient.isfinite().all()
+
+
+def test_one_row_without_leading_dimensions():
+    logits, targets = make((17,), ignored=False)
+    assert targets.shape == ()
+    torch.testing.assert_close(
+        cross_entropy_loss(logits, targets), F.cross_entropy(logits, targets)
+    )
+    assert cross_entropy_loss(logits, targets, reduction="none").shape == ()
+
+
+LABEL_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", LABEL_DTYPES, ids=str)
+def test_label_dtypes(dtype):
+    # V = 200 is no int8, -100 as uint8 is 156: compared in the labels' own dtype both wrap around.
+    logits, _ = make((3, 200))
+    targets = torch.tensor([1, 127, 0] if dtype == torch.int8 else [156, 199, 0])
+    expected = cross_entropy_loss(logits, targets)
+    assert_bitwise_equal(cross_entropy_loss(logits, targets.to(dtype)), expected)
+    reference = cross_entropy_loss_reference(logits, targets.to(dtype))
+    torch.testing.assert_close(reference, expected)
+
+
+def test_threads_do_not_change_the_result():
+    logits, targets = make((64, 501))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(loss_and_gradient(cross_entropy_loss, logits, targets))
+    finally:
+        torch.set_num_threads(before)
+    for loss, gradient in results[1:]:
+        assert_bitwise_equal(loss, results[0][0])
+        assert_bitwise_equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_without_a_graph_break(backend):
+    options = OPTIONS["together"]
+    compiled = torch.compile(
+        lambda x, y: cross_entropy_loss(x, y, **options), fullgraph=True, backend=backend
+    )
+    for rows in (6, 9):  # another size, which becomes dynamic
+        logits, targets = make((rows, 65))
+        loss, gradient = loss_and_gradient(compiled, logits, targets)
+        expected, expected_gradient = loss_and_gradient(
+            cross_entropy_loss, logits, targets, **options
+        )
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+
+
+def logits_and_targets(shape=(3, 5)):
+    return make(shape, ignored=False)
+
+
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (ValueError, r"targets has shape \(3, 1\), logits \(3, 5\)",
+         lambda x, y: cross_entropy_loss(x, y[:, None])),
+        (ValueError, r"targets has shape \(2,\), logits \(3, 5\)",
+         lambda x, y: cross_entropy_loss(x, y[:2])),
+        (ValueError, r"targets has shape \(\), logits \(\)",
+         lambda x, y: cross_entropy_loss(x[0, 0], y[0])),
+        (ValueError, r"logits has shape \(3, 0\)", lambda x, y: cross_entropy_loss(x[:, :0], y)),
+        (TypeError, "logits has dtype torch.int64", lambda x, y: cross_entropy_loss(x.long(), y)),
+        (TypeError, "targets has dtype torch.float32", lambda x, y: cross_entropy_loss(x, y * 1.0)),
+        (TypeError, "targets has dtype torch.bool", lambda x, y: cross_entropy_loss(x, y > 1)),
+        (ValueError, "label_smoothing=1.5",
+         lambda x, y: cross_entropy_loss(x, y, label_smoothing=1.5)),
+        (ValueError, "label_smoothing=-0.1",
+         lambda x, y: cross_entropy_loss(x, y, label_smoothing=-0.1)),
+        (ValueError, "label_smoothing=nan",
+         lambda x, y: cross_entropy_loss(x, y, label_smoothing=float("nan"))),
+        (ValueError, "softcap=0", lambda x, y: cross_entropy_loss(x, y, softcap=0.0)),
+        (ValueError, "softcap=nan", lambda x, y: cross_entropy_loss(x, y, softcap=float("nan"))),
+        (ValueError, "z_loss=-1", lambda x, y: cross_entropy_loss(x, y, z_loss=-1.0)),
+        (ValueError, "z_loss=nan", lambda x, y: cross_entropy_loss(x, y, z_loss=float("nan"))),
+        (ValueError, "reduction='average'",
+         lambda x, y: cross_entropy_loss(x, y, reduction="average")),
+        (ValueError, "num_items replaces",
+         lambda x, y: cross_entropy_loss(x, y, num_items=3, reduction="sum")),
+        (ValueError, "num_items=0", lambda x, y: cross_entropy_loss(x, y, num_items=0)),
+        (ValueError, r"num_items has shape \(3,\)",
+         lambda x, y: cross_entropy_loss(x, y, num_items=torch.ones(3))),
+        (ValueError, "impl='cuda'", lambda x, y: cross_entropy_loss(x, y, impl="cuda")),
+        (ValueError, "impl='triton'", lambda x, y: cross_entropy_loss(x, y, impl="triton")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_bad_arguments_are_named(error, message, change):
+    logits, targets = logits_and_targets()
+    with pytest.raises(error, match=message):
+        change(logits, targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8], ids=str)
+@pytest.mark.parametrize("value", [5, -1, -99, 127])
+def test_label_out_of_range(value, dtype):
+    logits, targets = logits_and_targets((2, 3, 5))
+    targets = targets.to(dtype)
+    targets[1, 2] = value
+    with pytest.raises(ValueError, match=rf"targets\[1, 2\] = {value}: .*\[0, 5\).*-100"):
+        cross_entropy_loss(logits, targets)
+    # It is the first wrong one that is named, and ignore_index is not wrong.
+    targets[0, 1] = 77
+    with pytest.raises(ValueError, match=r"targets\[0, 1\] = 77"):
+        cross_entropy_loss(logits, targets)
+    targets[0, 1] = value
+    assert cross_entropy_loss(logits, targets, ignore_index=value).isfinite()
+
+
+def test_implementation_can_be_forced():
+    logits, targets = logits_and_targets()
+    forced = cross_entropy_loss(logits, targets, impl=active_implementation("cross_entropy"))
+    assert_bitwise_equal(forced, cross_entropy_loss(logits, targets))
+    torch.testing.assert_close(cross_entropy_loss(logits, targets, impl="torch"), forced)
+
+
+def zeroed(gradient, targets):
+    return torch.zeros_like(gradient)
+
+
+def halved(gradient, targets):
+    return gradient / 2
+
+
+def doubled_upstream(gradient, targets):
+    return gradient * 1.02
+
+
+def target_term_dropped(gradient, targets):
+    # (p - 1) becomes p: what remains after the rows' sums are made 0 again.
+    rows = torch.arange(len(targets))
+    fixed = gradient.clone()
+    fixed[rows, targets] -= gradient.sum(-1) + gradient[rows, targets]
+    return fixed
+
+
+def softmax_term_dropped(gradient, targets):
+    kept = torch.zeros_like(gradient)
+    rows = torch.arange(len(targets))
+    kept[rows, targets] = gradient[rows, targets]
+    return kept
+
+
+def two_rows_swapped(gradient, targets):
+    return gradient[[1, 0, *range(2, len(gradient))]]
+
+
+def last_column_missed(gradient, targets):
+    fixed = gradient.clone()
+    fixed[:, -1] = 0
+    return fixed
+
+
+def one_nan(gradient, targets):
+    fixed = gradient.clone()
+    fixed[-1, -1] = torch.nan
+    return fixed
+
+
+MUTATIONS = [
+    zeroed, halved, doubled_upstream, target_term_dropped, softmax_term_dropped, two_rows_swapped,
+    last_column_missed, one_nan,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda f: f.__name__)
+def test_a_wrong_gradient_is_rejected(mutation, dtype):
+    logits, targets = make((6, 1000), dtype, ignored=False)
+    loss, gradient = loss_and_gradient(cross_entropy_loss, logits, targets)
+    assert_right(loss, gradient, logits, targets)
+    with pytest.raises(AssertionError, match="gradient of the logits"):
+        assert_right(loss, mutation(gradient, targets), logits, targets)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        lambda loss: loss * 6 / 8,  # divided by all rows, not by those that count
+        lambda loss: loss * 1.001,
+        lambda loss: torch.zeros_like(loss),
+        lambda loss: loss + torch.nan,
+        lambda loss: loss.bfloat16().float(),
+    ],
+    ids=["denominator", "1.001", "zero", "nan", "rounded"],
+)
+def test_a_wrong_loss_is_rejected(mutation):
+    logits, targets = make((8, 1000))
+    loss, gradient = loss_and_gradient(cross_entropy_loss, logits, targets)
+    assert_right(loss, gradient, logits, targets)
+    with pytest.raises(AssertionError, match="loss"):
+        assert_right(mutation(loss), gradient, logits, targets)

@@ -1,0 +1,162 @@
+"""csrc/: its C++ tests with and without sanitizers, and the instruction sets seen from Python.
+
+The C++ tests (tests/csrc/gather_batch_test.cpp) are built by the CMakeLists.txt that builds the
+extension. OpenMP without a sanitizer is what the extension itself is built with: that combination
+is tested through Python, in test_gather_batch.py.
+"""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from fastlm.extension import extension
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# name: (CMake options, the -fsanitize value). ThreadSanitizer misreports correct libgomp loops:
+# CMakeLists.txt gives it std::thread. The driver is compiled with -O0, which takes a third of the
+# time; the kernels are compiled with -O3 whatever the build type.
+BUILDS = {
+    "address,undefined": (["-DFASTLM_SANITIZE=address,undefined"], "address,undefined"),
+    "thread": (["-DFASTLM_SANITIZE=thread"], "thread"),
+    "std::thread": (["-DFASTLM_OPENMP=OFF"], None),
+}
+
+
+def tool(name: str) -> str:
+    """The program `name`, of this environment before the system's."""
+    directories = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    path = shutil.which(name, path=directories)
+    assert path, f"{name} not found: pip install {name} (it belongs to fastlm's extra `test`)"
+    return path
+
+
+@functools.cache
+def supports(sanitizer: str, directory: Path) -> bool:
+    """Does the C++ compiler have the runtime library of this sanitizer?"""
+    source = directory / "probe.cpp"
+    source.write_text("int main() { return 0; }\n")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "clang++"
+    command = [compiler, f"-fsanitize={sanitizer}", source, "-o", directory / "probe"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Builds the C++ tests, once for each way; the path of the binary."""
+
+    @functools.cache
+    def built(name: str) -> Path:
+        options, sanitizer = BUILDS[name]
+        directory = tmp_path_factory.mktemp("csrc")
+        if sanitizer and not supports(sanitizer, directory):
+            pytest.skip(f"the C++ compiler has no runtime library for -fsanitize={sanitizer}")
+        ninja = tool("ninja")
+        configure = [tool("cmake"), "-S", ROOT, "-B", directory, "-G", "Ninja"]
+        configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Debug"]
+        configure += ["-DFASTLM_BUILD_TESTS=ON", *options]
+        for command in (configure, [ninja, "-C", directory]):
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout + result.stderr
+        return directory / "csrc_test"
+
+    return built
+
+
+def run(binary: Path, *arguments: str) -> subprocess.CompletedProcess:
+    # No leak check: it needs ptrace, which containers often forbid, and csrc/ allocates by
+    # containers only.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [str(binary), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    if "unexpected memory mapping" in result.stderr and shutil.which("setarch"):
+        # ThreadSanitizer of older compilers, under kernels that randomise more address bits.
+        command = ["setarch", "-R", *command]
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=120
+        )
+    return result
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_cpp_tests_pass(build, name):
+    result = run(build(name))
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = re.fullmatch(r"(\d+) passed, 0 failed", result.stdout.splitlines()[-1])
+    assert summary, result.stdout
+    assert int(summary[1]) > 5_000  # a driver that tests nothing would pass, too
+    assert "Sanitizer" not in result.stderr and "runtime error" not in result.stderr
+    backend = "openmp" if name == "address,undefined" else "std::thread"
+    if extension().PARALLEL_BACKEND == "openmp":  # the compiler has OpenMP
+        assert backend in result.stdout
+
+
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        ("address,undefined", "overrun", "AddressSanitizer: heap-buffer-overflow"),
+        ("address,undefined", "overread", "AddressSanitizer: heap-buffer-overflow"),
+        ("address,undefined", "misaligned", "runtime error: load of misaligned address"),
+        ("thread", "race", "ThreadSanitizer: data race"),
+    ],
+)
+def test_sanitizers_stop_a_deliberate_error(build, name, error, message):
+    # One element past a buffer, a pointer at an odd address, two writers of one buffer: each in the
+    # kernel. The sanitized runs above can fail.
+    result = run(build(name), error)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "gather_batch.cpp" in result.stderr  # it happened in csrc/, not in the driver
+
+
+@pytest.fixture
+def restored_isa():
+    yield
+    extension().force_isa(None)
+
+
+def test_force_isa(restored_isa):
+    module = extension()
+    features = module.cpu_features()
+    best = "avx512" if features["avx512"] else "avx2" if features["avx2"] else "portable"
+    assert module.isa() == best
+    order = ["portable", "avx2", "avx512"]
+    for name in order:
+        if order.index(name) <= order.index(best):
+            module.force_isa(name)
+            assert module.isa() == name
+        else:
+            before = module.isa()
+            with pytest.raises(ValueError, match=f"no {name}, only {best}"):
+                module.force_isa(name)
+            assert module.isa() == before
+    module.force_isa(None)
+    assert module.isa() == best
+
+
+@pytest.mark.parametrize("name", ["sse9", "", "AVX2", "avx512 "])
+def test_force_unknown_isa(restored_isa, name):
+    module = extension()
+    module.force_isa("portable")
+    with pytest.raises(ValueError, match=re.escape(f"'{name}': portable, avx2 or avx512")):
+        module.force_isa(name)
+    assert module.isa() == "portable"
+
+
+def test_openmp_is_torchs():
+    # A second OpenMP runtime would bring a second pool of threads.
+    if extension().PARALLEL_BACKEND != "openmp" or not Path("/proc/self/maps").exists():
+        pytest.skip("needs OpenMP and /proc")
+    mapped = {
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if ".so" in line
+    }
+    runtimes = {path for path in mapped if re.search(r"lib(gomp|omp|iomp5)[-.]", path)}
+    assert len(runtimes) == 1, runtimes

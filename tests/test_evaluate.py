@@ -1,0 +1,160 @@
+"""Validation losses against sums written out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from training_runs import VOCAB_SIZE, tiny_config, tokens
+
+from fastlm import TransformerLM, evaluate_model_loss, validate
+from fastlm.data.files import as_dataset
+from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss, summed_loss
+
+T = 8
+
+
+def make_model(**settings) -> TransformerLM:
+    torch.manual_seed(0)
+    model = TransformerLM(VOCAB_SIZE, 16, 2, 1, T, **settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def config(**settings):
+    return tiny_config("unused", context_len=T, **settings)
+
+
+def window_loss(model, data, start: int) -> torch.Tensor:
+    """(T,) fp64 losses of one window."""
+    x = torch.tensor(np.asarray(data[start : start + T], dtype=np.int64))[None]
+    y = torch.tensor(np.asarray(data[start + 1 : start + 1 + T], dtype=np.int64))
+    with torch.no_grad():
+        return F.cross_entropy(model(x)[0].double(), y, reduction="none")
+
+
+@pytest.mark.parametrize("batch_size, num_batches", [(1, 1), (3, 4), (4, 20)])
+def test_the_loss_is_the_mean_over_windows_spread_evenly(batch_size, num_batches):
+    data = tokens(300)
+    model = make_model()
+    count = batch_size * num_batches
+    last = len(data) - T - 1
+    starts = [round(i * last / (count - 1)) if count > 1 else 0 for i in range(count)]
+    expected = float(torch.stack([window_loss(model, data, s) for s in starts]).mean())
+    cfg = config(batch_size=batch_size)
+    assert evaluate_model_loss(model, data, cfg, num_batches) == pytest.approx(expected, rel=1e-5)
+    assert validate(
+        model, data, batch_size, T, device="cpu", num_val_batches=num_batches
+    ) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_default_numbers_of_batches():
+    """20 for the notebook's function, 10 for the guide's."""
+    data, model, cfg = tokens(300), make_model(), config(batch_size=2)
+    assert evaluate_model_loss(model, data, cfg) == evaluate_model_loss(model, data, cfg, 20)
+    ten = validate(model, data, 2, T, device="cpu")
+    assert ten == evaluate_model_loss(model, data, cfg, num_batches=10)
+    assert ten != evaluate_model_loss(model, data, cfg)
+
+
+def test_validate_takes_the_guides_arguments():
+    """All eleven in order, as the training guide's loop passes them."""
+    model, data = make_model(), tokens(300)
+    loss = validate(model, data, 2, T, VOCAB_SIZE, 16, 1, 2, 64, 10000.0, "cpu", 3)
+    assert loss == evaluate_model_loss(model, data, config(batch_size=2), 3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_restored_and_dropout_is_off(training):
+    plain, dropping = make_model(), make_model(dropout=0.5)
+    dropping.load_state_dict(plain.state_dict())
+    data, cfg = tokens(300), config()
+    dropping.train(training)
+    assert evaluate_model_loss(dropping, data, cfg) == evaluate_model_loss(plain, data, cfg)
+    assert dropping.training is training
+    assert all(module.training is training for module in dropping.modules())
+
+
+def test_the_mode_is_restored_after_an_error():
+    model = make_model().train()
+    with pytest.raises(RuntimeError, match="stop"), evaluating(model):
+        assert not model.training and not torch.is_grad_enabled()
+        raise RuntimeError("stop")
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_no_random_number_and_no_gradient():
+    model, data = make_model(dropout=0.5).train(), tokens(300)
+    torch.manual_seed(3)
+    np.random.seed(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = evaluate_model_loss(model, data, config())
+    validate(model, data, 2, T, device="cpu")
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert evaluate_model_loss(model, data, config()) == first  # the same batches
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_too_little_data_is_an_error():
+    for short in (tokens(T), tokens(1)):
+        with pytest.raises(ValueError, match=f"context_len={T} needs at least {T + 1}"):
+            evaluate_model_loss(make_model(), short, config())
+    assert evaluate_model_loss(make_model(), tokens(T + 1), config()) > 0
+
+
+@pytest.mark.parametrize("length", [T + 1, T + 2, 2 * T, 2 * T + 1, 5 * T - 3, 101])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_loss_over_all_targets_counts_each_once(length, batch_size):
+    data = tokens(length)
+    model = make_model().eval()
+    # A loss that tells targets apart: the bigger batch repeats some, and labels them -100.
+    seen = torch.zeros(VOCAB_SIZE, dtype=torch.int64)
+
+    def loss(x, y):
+        assert x.shape == y.shape == (batch_size, T)
+        assert ((y == -100) | (y >= 0)).all()
+        seen.add_(torch.bincount(y[y >= 0], minlength=VOCAB_SIZE))
+        with torch.no_grad():
+            return summed_loss(model(x), y)
+
+    mean, targets = loss_over_all(loss, as_dataset(data), batch_size, T, torch.device("cpu"))
+    assert targets == length - 1
+    assert seen.tolist() == np.bincount(data[1:], minlength=VOCAB_SIZE).tolist()
+    # By hand: window after window, the last one moved back to fit, its first targets left out.
+    total = 0.0
+    for begin in range(0, length - 1, T):
+        start = min(begin, length - 1 - T)
+        total += float(window_loss(model, data, start)[begin - start :].sum())
+    assert mean == pytest.approx(total / (length - 1), rel=1e-6)
+
+
+def test_the_loss_over_all_targets_of_several_files():
+    whole = tokens(100)
+    parts = as_dataset([whole[:30], whole[30:31], whole[31:]])
+    model = make_model().eval()
+
+    def loss(x, y):
+        with torch.no_grad():
+            return summed_loss(model(x), y)
+
+    cpu = torch.device("cpu")
+    assert loss_over_all(loss, parts, 4, T, cpu) == loss_over_all(
+        loss, as_dataset(whole), 4, T, cpu
+    )
+
+
+def test_mean_loss_weighs_targets_and_not_batches():
+    batches = [
+        (torch.tensor([[1, 2]]), torch.tensor([[10, -100]])),
+        (torch.tensor([[3, 4]]), torch.tensor([[20, 30]])),
+    ]
+    assert mean_loss(lambda x, y: y[y != -100].sum(), batches) == 20.0
+
+
+def test_bits_per_byte():
+    # 100 tokens at 8 bits each, over 200 bytes of text.
+    assert bits_per_byte(8 * math.log(2), 100, 200) == pytest.approx(4.0)

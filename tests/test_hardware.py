@@ -1,0 +1,256 @@
+"""Devices, dtypes, the compiler, the allocator and the measured ceiling."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import commands
+
+from fastlm import CompileError, ConfigError, DeviceError, UserError, hardware
+from fastlm.hardware import (
+    check_compiler,
+    device_name,
+    has_fast_bfloat16,
+    is_out_of_memory,
+    matmul_ceiling,
+    peak_memory_bytes,
+    select_device,
+    select_dtype,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine whose torch finds no GPU, whatever this one has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "_nvidia_gpu_present", lambda: False)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+def test_device_error_is_what_callers_catch():
+    """CS336's test of get_batch wants a RuntimeError, everybody else a ValueError."""
+    assert issubclass(DeviceError, ValueError)
+    assert issubclass(DeviceError, RuntimeError)
+    assert issubclass(DeviceError, UserError)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("gpu", "device='gpu' is unknown: auto, cpu, cuda, cuda:0, mps"),
+        ("", "device='' is unknown"),
+        ("cuda:x", "device='cuda:x' is unknown"),
+        ("meta", "device='meta' is not supported"),
+        ("xpu", "device='xpu' is not supported"),
+        ("cuda", "device='cuda' is not available: "),
+        ("cuda:1", "device='cuda:1' is not available: "),
+        ("mps", "device='mps' is not available: it needs macOS"),
+    ],
+)
+def test_devices_that_are_not_there(no_gpu, name, message):
+    with pytest.raises(DeviceError) as caught:
+        select_device(name)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_devices_that_are_there(no_gpu):
+    assert select_device() == select_device("auto") == select_device("cpu") == CPU
+    assert select_device(CPU) == CPU
+
+
+def test_a_gpu_is_the_automatic_choice(two_gpus):
+    assert select_device("auto").type == select_device("cuda").type == "cuda"
+    assert select_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(DeviceError, match=r"cuda:2.*invalid device ordinal.*has 2 GPU"):
+        select_device("cuda:2")
+
+
+def test_mps_where_there_is_no_cuda(no_gpu, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert select_device("auto").type == select_device("mps").type == "mps"
+
+
+@pytest.mark.parametrize("build", ["CPU-only", "CUDA"])
+def test_an_nvidia_gpu_that_torch_cannot_use_stops(no_gpu, monkeypatch, build):
+    monkeypatch.setattr(hardware, "_nvidia_gpu_present", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None if build == "CPU-only" else "12.8")
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(DeviceError) as caught:
+        select_device("auto")
+    message = str(caught.value)
+    assert "NVIDIA GPU" in message and "--device cpu" in message
+    if build == "CPU-only":
+        assert "CPU-only build" in message and "install a CUDA build of torch" in message
+    else:
+        assert "nvidia-smi" in message and "12.8" in message
+    assert select_device("cpu") == CPU
+
+
+def test_the_probe_looks_for_the_driver(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Path, "exists", lambda self: asked.append(str(self)) or True)
+    assert hardware._nvidia_gpu_present()
+    assert asked == ["/proc/driver/nvidia/version"]
+
+
+def test_select_dtype(monkeypatch):
+    assert select_dtype("float32", CPU) is torch.float32
+    assert select_dtype("bfloat16", CPU) is torch.bfloat16
+    assert select_dtype("float16", CPU) is torch.float16
+    for fast in (True, False):
+        monkeypatch.setattr(hardware, "has_fast_bfloat16", lambda device, fast=fast: fast)
+        assert select_dtype("auto", CPU) is (torch.bfloat16 if fast else torch.float32)
+    with pytest.raises(ConfigError, match="dtype='fp8': it must be auto, float32"):
+        select_dtype("fp8", CPU)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's /proc/cpuinfo")
+def test_fast_bfloat16_is_what_the_processor_says():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    expected = any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    assert has_fast_bfloat16(CPU) == expected
+
+
+def test_no_compiler_is_one_line_that_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CompileError) as caught:
+        check_compiler(CPU)
+    message = str(caught.value)
+    assert "C++ compiler" in message and "apt-get install g++" in message
+    assert "drop --compile" in message and "\n" not in message
+    assert check_compiler(torch.device("mps")) is None  # needs none
+
+    compiler = tmp_path / "clang++"
+    compiler.touch(0o755)
+    assert check_compiler(CPU) is None
+    monkeypatch.setenv("CXX", "my-c++")
+    with pytest.raises(CompileError, match=r"my-c\+\+"):
+        check_compiler(CPU)
+    compiler.rename(tmp_path / "my-c++")
+    assert check_compiler(CPU) is None
+
+
+def test_no_python_headers_is_one_line_that_says_what_to_do(monkeypatch, tmp_path):
+    (tmp_path / "g++").touch(0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / name))
+    with pytest.raises(CompileError, match=r"Python\.h is missing.*python3-dev.*drop --compile"):
+        check_compiler(CPU)
+
+
+ALLOCATE = """
+import sys, torch
+from fastlm.hardware import keep_freed_memory
+def faults():
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    for _ in range(5):
+        torch.ones(4 << 20)  # 16 MiB
+told = keep_freed_memory() if sys.argv[1] == "keep" else None
+step()
+before = faults()
+step()
+print(told, faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_keep_freed_memory_keeps_it():
+    """Page faults tell: 5 * 16 MiB are 20,480 pages of 4 KiB, faulted anew or not at all."""
+    counts = {}
+    # Large pages would hide the faults of the default.
+    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0", "OMP_NUM_THREADS": "1"}
+    for how in ("default", "keep"):
+        done = subprocess.run(
+            [sys.executable, "-c", ALLOCATE, how],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        told, count = done.stdout.split()
+        assert told == {"default": "None", "keep": "True"}[how]
+        counts[how] = int(count)
+    assert counts["keep"] < 200
+    if counts["default"] < 1000:
+        pytest.skip("this machine's default allocator keeps memory itself")
+
+
+def test_importing_changes_no_allocator_and_touches_no_device():
+    script = """
+import ctypes
+calls = []
+real = ctypes.CDLL
+ctypes.CDLL = lambda *a, **k: calls.append(a) or real(*a, **k)
+import torch
+calls.clear()
+import fastlm, fastlm.train, fastlm.generate, fastlm.cli
+assert not calls, calls
+assert not torch.cuda.is_initialized()
+import sys
+late = {"tyro", "tokenizers", "tqdm", "matplotlib", "triton", "fastlm._C"} & set(sys.modules)
+assert not late, late
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_ceiling_is_a_rate_that_a_matmul_reaches():
+    ceiling = matmul_ceiling(CPU, torch.float32, seconds=0.02)
+    a = torch.randn(512, 512)
+    import time
+
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = max(best, 2 * 512**3 / (time.perf_counter() - start))
+    # The clocks of a busy machine vary; the order of magnitude does not.
+    assert best / 10 < ceiling < 1e15
+
+
+def test_the_ceiling_is_the_best_of_at_least_five_shapes(monkeypatch):
+    shapes = set()
+    real = torch.matmul
+    monkeypatch.setattr(
+        torch, "matmul", lambda a, b, out: shapes.add((*a.shape, b.shape[1])) or real(a, b, out=out)
+    )
+    matmul_ceiling(CPU, torch.float32, seconds=0.0)
+    if not shapes:  # no time, no call
+        matmul_ceiling(CPU, torch.float32, seconds=1e-6)
+    assert len(shapes) >= 5
+
+
+def test_peak_memory_counts_bytes():
+    result = commands().run([], Path.cwd(), call="training_runs:tell_peak_memory")
+    before, after = map(int, result.stdout.split())
+    assert 190 << 20 < after - before < 260 << 20
+
+
+def test_out_of_memory_is_recognised():
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+    assert not is_out_of_memory(ValueError())
+
+
+def test_device_names():
+    name = device_name(CPU)
+    assert name.endswith(f", {torch.get_num_threads()} threads") and len(name) > 12
+    assert peak_memory_bytes(CPU) > 10 << 20

@@ -1,0 +1,277 @@
+"""TransformerLM against an implementation written out in loops, and against CS336's names."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from training_runs import same
+
+from fastlm import TransformerLM, count_parameters
+from fastlm.generate import generate
+from fastlm.model import KVCache, training_flops_per_token
+
+V, D, H, L, T = 37, 24, 3, 2, 16  # heads of 8: no power of two in width or vocabulary
+
+
+def make_model(**settings) -> TransformerLM:
+    """With large weights: with those of the initialisation attention hardly looks anywhere."""
+    arguments = dict(vocab_size=V, d_model=D, num_heads=H, num_layers=L, max_seq_len=T)
+    model = TransformerLM(**{**arguments, **settings})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.dim() > 1 else 0.5
+            parameter.normal_(std=scale, generator=generator)
+            if parameter.dim() == 1:
+                parameter += 1.0
+    return model
+
+
+def random_tokens(*shape, seed=0) -> torch.Tensor:
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_logits(state, ids: list[int], num_heads: int, theta: float) -> torch.Tensor:
+    """(T, V) in fp64, position by position and head by head, from the papers' formulas."""
+    w = {name: tensor.double() for name, tensor in state.items()}
+    num_layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("layers."))
+
+    def norm(x, weight):
+        return x / math.sqrt(float((x * x).mean()) + 1e-5) * weight
+
+    def rope(x, position):  # pairs of neighbours, as CS336 and the paper have them
+        d, out = len(x), x.clone()
+        for i in range(d // 2):
+            angle = position * theta ** (-2 * i / d)
+            a, b = float(x[2 * i]), float(x[2 * i + 1])
+            out[2 * i] = a * math.cos(angle) - b * math.sin(angle)
+            out[2 * i + 1] = a * math.sin(angle) + b * math.cos(angle)
+        return out
+
+    xs = [w["token_embeddings.weight"][i] for i in ids]
+    for n in range(num_layers):
+        p = f"layers.{n}."
+        normed = [norm(x, w[p + "ln1.weight"]) for x in xs]
+        q, k, v = ([w[f"{p}attn.{c}_proj.weight"] @ x for x in normed] for c in "qkv")
+        width = len(xs[0]) // num_heads
+        for t in range(len(xs)):
+            heads = []
+            for h in range(num_heads):
+                part = slice(h * width, (h + 1) * width)
+                query = rope(q[t][part], t)
+                scores = [
+                    float(query @ rope(k[s][part], s)) / math.sqrt(width) for s in range(t + 1)
+                ]
+                weights = [math.exp(score - max(scores)) for score in scores]
+                heads.append(sum(a / sum(weights) * v[s][part] for s, a in enumerate(weights)))
+            xs[t] = xs[t] + w[p + "attn.output_proj.weight"] @ torch.cat(heads)
+        for t, x in enumerate(xs):
+            y = norm(x, w[p + "ln2.weight"])
+            gate = w[p + "ffn.w1.weight"] @ y
+            inner = gate / (1 + torch.exp(-gate)) * (w[p + "ffn.w3.weight"] @ y)
+            xs[t] = x + w[p + "ffn.w2.weight"] @ inner
+    return torch.stack([w["lm_head.weight"] @ norm(x, w["ln_final.weight"]) for x in xs])
+
+
+@pytest.mark.parametrize("theta", [10000.0, 50.0])
+def test_logits_equal_the_naive_implementation(theta):
+    model = make_model(rope_theta=theta)
+    ids = random_tokens(2, T)
+    with torch.no_grad():
+        logits = model(ids)
+    assert logits.shape == (2, T, V) and logits.dtype == torch.float32
+    for row in range(2):
+        expected = naive_logits(model.state_dict(), ids[row].tolist(), H, theta)
+        torch.testing.assert_close(logits[row].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_future_does_not_matter():
+    model = make_model()
+    ids = random_tokens(1, T)
+    for cut in (1, 7, T - 1):
+        other = ids.clone()
+        other[:, cut:] = (other[:, cut:] + 1 + random_tokens(T - cut, seed=2) % (V - 1)) % V
+        with torch.no_grad():
+            a, b = model(ids), model(other)
+        torch.testing.assert_close(a[:, :cut], b[:, :cut])
+        assert not torch.allclose(a[:, cut:], b[:, cut:])
+
+
+def test_the_order_of_the_past_matters():
+    """RoPE is what tells positions apart: without it this would be equal."""
+    model = make_model()
+    ids = torch.tensor([[1, 2, 3, 4], [3, 2, 1, 4]])
+    with torch.no_grad():
+        logits = model(ids)[:, -1]
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+
+def cs336_state_dict(d_ff: int) -> dict[str, torch.Tensor]:
+    """The names and shapes of the assignment's transformer_lm fixture."""
+    shapes = {"token_embeddings.weight": (V, D), "ln_final.weight": (D,), "lm_head.weight": (V, D)}
+    for n in range(L):
+        p = f"layers.{n}."
+        shapes |= {f"{p}attn.{name}_proj.weight": (D, D) for name in ("q", "k", "v", "output")}
+        shapes |= {f"{p}ln1.weight": (D,), f"{p}ln2.weight": (D,)}
+        shapes |= {
+            f"{p}ffn.w1.weight": (d_ff, D),
+            f"{p}ffn.w2.weight": (D, d_ff),
+            f"{p}ffn.w3.weight": (d_ff, D),
+        }
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_a_cs336_state_dict_loads_strictly():
+    state = cs336_state_dict(d_ff=40)
+    model = make_model(d_ff=40)
+    assert model.state_dict().keys() == state.keys()
+    model.load_state_dict(state, strict=True)
+    assert same(dict(model.state_dict()), state)
+
+
+def test_d_ff_defaults_to_eight_thirds_rounded_up_to_64():
+    for d_model, d_ff in ((24, 64), (32, 128), (96, 256), (512, 1408), (768, 2048), (1024, 2752)):
+        layer = TransformerLM(2, d_model, 1, 1, 4).layers[0]
+        assert layer.ffn.w1.weight.shape == (d_ff, d_model)
+
+
+def test_the_initial_loss_is_that_of_a_uniform_guess():
+    torch.manual_seed(0)
+    model = TransformerLM(1000, 64, 2, 4, 32)
+    ids = torch.randint(1000, (4, 33))
+    loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    assert abs(loss.item() - math.log(1000)) < 0.1
+
+
+def test_tied_embeddings_are_one_matrix():
+    tied, untied = make_model(tie_embeddings=True), make_model()
+    assert tied.lm_head.weight is tied.token_embeddings.weight
+    assert count_parameters(untied) - count_parameters(tied) == V * D
+    assert tied.state_dict().keys() == untied.state_dict().keys()
+    with torch.no_grad():
+        untied.load_state_dict(tied.state_dict())
+    ids = random_tokens(2, T)
+    for model in (tied, untied):
+        model(ids).square().mean().backward()
+    # One matrix receives the gradients of both its uses.
+    both = untied.lm_head.weight.grad + untied.token_embeddings.weight.grad
+    torch.testing.assert_close(tied.lm_head.weight.grad, both)
+
+
+def test_dropout_only_in_training_mode():
+    dropping, plain = make_model(dropout=0.3), make_model()
+    ids = random_tokens(2, T)
+    with torch.no_grad():
+        expected = plain(ids)
+        dropping.eval()
+        assert torch.equal(dropping(ids), expected)
+        dropping.train()
+        first, second = dropping(ids), dropping(ids)
+        assert not torch.equal(first, expected) and not torch.equal(first, second)
+        torch.manual_seed(3)
+        third = dropping(ids)
+        torch.manual_seed(3)
+        assert torch.equal(dropping(ids), third)
+    with torch.no_grad():  # also at each place alone: embedding, attention, residual branches
+        for place in ("drop", "layers.0.drop", "layers.0.attn"):
+            model = make_model().train()
+            part = model.get_submodule(place)
+            setattr(part, "dropout" if place.endswith("attn") else "p", 0.5)
+            assert not torch.equal(model(ids), expected), place
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_activation_checkpointing_gives_the_same_gradients(dropout):
+    ids = random_tokens(2, T)
+    gradients, forwards = [], []
+    for recompute in (False, True):
+        model = make_model(dropout=dropout, activation_checkpointing=recompute).train()
+        calls = []
+        # Before, not after it: recomputation stops where the last saved tensor is.
+        model.layers[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(5)
+        model(ids).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        forwards.append(len(calls))
+    assert same(*gradients)
+    assert forwards == [1, 2]  # it does recompute
+
+
+def test_cached_logits_equal_those_of_the_whole_sequence():
+    model = make_model().eval()
+    ids = random_tokens(3, T)
+    with torch.no_grad():
+        expected = model(ids)
+        for prompt in (1, 5, T):
+            cache, got = KVCache(), []
+            got.append(model(ids[:, :prompt], cache))
+            for t in range(prompt, T):
+                got.append(model(ids[:, t : t + 1], cache))
+            assert cache.length == T
+            torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_generation_equals_that_by_whole_forward_passes():
+    model = make_model()
+    prompt = random_tokens(2, 3)
+    got = generate(model, prompt, T - 3, temperature=0)
+    expected = prompt
+    with torch.no_grad():
+        for _ in range(T - 3):
+            following = model(expected)[:, -1].argmax(-1, keepdim=True)
+            expected = torch.cat((expected, following), dim=1)
+    assert torch.equal(got, expected)
+    assert len(set(got[0, 3:].tolist())) > 2  # not one token repeated, which anything would give
+
+
+def test_a_sequence_that_is_too_long_is_an_error():
+    model = make_model()
+    with pytest.raises(ValueError, match=f"{T + 1} positions.*built for {T}"):
+        model(random_tokens(1, T + 1))
+    cache = KVCache()
+    with torch.no_grad():
+        model(random_tokens(1, T), cache)
+        with pytest.raises(ValueError, match=f"{T + 1} positions"):
+            model(random_tokens(1, 1), cache)
+
+
+@pytest.mark.parametrize(
+    "d_model, num_heads, message",
+    [
+        (24, 5, "d_model=24 is not divisible by num_heads=5"),
+        (24, 0, "d_model=24 is not divisible by num_heads=0"),
+        (24, -3, "d_model=24 is not divisible by num_heads=-3"),
+        (24, 8, "d_model=24 over num_heads=8 gives heads of 3; .* even"),
+    ],
+)
+def test_heads_of_impossible_width_are_errors(d_model, num_heads, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerLM(V, d_model, num_heads, 1, T)
+
+
+def test_count_parameters():
+    d_ff = 40
+    model = make_model(d_ff=d_ff)
+    expected = 2 * V * D + D + L * (4 * D * D + 3 * D * d_ff + 2 * D)
+    assert count_parameters(model) == expected
+    model.lm_head.weight.requires_grad_(False)
+    assert count_parameters(model) == expected - V * D
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_flop_formula_equals_what_torch_counts(tied):
+    B = 2
+    model = make_model(tie_embeddings=tied)
+    counter = FlopCounterMode(display=False)
+    # With the explicit softmax, attention is batched matmuls, apart from the weights' own.
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        model(random_tokens(B, T)).sum().backward()
+    by_op = counter.get_flop_counts()["Global"]
+    weights = by_op.pop(torch.ops.aten.mm)
+    attention = by_op.pop(torch.ops.aten.bmm)
+    assert not by_op
+    # The formula takes half of attention's square, which is what the causal mask leaves.
+    assert training_flops_per_token(model, T) * B * T == weights + attention / 2

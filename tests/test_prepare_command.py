@@ -1,0 +1,285 @@
+"""python -m fastlm.prepare as a program: refusals, interruptions, memory."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prepared_data import bytes_tokenizer, decoded_documents, quiet, write_files
+
+from fastlm import prepare as prepare_module
+from fastlm.data.manifest import Manifest
+from fastlm.data.text import END_OF_TEXT, find_text_files
+from fastlm.data.tokenizer import train_tokenizer
+from fastlm.errors import OutputError
+from fastlm.prepare import main, prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = {"a.txt": "some text\n" * 30, "b.txt": "other text\n" * 30}
+
+
+def python(*arguments: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with texts in `in`; the handler that main() installs is taken back."""
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path / "in", TEXTS)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, handler)
+
+
+def everything(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() if path.is_file() else b""
+        for path in directory.rglob("*")
+    }
+
+
+def test_command(place):
+    process = python("-m", "fastlm.prepare", "in", "--out", "new/my data", "--vocab-size", "5000")
+    output, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    manifest = Manifest.load(place / "new/my data")
+    assert manifest.vocab_size < 5000
+    assert f"vocabulary is {manifest.vocab_size:,} tokens, not the 5,000" in output
+    for name, split in manifest.splits.items():
+        assert f"{name}: {split.documents} documents, {split.bytes:,} bytes" in output
+        assert f"{split.tokens / split.bytes:.3f} tokens per byte" in output
+    assert f"fingerprint: {manifest.fingerprint}" in output
+    assert output.endswith("next: python -m fastlm.train --data 'new/my data'\n")
+    assert sorted(os.listdir(place / "new")) == ["my data"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("in --out o --vocab-size 256", "--vocab-size 256: it must be at least 257"),
+        ("in --out o --vocab-size 300 --tokenizer t.json", "exclude each other"),
+        ("in --out o --val-fraction 0", "--val-fraction 0.0: it must be between 0 and 1"),
+        ("in --out o --val-fraction 1", "--val-fraction 1.0: it must be between"),
+        ("in --out o --val-fraction nan", "--val-fraction nan"),
+        ("in --out o --shard-tokens 0", "--shard-tokens 0"),
+        ("--out o", "no input is given"),
+        ("'' --out o", "empty string"),
+        ("in nowhere.txt --out o", "nowhere.txt: no such file or directory"),
+        ("in '*.nothing' --out o", "*.nothing: no file matches this glob"),
+        ("empty_directory --out o", "empty_directory: no *.txt file in this directory"),
+        ("empty.txt --out o", "holds no text: 1 file(s)"),
+        ("one.txt --out o", "one document of 1 character"),
+        ("pipe --out o", "pipe: not a regular file"),
+        ("in latin.txt --out deep/er/o", "latin.txt: not UTF-8 text: byte 0xe9 at offset 3;"),
+        ("in --out o --tokenizer nowhere.json", "--tokenizer nowhere.json: cannot be read"),
+        ("in --out o --tokenizer in/a.txt", "--tokenizer in/a.txt: not a tokenizer"),
+        ("in --out o --tokenizer no_end.json", f"no_end.json: has no {END_OF_TEXT} token"),
+        ("in --out in", "--out in: holds 'a.txt', which is not prepared data"),
+        ("in --out in --overwrite", "--out in: holds 'a.txt', which is not prepared data"),
+        ("in --out one.txt", "--out one.txt: not a usable directory"),
+        ("in --out one.txt/o", "--out one.txt/o: "),
+    ],
+)
+def test_refusals(place, capsys, arguments, message):
+    """Exit code 2, one line that names the value, and nothing left behind."""
+    write_files(place, {"empty.txt": "", "one.txt": "x", "empty_directory/a.md": "x"})
+    (place / "latin.txt").write_bytes(b"caf\xe9\n")
+    os.mkfifo(place / "pipe")
+    bytes_tokenizer(place / "t.json")
+    bytes_tokenizer(place / "no_end.json", end_of_text=None)
+    before = everything_but_pipes(place)
+    assert main(shlex.split(arguments)) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert message in errors
+    assert everything_but_pipes(place) == before
+
+
+def everything_but_pipes(directory: Path) -> dict[str, bytes]:
+    (directory / "pipe").unlink(missing_ok=True)
+    found = everything(directory)
+    os.mkfifo(directory / "pipe")
+    return found
+
+
+def test_refusals_of_the_program(place):
+    process = python("-m", "fastlm.prepare", "nowhere.txt", "--out", "o")
+    output, errors = process.communicate()
+    assert process.returncode == 2
+    assert re.fullmatch(r"error: nowhere\.txt: .+\n", errors)
+    assert output == ""
+
+
+def test_overwrite(place):
+    files = find_text_files(["in"])
+    prepare(files, "out", vocab_size=300, log=quiet)
+    first = everything(place / "out")
+
+    with pytest.raises(OutputError, match="--overwrite"):
+        prepare(files, "out", vocab_size=270, log=quiet)
+    assert everything(place / "out") == first
+
+    write_files(place / "in", {"c.txt": "a third\n" * 40})
+    manifest = prepare(find_text_files(["in"]), "out", vocab_size=270, overwrite=True, log=quiet)
+    assert sum(split.documents for split in manifest.splits.values()) == 3
+    assert len(decoded_documents(place / "out", "train")) == manifest.splits["train"].documents
+
+    (place / "out" / "notes.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.md"):
+        prepare(files, "out", vocab_size=270, overwrite=True, log=quiet)
+    assert (place / "out" / "notes.md").read_text() == "mine"
+    assert sorted(os.listdir(place)) == ["in", "out"]
+
+    # An empty directory is free, and a link stays a link.
+    (place / "elsewhere").mkdir()
+    (place / "link").symlink_to("elsewhere")
+    prepare(files, "link", vocab_size=270, log=quiet)
+    assert (place / "link").is_symlink() and (place / "elsewhere" / "manifest.json").exists()
+
+
+def test_refused_before_any_reading(place, monkeypatch):
+    prepare(find_text_files(["in"]), "out", vocab_size=300, log=quiet)
+
+    def survey(*_):
+        raise AssertionError("the input was read")
+
+    monkeypatch.setattr(prepare_module, "survey", survey)
+    with pytest.raises(OutputError):
+        prepare(find_text_files(["in"]), "out", log=quiet)
+    with pytest.raises(OutputError):
+        prepare(find_text_files(["in"]), "in/a.txt/out", log=quiet)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError(28, "No space left")])
+@pytest.mark.parametrize("where", ["survey", "train_tokenizer", "encode_batch", "data_fingerprint"])
+def test_an_error_half_way_leaves_nothing(place, monkeypatch, where, error, existing):
+    out = "deep/er/out"
+    if existing:
+        prepare(find_text_files(["in"]), out, vocab_size=300, log=quiet)
+    before = everything(place)
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 1)  # a batch per document
+    genuine, calls = getattr(prepare_module, where), []
+
+    def failing(*arguments):
+        calls.append(where)
+        # The second batch fails: the first one is in the shard by then.
+        if where == "encode_batch" and len(calls) < 2:
+            return genuine(*arguments)
+        assert len(list(place.glob("deep/er/.out.partial-*"))) == 1
+        raise error
+
+    monkeypatch.setattr(prepare_module, where, failing)
+    expected = OutputError if isinstance(error, OSError) else error
+    with pytest.raises(expected):
+        prepare(find_text_files(["in"]), out, vocab_size=270, overwrite=True, log=quiet)
+    assert calls
+    assert everything(place) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals(place, number):
+    """Killed while it reads: no DIR, and what SIGKILL leaves does not hinder the next run."""
+    line = "some words in a line of text that goes on for a while\n"
+    (place / "in" / "large.txt").write_text(line * 1_500_000)
+    process = python(
+        *("-m", "fastlm.prepare", "in", "--out", "out", "--vocab-size", "300"),
+        # A shell's background jobs ignore SIGINT, and hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while not list(place.glob(".out.partial-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert not (place / "out").exists()
+    if number == signal.SIGKILL:
+        (place / "in" / "large.txt").unlink()
+        prepare(find_text_files(["in"]), "out", vocab_size=300, log=quiet)
+        assert Manifest.load(place / "out").splits["train"].tokens
+        return
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "Traceback" not in errors
+    assert sorted(os.listdir(place)) == ["in"]
+
+
+_AS_NOBODY = """
+import os, sys
+from fastlm.prepare import main
+assert main(["in", "--out", "open/out", "--vocab-size", "300"]) == 0  # imports what it needs
+if os.getuid() == 0:  # who may read and write anywhere
+    os.setgid(65534)
+    os.setuid(65534)
+print("now without rights")
+for arguments in (["in", "--out", "locked/new/out"], ["closed.txt", "in", "--out", "open/other"],
+                  ["hidden/a.txt", "--out", "open/other"], ["in", "--out", "hidden/out"]):
+    assert main(arguments) == 2
+"""
+
+
+def test_missing_rights(place):
+    # pytest's own directories are closed to other users, all the way up.
+    for directory in (place, *place.parents):
+        if directory.stat().st_uid == os.getuid() and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o055)
+    write_files(place, {"closed.txt": "text", "hidden/a.txt": "text", "locked/x": "", "open/x": ""})
+    for name, mode in {"closed.txt": 0, "hidden": 0, "locked": 0o555, "open": 0o777}.items():
+        (place / name).chmod(mode)
+    process = python("-c", _AS_NOBODY)
+    output, errors = process.communicate()
+    (place / "hidden").chmod(0o755)
+    assert process.returncode == 0, errors
+    unwritable, unreadable, unreachable, hidden = errors.splitlines()
+    assert re.match(
+        r"error: --out locked/new/out: cannot write in .*/locked/new \(Perm", unwritable
+    )
+    assert re.match(r"error: .*/closed\.txt: cannot be read \(Permission denied\)", unreadable)
+    assert unreachable == "error: hidden/a.txt: cannot be read (Permission denied)"
+    assert hidden == "error: --out hidden/out: not a usable directory (Permission denied)"
+    assert "reading" not in output.partition("now without rights")[2]
+    assert os.listdir(place / "locked") == ["x"]
+    assert sorted(os.listdir(place / "open")) == ["out", "x"]
+
+
+_MEASURED = """
+import json, re, sys
+import fastlm.prepare, tokenizers, tyro
+def peak():  # of this process, in bytes; ru_maxrss would be the parent's where that is larger
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+code = fastlm.prepare.main(sys.argv[1:])
+print(json.dumps({"grown": peak() - before}))
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read in /proc")
+def test_memory_does_not_grow_with_the_file(place):
+    size = 60_000_000
+    text = ("internationalization" * 5 + " ") * 10_000  # all of it one line
+    with open(place / "large.txt", "w") as file:
+        for _ in range(size // len(text)):
+            file.write(text)
+    train_tokenizer([text], 400).save("long_tokens.json")  # few tokens: a quick test
+    command = ["large.txt", "--out", "out", "--tokenizer", "long_tokens.json"]
+    process = python("-c", _MEASURED, *command)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    manifest = Manifest.load(place / "out")
+    assert sum(split.bytes for split in manifest.splits.values()) > 0.98 * size
+    assert json.loads(output.splitlines()[-1])["grown"] < 100e6
