@@ -113,7 +113,12 @@ def _python_files(root: Path) -> list[TextFile]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in EXCLUDED_DIRECTORIES]
         paths = (Path(folder, name) for name in names if name.endswith(".py"))
-        files += [TextFile(path, path.relative_to(root).as_posix()) for path in paths]
+        files += [
+            TextFile(path, path.relative_to(root).as_posix())
+            for path in paths
+            # The build's own settings and paths: generated, and other text on every machine.
+            if not path.name.startswith("_sysconfigdata_")
+        ]
     return sorted(files, key=lambda file: file.name)
 
 

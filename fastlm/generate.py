@@ -79,7 +79,7 @@ def sample(
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if temperature < 0:
+    if not temperature >= 0:  # NaN too
         raise ConfigError(f"temperature={temperature}: it must not be negative")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k={top_k}: it must be at least 1")
@@ -160,13 +160,13 @@ def load_model(
     else:
         payload = read_checkpoint(path)
     config = payload.get("config")
-    if not isinstance(config, dict):
+    sizes = ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "rope_theta")
+    needed = {*sizes, "context_len", "tie_embeddings"}
+    if not isinstance(config, dict) or not needed <= config.keys():  # nanoGPT's has other names
         raise CheckpointError(f"{path}: holds no model config; it was not written by fastlm.train")
     model = TransformerLM(
-        **{name: config[name] for name in ("vocab_size", "d_model", "num_heads", "num_layers")},
+        **{name: config[name] for name in sizes},
         max_seq_len=config["context_len"],
-        d_ff=config["d_ff"],
-        rope_theta=config["rope_theta"],
         tie_embeddings=config["tie_embeddings"],
     )
     restore_model(model, payload)

@@ -122,6 +122,7 @@ def test_options(options, dtype, device):
 def test_reference_is_differentiable(options):
     # The oracle itself: its gradient by finite differences, its value by PyTorch's function.
     logits, targets = make((2, 3, 7))
+    targets[targets == -100] = options.get("ignore_index", -100)
     logits = logits.double().requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x: cross_entropy_loss_reference(x, targets, **options), (logits,)
@@ -355,13 +356,14 @@ def test_threads_do_not_change_the_result():
         assert_bitwise_equal(gradient, results[0][1])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_without_a_graph_break(backend):
+# Another size becomes a dynamic one; compiling that, too, with inductor would take 5 s more.
+@pytest.mark.parametrize("backend, sizes", [("aot_eager", [6, 9, 12]), ("inductor", [6])])
+def test_compiles_without_a_graph_break(backend, sizes):
     options = OPTIONS["together"]
     compiled = torch.compile(
         lambda x, y: cross_entropy_loss(x, y, **options), fullgraph=True, backend=backend
     )
-    for rows in (6, 9):  # another size, which becomes dynamic
+    for rows in sizes:
         logits, targets = make((rows, 65))
         loss, gradient = loss_and_gradient(compiled, logits, targets)
         expected, expected_gradient = loss_and_gradient(
@@ -447,7 +449,7 @@ def halved(gradient, targets):
     return gradient / 2
 
 
-def doubled_upstream(gradient, targets):
+def scaled(gradient, targets):
     return gradient * 1.02
 
 
@@ -483,7 +485,7 @@ def one_nan(gradient, targets):
 
 
 MUTATIONS = [
-    zeroed, halved, doubled_upstream, target_term_dropped, softmax_term_dropped, two_rows_swapped,
+    zeroed, halved, scaled, target_term_dropped, softmax_term_dropped, two_rows_swapped,
     last_column_missed, one_nan,
 ]  # fmt: skip
 

@@ -1,8 +1,10 @@
 """Devices, dtypes, the compiler, the allocator and the measured ceiling."""
 
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -161,7 +163,8 @@ def step():
     for _ in range(5):
         torch.ones(4 << 20)  # 16 MiB
 told = keep_freed_memory() if sys.argv[1] == "keep" else None
-step()
+for _ in range(3):
+    step()
 before = faults()
 step()
 print(told, faults() - before)
@@ -182,9 +185,9 @@ def test_keep_freed_memory_keeps_it():
         told, count = done.stdout.split()
         assert told == {"default": "None", "keep": "True"}[how]
         counts[how] = int(count)
-    assert counts["keep"] < 200
     if counts["default"] < 1000:
         pytest.skip("this machine's default allocator keeps memory itself")
+    assert counts["keep"] < counts["default"] / 2
 
 
 def test_importing_changes_no_allocator_and_touches_no_device():
@@ -199,7 +202,7 @@ import fastlm, fastlm.train, fastlm.generate, fastlm.cli
 assert not calls, calls
 assert not torch.cuda.is_initialized()
 import sys
-late = {"tyro", "tokenizers", "tqdm", "matplotlib", "triton", "fastlm._C"} & set(sys.modules)
+late = {"tyro", "tokenizers", "matplotlib", "triton", "fastlm._C"} & set(sys.modules)
 assert not late, late
 """
     done = subprocess.run(
@@ -208,30 +211,22 @@ assert not late, late
     assert done.returncode == 0, done.stderr
 
 
-def test_the_ceiling_is_a_rate_that_a_matmul_reaches():
-    ceiling = matmul_ceiling(CPU, torch.float32, seconds=0.02)
-    a = torch.randn(512, 512)
-    import time
-
-    best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = max(best, 2 * 512**3 / (time.perf_counter() - start))
-    # The clocks of a busy machine vary; the order of magnitude does not.
-    assert best / 10 < ceiling < 1e15
-
-
 def test_the_ceiling_is_the_best_of_at_least_five_shapes(monkeypatch):
-    shapes = set()
+    calls = []  # (shape, FLOP/s)
     real = torch.matmul
-    monkeypatch.setattr(
-        torch, "matmul", lambda a, b, out: shapes.add((*a.shape, b.shape[1])) or real(a, b, out=out)
-    )
-    matmul_ceiling(CPU, torch.float32, seconds=0.0)
-    if not shapes:  # no time, no call
-        matmul_ceiling(CPU, torch.float32, seconds=1e-6)
-    assert len(shapes) >= 5
+
+    def timed(a, b, out):
+        start = time.perf_counter()
+        real(a, b, out=out)
+        shape = (*a.shape, b.shape[1])
+        calls.append((shape, 2 * math.prod(shape) / (time.perf_counter() - start)))
+
+    monkeypatch.setattr(torch, "matmul", timed)
+    ceiling = matmul_ceiling(CPU, torch.float32, seconds=0.01)
+    assert len({shape for shape, _ in calls}) >= 5
+    # Timed from inside, each call is a little faster.
+    best = max(rate for _, rate in calls)
+    assert 0.5 * best < ceiling <= best
 
 
 def test_peak_memory_counts_bytes():

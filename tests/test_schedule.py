@@ -8,7 +8,7 @@ import torch
 from training_runs import tiny_config
 
 from fastlm import cosine_lr_schedule, get_cosine_schedule_with_warmup, wsd_lr_schedule
-from fastlm.train import learning_rate
+from fastlm.loop import learning_rate
 
 # it = 0..24 with a maximum of 1, a minimum of 0.1, 7 warm-up steps and a cycle of 21 steps.
 CS336_RATES = [

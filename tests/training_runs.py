@@ -317,9 +317,9 @@ def train_and_tell_curve(argv: list[str]) -> int:
 
 def tell_peak_memory(argv: list[str]) -> None:
     """In a process of its own: the peak before and after 200 MiB are used."""
-    from fastlm.hardware import peak_memory_bytes
-
     import torch
+
+    from fastlm.hardware import peak_memory_bytes
 
     cpu = torch.device("cpu")
     # What the fork inherited must not hide it: use what is there first.

@@ -19,8 +19,9 @@ class SplitPiece(NamedTuple):
 
 
 def document_hash(name: str, document: int) -> int:
-    """In [0, 2**64), from the file's name and the document's index within the file."""
-    return int.from_bytes(hashlib.sha256(f"{name}#{document}".encode()).digest()[:8], "big")
+    """In [0, 2**64): of the file's name, with the document's index where it is not the first."""
+    identity = f"{name}#{document}" if document else name
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big")
 
 
 @dataclass

@@ -1,0 +1,53 @@
+"""clip_gradients on the fp32 gradients of GPT-2 124M, with a norm that is too large."""
+
+import peers
+import torch
+from harness import Candidate, Work, compare
+from torch.nn.utils import clip_grad_norm_
+
+from fastlm import active_implementation, clip_gradients
+from fastlm.ops.clip_grad_norm import clip_gradients_reference
+
+MAX_NORM = 1.0
+
+
+def bench_clip_gradients(benchmark, device):
+    check_against_reference(device)
+    parameters = peers.gpt2_parameters(device)
+    gradients = [p.grad for p in parameters]
+    unclipped = [g.clone() for g in gradients]
+
+    def candidate(clip) -> Candidate:
+        return Candidate(
+            lambda: clip(parameters, MAX_NORM),
+            setup=lambda: torch._foreach_copy_(gradients, unclipped),
+        )
+
+    compare(
+        benchmark,
+        f'clip_gradients, 124 M fp32 gradients, impl "'
+        f'{active_implementation("clip_grad_norm", device)}"',
+        device,
+        candidate(clip_gradients),
+        {
+            "clip_grad_norm_": candidate(clip_grad_norm_),
+            "clip_grad_norm_, foreach": candidate(lambda p, n: clip_grad_norm_(p, n, foreach=True)),
+            "notebook's clip_gradients": candidate(peers.notebook_clip),
+        },
+        Work(
+            "12 bytes a gradient: read for the norm, read and written to be scaled",
+            12 * sum(g.numel() for g in gradients),
+        ),
+        seconds=6,
+    )
+
+
+def check_against_reference(device: torch.device) -> None:
+    ours, expected = (
+        peers.random_parameters([(3000, 500), (7,), (1, 1)], device) for _ in range(2)
+    )
+    norm = clip_gradients(ours, MAX_NORM)
+    reference_norm = clip_gradients_reference(expected, MAX_NORM)
+    assert reference_norm > MAX_NORM and abs(norm / reference_norm - 1) < 1e-6
+    for p, q in zip(ours, expected, strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=0)

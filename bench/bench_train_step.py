@@ -1,0 +1,101 @@
+"""A whole training step: batch, forward, backward, clipping, update.
+
+Models: that of the notebook's worked example (6 layers, D 512, V 10000, 16 x 256 tokens) and that
+of the default run, the preset "demo" (4 layers, D 256, V 4096, 8 x 256 tokens).
+"""
+
+import copy
+
+import numpy as np
+import peers
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Candidate, Work, compare
+from torch.nn.utils import clip_grad_norm_
+
+from fastlm import TrainingConfig, create_model_and_optimizer
+from fastlm.data.loader import TrainLoader
+from fastlm.hardware import has_fast_bfloat16
+from fastlm.model import training_flops_per_token
+from fastlm.presets import PRESETS
+from fastlm.step import TrainStep
+
+LR = 1e-4
+
+
+@pytest.mark.parametrize("preset, vocab_size", [("notebook", 10000), ("demo", 4096)])
+def bench_train_step(benchmark, device, preset, vocab_size):
+    torch.compiler.reset()
+    cfg = TrainingConfig(**PRESETS[preset], vocab_size=vocab_size, device=device.type, compile=True)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 1_000_000, dtype=np.uint16)
+    model, optimizer, _ = create_model_and_optimizer(cfg)
+    loader = TrainLoader(tokens, cfg.batch_size, cfg.context_len, seed=0, device=device)
+    step = TrainStep(model, optimizer, loader, cfg)
+    rivals = {
+        "notebook's loop: eager fp32": notebook_step(copy.deepcopy(model), tokens, cfg),
+        "torch.compile, fp32": compiled_step(copy.deepcopy(model), tokens, cfg, torch.float32),
+    }
+    fast_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if fast_dtype == torch.bfloat16:
+        rivals["torch.compile, bf16, fused AdamW"] = compiled_step(
+            copy.deepcopy(model), tokens, cfg, torch.bfloat16, fused=True
+        )
+
+    x, y = loader.batch(0)
+    expected = peers.notebook_cross_entropy(model(x), y).detach()
+    torch.testing.assert_close(step.run(0, lr=0.0), expected, rtol=1e-3, atol=0)
+
+    a_step = cfg.batch_size * cfg.context_len
+    compare(
+        benchmark,
+        f"training step, {preset}: {cfg.num_layers} layers, D {cfg.d_model}, V {vocab_size}, "
+        f"{cfg.batch_size} x {cfg.context_len} tokens",
+        device,
+        Candidate(lambda: step.run(1, lr=LR)),
+        rivals,
+        Work(
+            f"{a_step} tokens, 6 * matmul weights + 6 * layers * T * D each",
+            flops=a_step * training_flops_per_token(model, cfg.context_len),
+            dtype=fast_dtype,
+        ),
+        seconds=20,
+        least_rounds=3,
+    )
+
+
+def notebook_step(model, tokens: np.ndarray, cfg: TrainingConfig) -> Candidate:
+    parameters = list(model.parameters())
+    optimizer = peers.NotebookAdamW(parameters, lr=LR, weight_decay=cfg.weight_decay)
+
+    def run() -> None:
+        x, y = peers.notebook_batch(tokens, cfg.batch_size, cfg.context_len, cfg.device)
+        loss = peers.notebook_cross_entropy(model(x), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        peers.notebook_clip(parameters, cfg.grad_clip_norm)
+        optimizer.step()
+
+    return Candidate(run)
+
+
+def compiled_step(
+    model, tokens: np.ndarray, cfg: TrainingConfig, dtype: torch.dtype, *, fused: bool | None = None
+) -> Candidate:
+    """What most trainers do: nanoGPT's loop, with its options for speed or without."""
+    compiled = torch.compile(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LR, weight_decay=cfg.weight_decay, fused=fused
+    )
+
+    def run() -> None:
+        x, y = peers.nanogpt_batch(tokens, cfg.batch_size, cfg.context_len, cfg.device)
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            logits = compiled(x)
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        loss.backward()
+        clip_grad_norm_(model.parameters(), cfg.grad_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Candidate(run)
