@@ -9,6 +9,7 @@ the peers, with the same clock and the same synchronisation.
 import gc
 import os
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Callable
@@ -183,10 +184,11 @@ def _compared(
 
 def copy_of(num_bytes: int, device: torch.device) -> Candidate:
     """A copy that reads and writes `num_bytes` in all: in pieces of at most 1 GB of traffic."""
-    size = min(num_bytes // 2, 1 << 29)
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+    words = num_bytes // 16  # of 8 bytes, each read and written
+    size = min(words, 1 << 26)
+    source = torch.ones(size, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
-    whole, rest = divmod(num_bytes // 2, size)
+    whole, rest = divmod(words, size)
 
     def run() -> None:
         for _ in range(whole):
@@ -208,14 +210,14 @@ def environment(arguments: list[str]) -> dict[str, object]:
     packages = ("torch", "numpy", "triton", "pytest-benchmark")
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": " ".join(["pytest", *arguments]),
+        "command": shlex.join(["pytest", *arguments]),
         "commit": _commit(),
         "cpu": device_name(torch.device("cpu")),
         "cpu_features": [name for name, has in extension().cpu_features().items() if has],
         "isa": extension().isa(),
         "parallel": extension().PARALLEL_BACKEND,
         "gpu": torch.cuda.get_device_name() if cuda else None,
-        "system": platform.platform(),
+        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "load_average": os.getloadavg(),
         "versions": {
             "fastlm": fastlm.__version__,

@@ -130,6 +130,31 @@ def keep_freed_memory() -> bool:
     )
 
 
+def back_heap_with_huge_pages() -> int:
+    """Moves the heap, as far as it has grown, to 2 MiB pages now; returns the bytes asked for.
+
+    Fewer page-table walks: for large tensors in memory that keep_freed_memory() keeps. glibc can do
+    it by itself (glibc.malloc.hugetlb=1), but only from the environment before the process starts.
+    Where the kernel cannot (before Linux 6.1, or huge pages forbidden) nothing changes.
+    """
+    if sys.platform != "linux":
+        return 0
+    huge_page, madv_hugepage, madv_collapse = 2 << 20, 14, 25  # <asm-generic/mman-common.h>
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    asked = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if not line.endswith("[heap]"):
+            continue
+        begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+        begin, end = -(-begin // huge_page) * huge_page, end // huge_page * huge_page
+        if end > begin:
+            address, length = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)
+            if madvise(address, length, madv_hugepage) == 0:
+                madvise(address, length, madv_collapse)
+                asked += end - begin
+    return asked
+
+
 def check_compiler(device: torch.device) -> None:
     """CompileError, saying what to install, where torch.compile cannot work on `device`."""
     if device.type == "mps":

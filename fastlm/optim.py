@@ -48,17 +48,7 @@ class AdamW(torch.optim.AdamW):
         self.skip_nonfinite = (
             max_grad_norm is not None if skip_nonfinite is None else skip_nonfinite
         )
-        devices = {p.device for group in self.param_groups for p in group["params"]}
-        for device in devices:
-            resolve_implementation("adamw", impl, device)
-        self._fused = all(device.type in _FUSED_DEVICES for device in devices)
-        if self._clips_in_step and len(devices) > 1:
-            raise ValueError("max_grad_norm and skip_nonfinite need all parameters on one device")
-        if self.skip_nonfinite and not self._fused:
-            raise ValueError(
-                f"skip_nonfinite=True: torch's fused AdamW, which skips without a host sync, does "
-                f"not run on {', '.join(map(str, devices))}; pass skip_nonfinite=False"
-            )
+        self._impl = impl
         self._choose_implementation()
 
     @property
@@ -66,6 +56,20 @@ class AdamW(torch.optim.AdamW):
         return self.max_grad_norm is not None or self.skip_nonfinite
 
     def _choose_implementation(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        devices = {p.device for p in params}
+        for device in devices:
+            resolve_implementation("adamw", self._impl, device)
+        gaps = [tuple(p.shape) for p in params if not _is_dense(p)]
+        self._fused = all(device.type in _FUSED_DEVICES for device in devices) and not gaps
+        if self._clips_in_step and len(devices) > 1:
+            raise ValueError("max_grad_norm and skip_nonfinite need all parameters on one device")
+        if self.skip_nonfinite and not self._fused:
+            where = f"views with gaps in memory (shape {gaps[0]})" if gaps else "this device"
+            raise ValueError(
+                f"skip_nonfinite=True: torch's fused AdamW, which skips without a host sync, does "
+                f"not run on {where}: {', '.join(map(str, devices))}; pass skip_nonfinite=False"
+            )
         for group in self.param_groups:
             group["fused"], group["foreach"] = (True, False) if self._fused else (None, None)
         # What torch's own constructor sets for fused=True: GradScaler then hands its found_inf to
@@ -84,13 +88,18 @@ class AdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's holds groups, state and defaults only: a copy could not step.
-        names = ("max_grad_norm", "skip_nonfinite", "_fused", "_step_supports_amp_scaling")
+        names = ("max_grad_norm", "skip_nonfinite", "_impl", "_fused", "_step_supports_amp_scaling")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        if hasattr(self, "_fused"):  # not during construction
+        if not hasattr(self, "_impl"):
+            return  # called by the constructor
+        try:
             self._choose_implementation()
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -140,7 +149,19 @@ class AdamW(torch.optim.AdamW):
         torch wraps the step of its own class, too, as soon as somebody has made a
         torch.optim.AdamW: every hook would run twice.
         """
+        if self._fused:
+            # The fused kernels walk the raw memory. For a gradient of another layout than its
+            # parameter's, CUDA's raises, and the CPU's (torch 2.13) updates with wrong elements.
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None and p.grad.stride() != p.stride():
+                        p.grad = torch.empty_like(p).copy_(p.grad)
         step = torch.optim.AdamW.step
         while getattr(step, "hooked", False):
             step = step.__wrapped__
         step(self)
+
+
+def _is_dense(param: Tensor) -> bool:
+    """Do its elements fill a block of memory, in whatever order of dimensions?"""
+    return param.is_contiguous() or param.stride() == torch.empty_like(param).stride()

@@ -93,13 +93,12 @@ def _weights_to_start_from(
     if cfg.ckpt_path_to_resume and cfg.init_from:
         raise ConfigError("--resume continues a run and --init-from starts one: give one of them")
     if cfg.init_from:
-        restore_model(model, read_checkpoint(cfg.init_from))
+        _load_weights(model, cfg.init_from, cfg)
         print(f"[init] weights of {cfg.init_from}")
     if not cfg.ckpt_path_to_resume:
         return None
     print(f"[resume] Loading checkpoint from {cfg.ckpt_path_to_resume}")
-    payload = read_checkpoint(cfg.ckpt_path_to_resume)
-    restore_model(model, payload)
+    payload = _load_weights(model, cfg.ckpt_path_to_resume, cfg)
     if not (holds_optimizer_state(payload) or cfg.eval_only):
         raise CheckpointError(
             f"{cfg.ckpt_path_to_resume}: holds no optimizer state and cannot be resumed; "
@@ -114,9 +113,31 @@ def _weights_to_start_from(
     return payload
 
 
+def _load_weights(model: TransformerLM, path: str, cfg: TrainingConfig) -> dict[str, Any]:
+    """Restores the weights in `path`; returns all of its content."""
+    payload = read_checkpoint(path)
+    try:
+        restore_model(model, payload)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    stored = payload.get("config")
+    num_heads = stored.get("num_heads") if isinstance(stored, dict) else None
+    if num_heads not in (None, cfg.num_heads):  # the shapes of the weights do not tell
+        raise CheckpointError(
+            f"{path}: the checkpoint is of another architecture: num_heads={num_heads}, not "
+            f"{cfg.num_heads}; set the model's size as the checkpoint's run did"
+        )
+    return payload
+
+
 def _restore_state(runner: TrainStep, payload: dict[str, Any]) -> None:
     """Everything but the weights: moments, loss scale, random state."""
+    groups = runner.optimizer.param_groups
+    # Its state brings the settings of the run before; this run's are those that it was given.
+    settings = [{name: g[name] for name in ("betas", "eps", "weight_decay")} for g in groups]
     restore_optimizer(runner.optimizer, payload)
+    for group, own in zip(runner.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     if payload.get("scaler"):
         runner.scaler.load_state_dict(payload["scaler"])
     random_state = payload.get("random_state", {})

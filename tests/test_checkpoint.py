@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from training_runs import NOBODY, commands, listing, same
+from training_runs import NOBODY, commands, listing, one_thread, same
 
 from fastlm import AdamW, CheckpointError, TransformerLM, load_checkpoint, save_checkpoint
 from fastlm.checkpoint import checkpoint_files, newest_readable, read_checkpoint
@@ -44,6 +44,12 @@ def train_step(model, optimizer, step: int) -> None:
 
 def everything(model, optimizer) -> list:
     return [dict(model.state_dict()), optimizer.state_dict()]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture

@@ -13,6 +13,16 @@ from fastlm.ops.clip_grad_norm import clip_gradients_reference, global_norm
 SHAPES = [(1,), (0,), (7,), (), (33, 65), (70_001,)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    # The tensors are small: a second thread would cost more than it does, and ten times as much
+    # where other programs keep it waiting.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def parameters(shapes=SHAPES, dtype=torch.float32, device="cpu", *, scale=1.0, seed=0):
     """Parameters with random gradients."""
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +50,8 @@ def assert_clipped(params, norm, before, max_norm):
     true_norm = clip_gradients_reference(truth, max_norm)
     torch.nn.utils.clip_grad_norm_(torchs, max_norm)
     assert isinstance(norm, float)
-    assert math.isclose(norm, true_norm, rel_tol=1e-6), f"norm {norm}, not {true_norm}"
+    # fp32 sums of 70,000 squares; in bf16 or fp16 they would be off by 1e-3 at least.
+    assert math.isclose(norm, true_norm, rel_tol=1e-5), f"norm {norm}, not {true_norm}"
     for i, (p, torch_p, true_p) in enumerate(zip(params, torchs, truth, strict=True)):
         assert (p.grad is None) == (true_p.grad is None), f"gradient {i}"
         if p.grad is not None:
@@ -138,7 +149,8 @@ def test_the_norm_is_summed_in_fp32(dtype):
     assert clip_gradients(param, 1.0) == 256.0
     assert (param.grad == 1 / 256).all()
     param.grad = torch.full_like(param, 300.0)  # 300^2 is no fp16 number
-    assert clip_gradients(param, 1e9) == 76800.0
+    # torch's sum rounds each of the equal squares the same way; the overflow is what matters here.
+    assert math.isclose(clip_gradients(param, 1e9), 76800.0, rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
@@ -191,7 +203,7 @@ def test_max_norm_must_be_positive(max_norm):
 
 
 def test_unknown_implementation():
-    with pytest.raises(ValueError, match="impl='cuda'.*clip_grad_norm"):
+    with pytest.raises(ValueError, match=r"impl='cuda'.*clip_grad_norm"):
         clip_gradients(parameters(), 1.0, impl="cuda")
     params = parameters()
     before = copies(params)

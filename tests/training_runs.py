@@ -7,6 +7,7 @@ module is that server: it reads requests, one JSON object a line, and answers li
 """
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -137,6 +138,17 @@ def metrics(target_dir: Path, event: str) -> list[dict]:
 def losses(target_dir: Path) -> dict[int, float]:
     """step -> training loss; of a step that ran twice, the last one."""
     return {row["step"]: row["loss"] for row in metrics(target_dir, "train")}
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Tiny matrices gain nothing from more, and lose much where other programs run too."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def same(a, b) -> bool:
@@ -326,6 +338,22 @@ def tell_peak_memory(argv: list[str]) -> None:
     print(peak_memory_bytes(cpu))
     torch.ones(200 << 18)
     print(peak_memory_bytes(cpu))
+
+
+def train_slowly_from_3(argv: list[str]) -> int:
+    """In a process of its own: a run whose step 3 takes a minute."""
+    from fastlm.step import TrainStep
+    from fastlm.train import main
+
+    run = TrainStep.run
+
+    def slow(self, step, lr):
+        if step == 3:
+            time.sleep(60)
+        return run(self, step, lr)
+
+    TrainStep.run = slow
+    return main(argv)
 
 
 def _serve() -> None:

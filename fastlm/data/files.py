@@ -5,6 +5,7 @@ modded-nanogpt, told apart by its magic number (20240520 or 20240801).
 """
 
 import bisect
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -116,11 +117,11 @@ def load_token_dataset(
     is missing, empty, not a token file, or no whole number of tokens.
     """
     path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such token file")
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory; give a .npy or .bin token file")
     try:
+        if not path.exists():
+            raise DataError(f"{path}: no such token file")
+        if path.is_dir():
+            raise DataError(f"{path}: is a directory; give a .npy or .bin token file")
         array = _open_npy(path, mmap) if path.suffix == ".npy" else _open_bin(path, mmap, dtype)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -203,13 +204,18 @@ def open_data(
     val_paths: validation files. Without any, the last `val_fraction` of the training tokens is
         held out.
     """
+    if not paths:
+        raise DataError("no data is given; name a directory or token files")
     directory = Path(paths[0])
-    if directory.is_dir():
+    if os.path.isdir(directory):  # Path.is_dir raises where a directory above may not be read
         if len(paths) > 1:
             raise DataError(f"--data {' '.join(paths)}: give one directory, or files")
-        if (directory / MANIFEST_NAME).exists():
+        if os.path.exists(directory / MANIFEST_NAME):
             return _open_prepared(directory, val_paths, dtype)
-        found = sorted(p for p in directory.iterdir() if p.suffix in (".bin", ".npy"))
+        try:
+            found = sorted(p for p in directory.iterdir() if p.suffix in (".bin", ".npy"))
+        except OSError as error:
+            raise DataError(f"{directory}: cannot be read ({error.strerror})") from error
         paths = [str(p) for p in found if "train" in p.stem]
         val_paths = val_paths or [str(p) for p in found if "val" in p.stem]
         if not paths:
@@ -234,6 +240,8 @@ def _open_files(paths: Sequence[str], dtype: str | None) -> TokenDataset:
 
 def _open_prepared(directory: Path, val_paths: Sequence[str], dtype: str | None) -> Data:
     manifest = Manifest.load(directory)
+    if manifest.tokenizer and not os.path.isfile(directory / manifest.tokenizer):
+        raise DataError(f"{directory / manifest.tokenizer}: is missing; prepare the data again")
     datasets = {}
     for name, split in manifest.splits.items():
         files = [directory / shard.file for shard in split.shards]
