@@ -24,7 +24,10 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         """Raises OutputError where the place cannot be written or holds another run."""
         cfg = self.cfg
-        found = checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix)
+        try:
+            found = checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix)
+        except OSError as error:
+            raise _unusable("ckpt_dir", cfg.ckpt_dir, error) from error
         if found and not (self.resuming or cfg.overwrite):
             raise OutputError(
                 f"{cfg.ckpt_dir} holds the checkpoints of another run ({found[0].name}); "
@@ -33,17 +36,14 @@ class RunDirectory:
         for name in ("target_dir", "ckpt_dir", "log_dir"):
             path = Path(getattr(cfg, name))
             try:
-                missing = [p for p in (path, *path.parents) if not p.exists()]
+                # Noted first: mkdir may fail when it has made some of them.
+                self._made += reversed([p for p in (path, *path.parents) if not p.exists()])
                 path.mkdir(parents=True, exist_ok=True)
-                self._made += reversed(missing)
                 with tempfile.TemporaryFile(dir=path):  # permissions alone do not tell
                     pass
             except OSError as error:
                 self._take_back()
-                raise OutputError(
-                    f"{name}={path}: cannot be written ({error.strerror}); choose another with "
-                    f"--{name.replace('_', '-')}"
-                ) from error
+                raise _unusable(name, path, error) from error
         return self
 
     def begin(self) -> None:
@@ -73,6 +73,13 @@ class RunDirectory:
         for path in reversed(self._made):
             with contextlib.suppress(OSError):  # not empty: somebody else's files
                 path.rmdir()
+
+
+def _unusable(name: str, path: str | Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{name}={path}: cannot be written ({error.strerror}); choose another with "
+        f"--{name.replace('_', '-')}"
+    )
 
 
 class StopSignals:

@@ -24,7 +24,12 @@ from fastlm.data.files import Data, as_dataset, check_dataset, open_data
 from fastlm.data.loader import TrainLoader
 from fastlm.errors import CheckpointError, ConfigError, UserError
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
-from fastlm.hardware import is_out_of_memory, keep_freed_memory, select_device
+from fastlm.hardware import (
+    back_heap_with_huge_pages,
+    is_out_of_memory,
+    keep_freed_memory,
+    select_device,
+)
 from fastlm.loop import Run
 from fastlm.model import TransformerLM
 from fastlm.rundir import RunDirectory
@@ -75,6 +80,8 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
         if cfg.compile:
             print("[compile] compiling the training and the evaluation step ...", flush=True)
         runner.warm_up()
+        if device.type == "cpu":
+            back_heap_with_huge_pages()  # now that the heap has grown to what a step needs
         if cfg.compile:
             print(f"[compile] done in {runner.compile_seconds:.1f} s, not counted in tokens/s")
         if cfg.train_minutes is not None:

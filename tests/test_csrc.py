@@ -149,6 +149,24 @@ def test_force_unknown_isa(restored_isa, name):
     assert module.isa() == "portable"
 
 
+def test_cpu_features_are_the_kernels():
+    # The operating system's own list, which names only what it lets programs use.
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    if not flags:
+        pytest.skip("needs Linux on x86-64")
+    flags = set(flags[1].split())
+    avx2 = {"avx2", "fma", "f16c", "bmi2"} <= flags
+    avx512 = avx2 and {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags
+    assert extension().cpu_features() == {
+        "avx2": avx2,
+        "avx512": avx512,
+        "avx512_bf16": avx512 and "avx512_bf16" in flags,
+        "amx_bf16": "amx_bf16" in flags,
+        "arm_bf16": False,
+    }
+
+
 def test_openmp_is_torchs():
     # A second OpenMP runtime would bring a second pool of threads.
     if extension().PARALLEL_BACKEND != "openmp" or not Path("/proc/self/maps").exists():

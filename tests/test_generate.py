@@ -9,9 +9,9 @@ import pytest
 import torch
 from training_runs import commands, flags, listing, metrics, one_thread, tiny_config, write_prepared
 
-from fastlm import ConfigError, TransformerLM, save_checkpoint
+from fastlm import ConfigError, TransformerLM, create_model_and_optimizer, save_checkpoint
 from fastlm.data.manifest import Manifest
-from fastlm.generate import check_sampling, generate, sample, sample_texts
+from fastlm.generate import check_sampling, generate, load_model, sample, sample_texts
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -264,6 +264,21 @@ def run_generate(directory: Path, **settings):
     defaults = dict(ckpt="run/checkpoints/checkpoint_model.pt", device="cpu", max_new_tokens=20)
     argv = flags(**{**defaults, **settings})
     return commands().run(argv, directory, call="fastlm.generate:main")
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(tie_embeddings=True, d_ff=40, rope_theta=100.0, num_heads=4)], ids=str
+)
+def test_a_checkpoint_brings_its_model_back(tmp_path, settings):
+    cfg = tiny_config(tmp_path, dropout=0.5, **settings)
+    torch.manual_seed(1)
+    model, optimizer, _ = create_model_and_optimizer(cfg)
+    save_checkpoint(model, optimizer, 1, tmp_path / "a.pt", config=asdict(cfg))
+    again, payload = load_model(tmp_path / "a.pt", "cpu")
+    ids = torch.randint(cfg.vocab_size, (2, cfg.context_len))
+    with torch.no_grad():
+        assert torch.equal(again(ids), model.eval()(ids)) and not again.training
+    assert payload["config"]["d_ff"] == cfg.d_ff
 
 
 def test_the_command_repeats_itself_with_a_seed(run_directory):

@@ -249,3 +249,24 @@ def test_device_names():
     name = device_name(CPU)
     assert name.endswith(f", {torch.get_num_threads()} threads") and len(name) > 12
     assert peak_memory_bytes(CPU) > 10 << 20
+
+
+def test_huge_pages_under_the_heap_change_no_content():
+    script = """
+import re, torch
+from fastlm.hardware import back_heap_with_huge_pages, keep_freed_memory
+assert keep_freed_memory()
+values = torch.arange(8 << 20)  # 64 MiB on the heap
+asked = back_heap_with_huge_pages()
+assert torch.equal(values, torch.arange(8 << 20))
+rollup = open("/proc/self/smaps_rollup").read()
+print(asked >> 20, int(re.search(r"AnonHugePages: +([0-9]+) kB", rollup)[1]) >> 10)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    asked, huge = map(int, done.stdout.split())
+    assert asked >= 64
+    if asked and huge == 0:
+        pytest.skip("this kernel gives no huge pages")
+    assert huge >= 64

@@ -245,6 +245,15 @@ def test_a_seed_decides_the_run_and_nothing_else_does(tmp_path):
     assert all(a[step] != c[step] for step in a)
 
 
+def test_set_seed_seeds_every_generator():
+    draws = []
+    for seed in (7, 7, 8, 2**40 + 7):  # numpy takes 32 bits
+        set_seed(seed)
+        draws.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+    assert draws[0] == draws[1]
+    assert all(a != b for a, b in zip(draws[0], draws[2], strict=True))
+
+
 def test_evaluating_does_not_change_the_training(tmp_path):
     run(tmp_path / "never", eval_every=0, dropout=0.2)
     run(tmp_path / "always", eval_every=1, eval_batches=5, dropout=0.2)
@@ -260,8 +269,8 @@ def test_validation_reads_the_same_batches_every_time(tmp_path):
 
 
 def test_grad_accum_is_the_bigger_batch(tmp_path):
-    run(tmp_path / "one", batch_size=8)
-    run(tmp_path / "four", batch_size=2, grad_accum=4)
+    run(tmp_path / "one", batch_size=8, lr_max=5e-3)
+    run(tmp_path / "four", batch_size=2, grad_accum=4, lr_max=5e-3)
     a, b = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert [*a.values()] == pytest.approx([*b.values()], rel=1e-4)
     assert a[11] < a[0] - 0.1  # it learns, or equality would say little
@@ -700,6 +709,18 @@ def test_a_signal_saves_and_stops(here, straight, name, code):
     assert result.returncode == 0, result.output
     assert f"[resume] at step {stopped}" in result.stdout
     assert_equal_runs(here / "run", straight)
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(here):
+    before = listing(here)
+    argv = tiny_flags(total_steps=None, train_minutes=1, target_dir="runs/a/b")
+    command = commands().start(argv, here)
+    command.until(r"\[run\] as many steps as take 1 minutes")
+    time.sleep(0.3)  # in the calibration, or the warm-up before it
+    command.signal(signal.SIGINT)
+    result = command.wait()
+    assert result.returncode == 130 and result.stderr == "", result.output
+    assert listing(here) == before
 
 
 def test_a_second_ctrl_c_exits_at_once(here):
