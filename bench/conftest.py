@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_sessionstart(session):
     if session.config.getoption("benchmark_only"):
-        # The trainer's setting, the same for every candidate: their outputs are not page-faulted
+        # As the trainer does, here for all candidates alike: their outputs are not page-faulted
         # anew at each call.
         keep_freed_memory()
 

@@ -23,7 +23,12 @@ import torch
 
 import fastlm
 from fastlm.extension import extension
-from fastlm.hardware import device_name, matmul_ceiling, synchronize
+from fastlm.hardware import (
+    back_heap_with_huge_pages,
+    device_name,
+    matmul_ceiling,
+    synchronize,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, LIMIT = "fastlm", "limit"
@@ -122,6 +127,8 @@ def compare(
 
     for candidate in (*peers.values(), ours):  # warm caches, compiled graphs, optimizer states
         timed(candidate)
+    if device.type == "cpu":
+        back_heap_with_huge_pages()  # as the trainer does, here for all alike
     load_average = os.getloadavg()[0]
     begin = time.perf_counter()
     for candidate in (*peers.values(), ours):

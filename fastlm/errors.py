@@ -37,3 +37,11 @@ class OutputError(UserError, OSError):
 
 class ExtensionError(UserError, ImportError):
     """The compiled extension `fastlm._C` is missing or older than its sources."""
+
+
+def permission_line(error: PermissionError) -> str:
+    """The line for a file that the user may not use."""
+    return (
+        f"error: {error.filename}: {error.strerror}; change its or its directory's permissions, or "
+        f"choose another"
+    )

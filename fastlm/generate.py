@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm.checkpoint import newest_readable, read_checkpoint, restore_model
-from fastlm.errors import CheckpointError, ConfigError, UserError
+from fastlm.errors import CheckpointError, ConfigError, UserError, permission_line
 from fastlm.hardware import select_device
 from fastlm.model import KVCache, TransformerLM
 
@@ -216,6 +216,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:  # already from asking whether something is there
+        print(permission_line(error), file=sys.stderr)
         return 2
     for index, text in enumerate(texts):
         if len(texts) > 1:

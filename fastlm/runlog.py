@@ -8,6 +8,17 @@ from typing import Any
 
 from fastlm.plot import LivePlotter
 
+METRICS = "metrics.jsonl"
+
+
+def has_ended(directory: str) -> bool:
+    """Did the run that logs there come to its end? The summary is the last that it writes."""
+    path = Path(directory) / METRICS
+    if not path.exists():
+        return False
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return bool(lines) and lines[-1].startswith('{"event": "summary"')
+
 
 class RunLog:
     """Writes `{prefix}.log`, `metrics.jsonl` and `{prefix}_loss_curve.png` in one directory.
@@ -19,7 +30,7 @@ class RunLog:
         self.directory, self.prefix = Path(directory), prefix
         self.start_step, self.total_steps = start_step, total_steps
         self.plotter = LivePlotter()
-        self.metrics_path = self.directory / "metrics.jsonl"
+        self.metrics_path = self.directory / METRICS
         if start_step:
             self._recall(start_step)
         self._log = open(self.directory / f"{prefix}.log", "a", encoding="utf-8")  # noqa: SIM115

@@ -22,7 +22,7 @@ from fastlm.checkpoint import (
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data, as_dataset, check_dataset, open_data
 from fastlm.data.loader import TrainLoader
-from fastlm.errors import CheckpointError, ConfigError, UserError
+from fastlm.errors import CheckpointError, ConfigError, UserError, permission_line
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
 from fastlm.hardware import (
     back_heap_with_huge_pages,
@@ -33,6 +33,7 @@ from fastlm.hardware import (
 from fastlm.loop import Run
 from fastlm.model import TransformerLM
 from fastlm.rundir import RunDirectory
+from fastlm.runlog import has_ended
 from fastlm.step import TrainStep, create_model_and_optimizer, set_seed
 from fastlm.summary import describe
 
@@ -59,7 +60,9 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
     model, optimizer, _ = create_model_and_optimizer(cfg)
     resumed = _weights_to_start_from(model, data, cfg)
     start_step = iteration_of(resumed) if resumed else 0
-    if resumed and start_step >= cfg.total_steps:
+    # Killed behind its last step, a run still lacks its end: weights alone, samples, summary.
+    lacks_its_end = start_step == cfg.total_steps and not has_ended(cfg.log_dir)
+    if resumed and start_step >= cfg.total_steps and not lacks_its_end:
         print(
             f"[resume] the run is complete: {start_step} of {cfg.total_steps} steps; "
             f"--total-steps N continues it up to N"
@@ -233,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
             train(data, cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:  # already from asking whether something is there
+        print(permission_line(error), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

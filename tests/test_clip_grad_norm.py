@@ -9,18 +9,10 @@ from tolerance import DEVICES, assert_as_accurate, assert_bitwise_equal
 from fastlm import clip_gradients
 from fastlm.ops.clip_grad_norm import clip_gradients_reference, global_norm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # One element, none at all, odd sizes, 0-d, a matrix, more than a block of threads.
 SHAPES = [(1,), (0,), (7,), (), (33, 65), (70_001,)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are small: a second thread would cost more than it does, and ten times as much
-    # where other programs keep it waiting.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def parameters(shapes=SHAPES, dtype=torch.float32, device="cpu", *, scale=1.0, seed=0):

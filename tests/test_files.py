@@ -298,15 +298,15 @@ def test_files_of_two_dtypes(tmp_path):
 
 
 def test_a_directory_of_train_and_val_files(tmp_path):
-    bin_file(tmp_path / "fineweb_train_000002.bin", [2, 2])
-    bin_file(tmp_path / "fineweb_train_000001.bin", [1, 1])
+    for index in (7, 2, 9, 0, 3, 8, 5, 1, 6, 4):  # no order that a file system lists them in
+        bin_file(tmp_path / f"fineweb_train_00000{index}.bin", [index])
     (tmp_path / "train.txt").write_text("no token file")
     data = open_data([str(tmp_path)], val_fraction=0.5)  # without val files, the end is held out
-    assert np.concatenate(data.train.segments).tolist() == [1, 1]
-    assert np.concatenate(data.val.segments).tolist() == [2, 2]
+    assert np.concatenate(data.train.segments).tolist() == [0, 1, 2, 3, 4]
+    assert np.concatenate(data.val.segments).tolist() == [5, 6, 7, 8, 9]
     bin_file(tmp_path / "fineweb_val_000000.bin", [9])
     data = open_data([str(tmp_path)])
-    assert np.concatenate(data.train.segments).tolist() == [1, 1, 2, 2]  # in the order of names
+    assert np.concatenate(data.train.segments).tolist() == list(range(10))
     assert np.concatenate(data.val.segments).tolist() == [9]
     other = bin_file(tmp_path / "mine.bin", [7, 7])
     assert open_data([str(tmp_path)], [str(other)]).val.segments[0].tolist() == [7, 7]

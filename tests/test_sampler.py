@@ -106,8 +106,14 @@ def test_epochs_differ_in_order_and_phase():
     sampler = WindowSampler(10_000, 16, seed=0)
     epochs = [epoch_of(sampler, epoch) for epoch in range(64)]
     assert len({tuple(starts) for starts in epochs}) == 64
-    phases = {int(starts.min()) % 16 for starts in epochs}
-    assert len(phases) > 12  # of 16: windows are cut at other places in other epochs
+
+
+@pytest.mark.parametrize("num_tokens", range(47, 65))
+def test_windows_are_cut_at_every_phase(num_tokens):
+    # However the windows fit: were there one more of them where T divides n - 1, its epochs would
+    # all be cut at the same places.
+    sampler = WindowSampler(num_tokens, 16, seed=0)
+    assert {int(epoch_of(sampler, epoch).min()) for epoch in range(300)} == set(range(16))
 
 
 def test_seeds_differ():
@@ -115,6 +121,9 @@ def test_seeds_differ():
         tuple(WindowSampler(10_000, 16, seed).starts(0, 100)) for seed in (0, 1, 2, -1, 2**63)
     }
     assert len(streams) == 5
+    epochs = [epoch_of(WindowSampler(10_000, 16, seed), 0) for seed in range(32)]
+    assert len({int(starts.min()) for starts in epochs}) > 8  # of 16 phases
+    assert len({tuple(starts // 16) for starts in epochs}) == 32
     again = WindowSampler(10_000, 16, 1).starts(0, 100)
     assert np.array_equal(again, WindowSampler(10_000, 16, 1).starts(0, 100))
 

@@ -613,8 +613,10 @@ def here(tmp_path) -> Path:
 def assert_equal_runs(target_dir: Path, expected: Path) -> None:
     assert same(state(checkpoint(target_dir)), state(checkpoint(expected)))
     assert losses(target_dir) == losses(expected)
-    last = [metrics(directory, "val")[-1] for directory in (target_dir, expected)]
+    last = [metrics(directory, "summary")[-1] for directory in (target_dir, expected)]
     assert last[0]["val_loss"] == last[1]["val_loss"]
+    weights = [checkpoint(directory, "model") for directory in (target_dir, expected)]
+    assert same(*(torch.load(path, weights_only=True)["model_state"] for path in weights))
 
 
 def test_the_files_of_a_run(straight):
@@ -758,10 +760,10 @@ def test_kill_9_again_and_again(here, straight):
     """At random moments, those of saving among them: what comes out is the uninterrupted run."""
     rng = random.Random(5)
     kills, argv = 0, tiny_flags(**LONG)
-    for _ in range(20):
+    for _ in range(30):
         command = commands().start(argv, here)
         command.until(r"CKPT|complete", timeout=60)  # some progress each time
-        time.sleep(rng.uniform(0, 0.25))
+        time.sleep(rng.uniform(0, 0.1))
         command.signal(signal.SIGKILL)
         result = command.wait()
         if result.returncode == 0:
@@ -807,6 +809,19 @@ def test_a_finished_run_says_so_and_can_go_on(here):
     assert result.returncode == 0, result.output
     assert "[resume] changed: total_steps: 6 -> 12" in result.stdout
     assert commands().run(tiny_flags(target_dir="straight"), here).returncode == 0
+    assert_equal_runs(here / "run", here / "straight")
+
+
+def test_a_run_killed_behind_its_last_step_gets_its_end(here):
+    argv = tiny_flags(dropout=0.1)
+    for target_dir in ("run", "straight"):
+        assert commands().run([*argv, "--target-dir", target_dir], here).returncode == 0
+    checkpoint(here / "run", "model").unlink()
+    lines = (here / "run" / "logs" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (here / "run" / "logs" / "metrics.jsonl").write_text("".join(lines[:-1]))
+    result = commands().run([*argv, "--resume"], here)
+    assert result.returncode == 0 and "[resume] at step 12" in result.stdout, result.output
+    assert "[train] step" not in result.stdout
     assert_equal_runs(here / "run", here / "straight")
 
 

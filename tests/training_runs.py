@@ -360,6 +360,7 @@ def _serve() -> None:
     for module in (
         "fastlm.train", "fastlm.generate", "fastlm.cli", "fastlm.prepare", "tyro", "tokenizers",
         "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "numpy.random",
+        "tomllib" if sys.version_info >= (3, 11) else "tomli",
     ):  # fmt: skip
         importlib.import_module(module)
     running: set[int] = set()

@@ -5,6 +5,7 @@ modded-nanogpt, told apart by its magic number (20240520 or 20240801).
 """
 
 import bisect
+import re
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -216,8 +217,9 @@ def open_data(
             found = sorted(p for p in directory.iterdir() if p.suffix in (".bin", ".npy"))
         except OSError as error:
             raise DataError(f"{directory}: cannot be read ({error.strerror})") from error
-        paths = [str(p) for p in found if "train" in p.stem]
-        val_paths = val_paths or [str(p) for p in found if "val" in p.stem]
+        # As a word of its own: train.bin, fineweb_train_000001.bin, but not constrained.bin.
+        paths = [str(p) for p in found if re.search(r"(?<![a-z])train", p.stem)]
+        val_paths = val_paths or [str(p) for p in found if re.search(r"(?<![a-z])val", p.stem)]
         if not paths:
             raise DataError(
                 f"{directory}: holds neither {MANIFEST_NAME} nor train*.bin or train*.npy; prepare "
