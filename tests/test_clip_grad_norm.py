@@ -255,3 +255,11 @@ def test_a_wrong_clipping_is_rejected(mutation, dtype):
     assert_clipped(params, norm, before, 1.0)
     with pytest.raises(AssertionError):
         assert_clipped(params, mutation(params, before, norm), before, 1.0)
+
+
+def test_the_norm_of_a_large_tensor_is_accurate():
+    """torch's own, of 16 M elements at once, is 0.06 % low."""
+    values = torch.rand(16 << 20, generator=torch.Generator().manual_seed(0))
+    truth = float(values.double().norm())
+    assert float(global_norm([values])) == pytest.approx(truth, rel=1e-6)
+    assert float(global_norm([values.view(4096, 4096).T])) == pytest.approx(truth, rel=1e-6)

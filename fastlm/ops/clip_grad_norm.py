@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastlm.ops.dispatch import resolve_implementation
 
+_PART = 1 << 16  # elements; larger parts are no faster
+
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """The L2 norm of all `tensors` taken as one vector: 0-d, at least fp32, on the first's device.
@@ -19,9 +21,23 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     device = tensors[0].device
-    norms = [torch.linalg.vector_norm(t, dtype=_wide(t.dtype)).to(device) for t in tensors]
+    norms = [
+        torch.linalg.vector_norm(part, dtype=_wide(t.dtype)).to(device)
+        for t in tensors
+        for part in _parts(t)
+    ]
     dtype = torch.float64 if torch.float64 in {n.dtype for n in norms} else torch.float32
     return torch.linalg.vector_norm(torch.stack([n.to(dtype) for n in norms]))
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """`tensor` in parts whose norms torch sums accurately.
+
+    On the CPU it adds squares up one by one in fp32: of 60 M elements the norm came out 0.5 % low.
+    """
+    if tensor.device.type != "cpu" or tensor.numel() <= _PART:
+        return (tensor,)
+    return tensor.split(max(1, _PART * len(tensor) // tensor.numel()))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
