@@ -5,8 +5,8 @@ modded-nanogpt, told apart by its magic number (20240520 or 20240801).
 """
 
 import bisect
-import re
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
