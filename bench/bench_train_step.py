@@ -59,8 +59,7 @@ def bench_train_step(benchmark, device, preset, vocab_size):
             flops=a_step * training_flops_per_token(model, cfg.context_len),
             dtype=fast_dtype,
         ),
-        seconds=20,
-        least_rounds=3,
+        seconds=15,
     )
 
 

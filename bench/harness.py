@@ -8,21 +8,13 @@ the peers, with the same clock and the same synchronisation.
 
 import gc
 import os
-import platform
-import shlex
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import torch
 
-import fastlm
-from fastlm.extension import extension
 from fastlm.hardware import (
     back_heap_with_huge_pages,
     device_name,
@@ -30,7 +22,6 @@ from fastlm.hardware import (
     synchronize,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 OURS, LIMIT = "fastlm", "limit"
 
 
@@ -48,7 +39,7 @@ class Work:
 
     formula: str  # how it was counted
     bytes: int = 0  # read + written; the limit is a copy of as many, timed in every round
-    flops: int = 0  # the limit is the fastest matmul of `dtype`, measured once
+    flops: int = 0  # the limit is the fastest matmul of `dtype`, measured before and after
     dtype: torch.dtype = torch.float32
 
 
@@ -111,6 +102,8 @@ def compare(
     peers = dict(peers)
     if work.bytes:
         peers[LIMIT] = copy_of(work.bytes, device)
+    else:
+        matmul_limit(device, work.dtype)
 
     def timed(candidate: Candidate) -> float:
         if candidate.setup:
@@ -205,52 +198,11 @@ def copy_of(num_bytes: int, device: torch.device) -> Candidate:
     return Candidate(run)
 
 
-@cache
+_MATMUL_LIMITS: dict[tuple[torch.device, torch.dtype], float] = {}
+
+
 def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s, measured once a run."""
-    return matmul_ceiling(device, dtype)
-
-
-def environment(arguments: list[str]) -> dict[str, object]:
-    """What a figure means nothing without."""
-    cuda = torch.cuda.is_available()
-    packages = ("torch", "numpy", "triton", "pytest-benchmark")
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": shlex.join(["pytest", *arguments]),
-        "commit": _commit(),
-        "cpu": device_name(torch.device("cpu")),
-        "cpu_features": [name for name, has in extension().cpu_features().items() if has],
-        "isa": extension().isa(),
-        "parallel": extension().PARALLEL_BACKEND,
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
-        "load_average": os.getloadavg(),
-        "versions": {
-            "fastlm": fastlm.__version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in packages},
-            "cuda": torch.version.cuda if cuda else None,
-        },
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str:
-    """The commit, with "+changes" where the working tree differs; "unknown" outside git."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--short", "HEAD")
-        return (commit + ("+changes" if git("status", "--porcelain") else "")) or "unknown"
-    except OSError:
-        return "unknown"
+    """FLOP/s: the best of what was measured in this run, now and before."""
+    measured = matmul_ceiling(device, dtype)
+    _MATMUL_LIMITS[device, dtype] = max(measured, _MATMUL_LIMITS.get((device, dtype), 0.0))
+    return _MATMUL_LIMITS[device, dtype]
