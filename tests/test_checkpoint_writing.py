@@ -28,6 +28,23 @@ def test_permissions_are_those_the_umask_leaves(tmp_path, mask, mode):
     assert stat.S_IMODE((tmp_path / "a.pt").stat().st_mode) == mode
 
 
+def test_the_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    """No kill shows it, only a power failure would: so the order of the calls is looked at."""
+    path, calls = tmp_path / "a.pt", []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        status = os.fstat(descriptor)
+        is_directory = os.path.samestat(status, tmp_path.stat())
+        calls.append("directory" if is_directory else f"file of {status.st_size} bytes")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append("rename") or replace(a, b))
+    save_checkpoint(make_model(), None, 1, path)
+    assert calls == [f"file of {path.stat().st_size} bytes", "rename", "directory"]
+
+
 def test_a_payload_that_cannot_be_saved_leaves_the_old_file(saved):
     before = listing(saved.parent)
     with pytest.raises((TypeError, AttributeError)):

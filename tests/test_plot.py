@@ -1,6 +1,7 @@
 """The loss curve and the schedule as pictures, without a display, a notebook, or pyplot."""
 
 import gc
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -131,7 +132,8 @@ plotter.save("curve.png")
 plot_lr_schedule(1e-3, 1e-4, 5, 50, path="rates.png")
 assert "matplotlib.pyplot" not in sys.modules
 """
-    environment = {"MPLBACKEND": "TkAgg", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    environment = {**os.environ, "MPLBACKEND": "TkAgg"}
+    environment.pop("DISPLAY", None)
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", script],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
