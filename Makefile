@@ -22,12 +22,12 @@ bench: $(VENV)/.installed
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/csrc/*.h tests/csrc/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.inc csrc/*.cpp tests/csrc/*.h tests/csrc/*.cpp
 
 format: $(VENV)/.linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp tests/csrc/*.h tests/csrc/*.cpp
+	$(BIN)/clang-format -i csrc/*.h csrc/*.inc csrc/*.cpp tests/csrc/*.h tests/csrc/*.cpp
 
 # The extension is built anew when its sources change; the Python files are used where they stand.
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*) | check

@@ -14,6 +14,47 @@ def gather_batch(
     y: np.ndarray,  # (B, T), written
 ) -> None: ...
 def first_out_of_range(tokens: np.ndarray, vocab_size: int) -> int: ...
+
+# Floats are arrays of float32, or int16 that hold the bits of `kind` "bfloat16" or "float16".
+def check_labels(
+    targets: npt.NDArray[np.int64], vocab_size: int, ignore_index: int
+) -> tuple[int, int]: ...  # (first row out of range or -1, labels that are not ignore_index)
+def cross_entropy_losses(
+    logits: np.ndarray,  # (N, V)
+    kind: str,
+    targets: npt.NDArray[np.int64],  # (N,)
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,  # 0: none
+    z_loss: float,
+    all_lse: bool,
+    losses: npt.NDArray[np.float32],  # (N,), written
+    lse: npt.NDArray[np.float32],  # (N,), written
+    stats: npt.NDArray[np.float64],  # (N, 2), written
+    gradient: np.ndarray | None,  # (N, V), written; may be logits
+    gradient_scale: float,
+) -> None: ...
+def cross_entropy_gradients(
+    logits: np.ndarray,  # (N, V)
+    kind: str,
+    targets: npt.NDArray[np.int64],  # (N,)
+    stats: npt.NDArray[np.float64],  # (N, 2)
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    z_loss: float,
+    grad_losses: npt.NDArray[np.float32],  # (N,) or ()
+    grad_lse: npt.NDArray[np.float32] | None,  # (N,)
+    gradient: np.ndarray,  # (N, V), written; may be logits
+) -> None: ...
+def ordered_sum(values: npt.NDArray[np.float32]) -> float: ...
+def scale_in_place(x: np.ndarray, kind: str, factor: float) -> None: ...
+def accumulate(
+    sum: npt.NDArray[np.float32],  # (rows, columns), written
+    part: np.ndarray,  # (rows, columns)
+    kind: str,
+    first: bool,  # sum = part, else sum += part
+) -> None: ...
 def max_threads() -> int: ...
 def isa() -> str: ...
 def force_isa(name: str | None) -> None: ...

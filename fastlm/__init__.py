@@ -22,9 +22,14 @@ from fastlm.errors import (
 from fastlm.evaluate import evaluate_model_loss, validate
 from fastlm.hardware import select_device
 from fastlm.model import TransformerLM, count_parameters
-from fastlm.ops.cross_entropy import cross_entropy_loss
+from fastlm.ops.cross_entropy import check_labels, cross_entropy_loss
 from fastlm.ops.dispatch import active_implementation
 from fastlm.ops.gather_batch import gather_batch, get_batch
+from fastlm.ops.linear_cross_entropy import (
+    LinearCrossEntropyPlan,
+    linear_cross_entropy_loss,
+    linear_cross_entropy_plan,
+)
 from fastlm.optim import AdamW, clip_gradients
 from fastlm.plot import LivePlotter, plot_lr_schedule
 from fastlm.schedule import (
@@ -51,6 +56,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "ExtensionError",
+    "LinearCrossEntropyPlan",
     "LivePlotter",
     "OutputError",
     "TokenDataset",
@@ -58,6 +64,7 @@ __all__ = [
     "TransformerLM",
     "UserError",
     "active_implementation",
+    "check_labels",
     "clip_gradients",
     "cosine_lr_schedule",
     "count_parameters",
@@ -67,6 +74,8 @@ __all__ = [
     "gather_batch",
     "get_batch",
     "get_cosine_schedule_with_warmup",
+    "linear_cross_entropy_loss",
+    "linear_cross_entropy_plan",
     "load_checkpoint",
     "load_token_dataset",
     "plot_lr_schedule",

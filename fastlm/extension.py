@@ -47,7 +47,7 @@ def source_hash(root: Path) -> str:
     sources = sorted(
         path.relative_to(root).as_posix()
         for path in (root / "csrc").iterdir()
-        if path.suffix in (".h", ".cpp")
+        if path.suffix in (".h", ".inc", ".cpp")
     )
     lines = "".join(
         f"{source} {hashlib.sha256((root / source).read_bytes()).hexdigest()}\n"

@@ -16,6 +16,7 @@ from fastlm.data.loader import spread_batches
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss
 from fastlm.generate import sample_texts
 from fastlm.model import training_flops_per_token
+from fastlm.ops.cross_entropy import check_labels
 from fastlm.rundir import RunDirectory, StopSignals
 from fastlm.runlog import RunLog
 from fastlm.schedule import cosine_lr_schedule, wsd_lr_schedule
@@ -101,6 +102,7 @@ class Run:
 
     def _log(self, step: int, loss: Tensor, lr: float) -> None:
         average = float(self._window_loss) / self._window_steps  # waits for the device
+        check_labels()
         seconds = self.clock.seconds - self._window_begin
         norm = self.runner.optimizer.last_grad_norm
         self.log.train(

@@ -188,6 +188,10 @@ class TransformerLM(nn.Module):
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens: (B, T) ids, after the positions in `cache`; returns logits: (B, T, V)."""
+        return self.lm_head(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the output head takes, for linear_cross_entropy_loss: (B, T) ids to (B, T, D)."""
         begin = 0 if cache is None else cache.length
         end = begin + tokens.shape[-1]
         if end > self.max_seq_len:
@@ -203,7 +207,7 @@ class TransformerLM(nn.Module):
                 x = layer(x, cos, sin)
         if cache is not None:
             cache.length = end
-        return self.lm_head(self.ln_final(x))
+        return self.ln_final(x)
 
 
 def check_heads(d_model: int, num_heads: int) -> None:

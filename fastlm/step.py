@@ -15,9 +15,10 @@ from fastlm.checkpoint import load_checkpoint
 from fastlm.config import TrainingConfig
 from fastlm.data.loader import TrainLoader
 from fastlm.errors import CompileError
-from fastlm.evaluate import evaluating, summed_loss
+from fastlm.evaluate import evaluating
 from fastlm.hardware import check_compiler, select_device, select_dtype, synchronize
 from fastlm.model import TransformerLM
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy_loss
 from fastlm.optim import AdamW
 
 
@@ -83,17 +84,26 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.compile_seconds = 0.0
         self._compile = cfg.compile
-        self.summed_loss = self._summed_loss
+        self._hidden = self._hidden_states
         if cfg.compile:
             check_compiler(self.device)
             # Shapes are fixed: a graph for each mode, and no recompilation for a changed size.
-            self.summed_loss = torch.compile(self._summed_loss, dynamic=False)
+            self._hidden = torch.compile(self._hidden_states, dynamic=False)
 
-    def _summed_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y: (B, T) -> sum of the B * T losses in nats, fp32."""
+    def _hidden_states(self, x: Tensor) -> Tensor:
+        """x: (B, T) -> (B, T, D) in the matmuls' dtype."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(x)
-        return summed_loss(logits, y)
+            return self.model.hidden(x).to(self.dtype)
+
+    def _loss(self, x: Tensor, y: Tensor, **options) -> Tensor:
+        """Of the compiled graph's output, outside of it: backward then gets an upstream gradient of
+        1 and hands over the gradients that the loss has computed, without a pass over them."""
+        head = self.model.lm_head
+        return linear_cross_entropy_loss(self._hidden(x), head.weight, y, bias=head.bias, **options)
+
+    def summed_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y: (B, T) -> sum of the B * T losses in nats, fp32."""
+        return self._loss(x, y, reduction="sum")
 
     def run(self, step: int, lr: float) -> Tensor:
         """One optimizer step. Returns the mean loss of its tokens, 0-d on the device.
@@ -106,7 +116,7 @@ class TrainStep:
         loss = torch.zeros((), device=self.device)
         for micro_step in range(self.loader.grad_accum):
             x, y = self.loader.batch(step, micro_step)
-            micro_loss = self.summed_loss(x, y) / self.tokens
+            micro_loss = self._loss(x, y, num_items=self.tokens)
             self.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         self.scaler.unscale_(self.optimizer)  # does nothing without float16

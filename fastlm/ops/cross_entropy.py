@@ -7,18 +7,26 @@ With l = softcap(logits) in fp32 and lse = log(sum_v exp(l_v)), the loss of a ro
 softcap(x) = c * tanh(x / c) is Gemma 2's (arXiv:2408.00118 §2), z_loss PaLM's
 (arXiv:2204.02311 §5), label smoothing that of torch.nn.functional.cross_entropy.
 
+The op of torch's dispatcher, fastlm::cross_entropy, is defined in kernels/cross_entropy_op.py.
 Shapes: N = any leading dimensions, V vocabulary.
 """
+
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.kernels.arguments import check_labels_fit, check_options
+from fastlm.kernels.cross_entropy_op import define_cross_entropy
 from fastlm.ops.dispatch import resolve_implementation
+from fastlm.ops.row_kernels import cpp_row_kernels, triton_row_kernels
+
+_op = define_cross_entropy("fastlm", {"cpu": cpp_row_kernels, "cuda": triton_row_kernels})
 
 
 def cross_entropy_loss(
-    logits: Tensor,  # (..., V) fp32, bf16 or fp16
+    logits: Tensor,  # (..., V) fp32, bf16 or fp16; fp64 runs impl "torch"
     targets: Tensor,  # (...) integer labels in [0, V), or ignore_index
     *,
     ignore_index: int = -100,
@@ -28,6 +36,7 @@ def cross_entropy_loss(
     reduction: str = "mean",
     num_items: Tensor | float | None = None,
     return_lse: bool = False,
+    inplace: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mean (or sum, or per-row) cross-entropy of `targets` under softmax(`logits`), in nats.
@@ -37,18 +46,69 @@ def cross_entropy_loss(
     rows not ignored: the total over all micro-batches, for gradient accumulation. With
     `return_lse`, (loss, lse): lse is (...), fp32 and differentiable.
 
+    `inplace` allows backward to overwrite the logits with their gradient, which saves their size in
+    memory; a second backward then raises RuntimeError. Otherwise the logits are never written to.
+
     The loss is fp32: () for "mean" and "sum", (...) for "none". Raises ValueError for arguments
-    that do not fit together and, on CPU outside torch.compile, for a label out of range.
+    that do not fit together, TypeError for dtypes. A label out of range: on the CPU ValueError
+    names its position; on a GPU, which is not waited for, the loss is NaN and
+    `fastlm.check_labels()` raises. There is no second derivative, except with impl="torch".
     """
-    _check(logits, targets, label_smoothing, softcap, z_loss, reduction, num_items)
-    resolve_implementation("cross_entropy", impl, logits.device)
+    check_labels_fit(logits.shape, logits.shape[-1] if logits.dim() else 0, targets)
+    check_options(label_smoothing, softcap, z_loss, reduction, num_items)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits has dtype {logits.dtype}: it must be a floating-point dtype")
+    if impl == "auto" and logits.dtype == torch.float64:
+        impl = "torch"
+    implementation = resolve_implementation("cross_entropy", impl, logits.device)
+    options = dict(
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        z_loss=z_loss,
+        reduction=reduction,
+        num_items=num_items,
+        return_lse=return_lse,
+    )
+    if implementation == "torch":
+        return _torch_cross_entropy(logits, targets, **options)
+    if implementation == "triton" and logits.device.type == "cpu":  # Triton's interpreter
+        from fastlm.kernels import cross_entropy_loss as interpreted
+
+        return interpreted(logits, targets, inplace=inplace, **options)
+    return _op(logits, targets, inplace=inplace, **options)
+
+
+def check_labels() -> None:
+    """Raises ValueError if a loss on a GPU has met a label out of range since the last call.
+
+    Such a loss is NaN. Waits for the GPU, once for each that has computed a loss: call it where
+    your loop reads the loss anyway. The message names the first such row and its label.
+    """
+    # Where Triton's kernels have not been loaded, no GPU has computed a loss.
+    if "fastlm.kernels.cross_entropy" in sys.modules:
+        sys.modules["fastlm.kernels.cross_entropy"].check_labels()
+
+
+def _torch_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+    reduction: str,
+    num_items: Tensor | float | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """By PyTorch's own functions: on devices without a kernel, in fp64, for second derivatives."""
     # Before any comparison: in a narrower dtype V and ignore_index would wrap around.
     targets = targets.long()
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_labels(targets, logits.shape[-1], ignore_index)
-
     V = logits.shape[-1]
-    rows = logits.reshape(-1, V)
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_label_range(targets, V, ignore_index)
+    rows = logits.reshape(targets.numel(), V)
     rows = rows if rows.dtype == torch.float64 else rows.float()
     labels = targets.reshape(-1)
     if softcap is not None:
@@ -57,27 +117,18 @@ def cross_entropy_loss(
     lse = None
     if z_loss or return_lse:
         lse = torch.logsumexp(rows, dim=-1)
-    if z_loss or reduction == "none":
-        loss = F.cross_entropy(
-            rows,
-            labels,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction="none",
-        )
-        if z_loss:
-            # Not a product with the mask: an ignored row's lse may be infinite.
-            loss = loss + z_loss * torch.where(labels != ignore_index, lse.square(), 0.0)
-        loss = loss.view(targets.shape) if reduction == "none" else loss.sum()
-    else:
-        # "sum" and our own division: torch's "mean" is NaN when every row is ignored.
-        loss = F.cross_entropy(
-            rows,
-            labels,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction="sum",
-        )
+    # "sum" and our own division: torch's "mean" is NaN when every row is ignored.
+    loss = F.cross_entropy(
+        rows,
+        labels,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none" if z_loss or reduction == "none" else "sum",
+    )
+    if z_loss:
+        # Not a product with the mask: an ignored row's lse may be infinite.
+        loss = loss + z_loss * torch.where(labels != ignore_index, lse.square(), 0.0)
+    loss = loss.view(targets.shape) if reduction == "none" else loss.sum()
     if reduction == "mean":
         items = _count_valid(labels, ignore_index) if num_items is None else num_items
         loss = (loss / items).to(rows.dtype)  # an fp64 num_items would widen it
@@ -128,37 +179,7 @@ def _count_valid(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels != ignore_index).sum().clamp(min=1)
 
 
-def _check(logits, targets, label_smoothing, softcap, z_loss, reduction, num_items) -> None:
-    if logits.dim() < 1 or logits.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)}, logits {tuple(logits.shape)}: targets must "
-            f"have the shape of logits without its last dimension, the vocabulary"
-        )
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}: the vocabulary is empty")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits has dtype {logits.dtype}: it must be a floating-point dtype")
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise TypeError(f"targets has dtype {targets.dtype}: it must hold integer labels")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing={label_smoothing}: it must lie in [0, 1]")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap}: it must be positive, or None for no cap")
-    if not 0.0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss={z_loss}: it must be 0 (none) or positive")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction={reduction!r}: it must be 'mean', 'sum' or 'none'")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"num_items replaces the mean's denominator; reduction is {reduction!r}")
-    # A tensor's value is not read: that would wait for the device.
-    if isinstance(num_items, Tensor):
-        if num_items.dim():
-            raise ValueError(f"num_items has shape {tuple(num_items.shape)}: it must be 0-d")
-    elif num_items is not None and not num_items > 0:
-        raise ValueError(f"num_items={num_items}: it must be positive")
-
-
-def _check_labels(targets: Tensor, V: int, ignore_index: int) -> None:
+def _check_label_range(targets: Tensor, V: int, ignore_index: int) -> None:
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
     if wrong.any():
         position = tuple(wrong.nonzero()[0].tolist())

@@ -5,16 +5,21 @@ Implementations: "triton" (kernels/, CUDA and ROCm tensors), "cpp" (csrc/, CPU t
 device, else "torch". An implementation asked for by name that cannot run raises.
 """
 
+import os
+
 import torch
 
 # What exists, and for which device types; "*" is every device.
 IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "cross_entropy": {"torch": ("*",)},
+    "cross_entropy": {"triton": ("cuda",), "cpp": ("cpu",), "torch": ("*",)},
+    "linear_cross_entropy": {"triton": ("cuda",), "cpp": ("cpu",), "torch": ("*",)},
     "adamw": {"torch": ("*",)},
     "clip_grad_norm": {"torch": ("*",)},
     "gather_batch": {"cpp": ("cpu",)},
 }
 _PREFERRED = ("triton", "cpp", "torch")
+# Their Triton kernels also run on CPU tensors under Triton's interpreter, where asked for by name.
+_INTERPRETED = ("cross_entropy",)
 
 
 def resolve_implementation(op: str, impl: str, device: torch.device | str) -> str:
@@ -25,6 +30,8 @@ def resolve_implementation(op: str, impl: str, device: torch.device | str) -> st
     ]
     if impl == "auto" and usable:
         return usable[0]
+    if os.environ.get("TRITON_INTERPRET") == "1" and op in _INTERPRETED:
+        usable.insert(0, "triton")
     if impl in usable:
         return impl
     raise ValueError(

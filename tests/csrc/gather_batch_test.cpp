@@ -23,6 +23,9 @@
 #include "parallel.h"
 #include "testing.h"
 
+namespace fastlm {
+void test_cross_entropy();  // cross_entropy_test.cpp
+}
 using namespace fastlm;
 
 namespace {
@@ -322,6 +325,7 @@ int main(int argc, char** argv) {
   if (argc > 1) return commit(argv[1]);
   test_isa();
   test_parallel_for();
+  test_cross_entropy();
   test_gather<uint8_t, int32_t>();
   test_gather<uint8_t, int64_t>();
   test_gather<uint16_t, int32_t>();

@@ -1,0 +1,203 @@
+#include "cross_entropy.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace fastlm {
+namespace {
+
+// Elements whose exponentials share one shift. Twice this in fp32 fits the L1 cache, and the fp32
+// partial sums within a block are short.
+constexpr int64_t kBlock = 2048;
+
+constexpr float kLog2e = 1.44269502f;
+
+// An output larger than this leaves the caches before it is read again: writing past them saves
+// fetching the lines first.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
+struct LossArguments {
+  Rows logits;
+  int64_t V;
+  const int64_t* targets;
+  CrossEntropyOptions options;
+  bool all_lse;
+  float* losses;
+  float* lse;
+  RowStats* stats;
+  Rows gradient;
+  float gradient_scale;
+};
+
+struct GradientArguments {
+  Rows logits;
+  int64_t V;
+  const int64_t* targets;
+  const RowStats* stats;
+  CrossEntropyOptions options;
+  const float* grad_losses;
+  int64_t grad_losses_stride;
+  const float* grad_lse;
+  Rows gradient;
+};
+
+// The loops, once for each instruction set, each function with that target attribute.
+namespace portable {
+#define FASTLM_SIMD PortableSimd
+#define FASTLM_TARGET
+#include "cross_entropy_rows.inc"
+#undef FASTLM_SIMD
+#undef FASTLM_TARGET
+}  // namespace portable
+#if FASTLM_X86
+namespace avx2 {
+#define FASTLM_SIMD Avx2Simd
+#define FASTLM_TARGET FASTLM_TARGET_AVX2
+#include "cross_entropy_rows.inc"
+#undef FASTLM_SIMD
+#undef FASTLM_TARGET
+}  // namespace avx2
+namespace avx512 {
+#define FASTLM_SIMD Avx512Simd
+#define FASTLM_TARGET FASTLM_TARGET_AVX512
+#include "cross_entropy_rows.inc"
+#undef FASTLM_SIMD
+#undef FASTLM_TARGET
+}  // namespace avx512
+#define FASTLM_DISPATCH(...)                         \
+  do {                                               \
+    switch (isa()) {                                 \
+      case Isa::kAvx512: avx512::__VA_ARGS__; break; \
+      case Isa::kAvx2: avx2::__VA_ARGS__; break;     \
+      case Isa::kPortable: portable::__VA_ARGS__;    \
+    }                                                \
+  } while (false)
+#else
+#define FASTLM_DISPATCH(...) portable::__VA_ARGS__
+#endif
+
+// Calls fn(T{}) with the type that `type` names.
+template <class Fn>
+void with_type(LogitType type, const Fn& fn) {
+  switch (type) {
+    case LogitType::kFloat32: return fn(float{});
+    case LogitType::kBfloat16: return fn(Bfloat16{});
+    case LogitType::kFloat16: return fn(Float16{});
+  }
+}
+
+int64_t size_of(LogitType type) { return type == LogitType::kFloat32 ? 4 : 2; }
+
+// Calls fn(std::bool_constant<value>{}).
+template <class Fn>
+void with_bool(bool value, const Fn& fn) {
+  if (value) {
+    fn(std::true_type{});
+  } else {
+    fn(std::false_type{});
+  }
+}
+
+// Rows for a thread: less than about 16 K logits cost less than waking it.
+int64_t row_grain(int64_t V) { return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(V, 1)); }
+
+}  // namespace
+
+void cross_entropy_losses(Rows logits, LogitType type, int64_t N, int64_t V, const int64_t* targets,
+                          const CrossEntropyOptions& options, bool all_lse, float* losses,
+                          float* lse, RowStats* stats, const Rows* gradient, float gradient_scale) {
+  const LossArguments a{logits,        V,       targets,
+                        options,       all_lse, losses,
+                        lse,           stats,   gradient ? *gradient : Rows{nullptr, 0},
+                        gradient_scale};
+  // Over the logits themselves nothing has to be fetched first.
+  const bool stream =
+      gradient && gradient->data != logits.data && N * V * size_of(type) > kStreamBytes;
+  with_type(type, [&](auto t) {
+    with_bool(options.softcap > 0, [&](auto softcap) {
+      with_bool(options.label_smoothing > 0, [&](auto total) {
+        with_bool(gradient != nullptr, [&](auto with_gradient) {
+          with_bool(stream, [&](auto streaming) {
+            using T = decltype(t);
+            constexpr bool kSoftcap = softcap, kTotal = total, kGradient = with_gradient;
+            constexpr bool kStream = kGradient && streaming;
+            parallel_for(N, row_grain(V), [&](int64_t begin, int64_t end) {
+              FASTLM_DISPATCH(
+                  losses_of_rows<T, kSoftcap, kTotal, kGradient, kStream>(a, begin, end));
+            });
+          });
+        });
+      });
+    });
+  });
+}
+
+void cross_entropy_gradients(Rows logits, LogitType type, int64_t N, int64_t V,
+                             const int64_t* targets, const RowStats* stats,
+                             const CrossEntropyOptions& options, const float* grad_losses,
+                             int64_t grad_losses_stride, const float* grad_lse, Rows gradient) {
+  const GradientArguments a{
+      logits, V, targets, stats, options, grad_losses, grad_losses_stride, grad_lse, gradient};
+  const bool stream = gradient.data != logits.data && N * V * size_of(type) > kStreamBytes;
+  with_type(type, [&](auto t) {
+    with_bool(options.softcap > 0, [&](auto softcap) {
+      with_bool(stream, [&](auto streaming) {
+        using T = decltype(t);
+        constexpr bool kSoftcap = softcap, kStream = streaming;
+        parallel_for(N, row_grain(V), [&](int64_t begin, int64_t end) {
+          FASTLM_DISPATCH(gradients_of_rows<T, kSoftcap, kStream>(a, begin, end));
+        });
+      });
+    });
+  });
+}
+
+int64_t first_bad_label(const int64_t* targets, int64_t N, int64_t V, int64_t ignore_index) {
+  for (int64_t row = 0; row < N; ++row) {
+    if (targets[row] != ignore_index && (targets[row] < 0 || targets[row] >= V)) return row;
+  }
+  return -1;
+}
+
+int64_t count_labels(const int64_t* targets, int64_t N, int64_t ignore_index) {
+  return N - std::count(targets, targets + N, ignore_index);
+}
+
+double ordered_sum(const float* values, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += values[i];
+  return sum;
+}
+
+void scale_in_place(void* x, LogitType type, int64_t n, float factor) {
+  with_type(type, [&](auto t) {
+    using T = decltype(t);
+    T* values = static_cast<T*>(x);
+    parallel_for(n, 1 << 14, [&](int64_t begin, int64_t end) {
+      FASTLM_DISPATCH(scale_part(values + begin, end - begin, factor));
+    });
+  });
+}
+
+void accumulate(float* sum, int64_t sum_stride, const void* part, LogitType type, int64_t rows,
+                int64_t columns, bool first) {
+  with_type(type, [&](auto t) {
+    using T = decltype(t);
+    const T* values = static_cast<const T*>(part);
+    const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(columns, 1));
+    parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        FASTLM_DISPATCH(
+            accumulate_part(sum + row * sum_stride, values + row * columns, columns, first));
+      }
+    });
+  });
+}
+
+}  // namespace fastlm

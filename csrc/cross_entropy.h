@@ -1,0 +1,70 @@
+// Cross-entropy of rows of logits: losses, log-sum-exp and gradient.
+// defines: LogitType, CrossEntropyOptions, cross_entropy_losses, cross_entropy_gradients,
+//          first_bad_label, count_labels, ordered_sum, scale_in_place, accumulate
+//
+// N rows, V vocabulary; l = softcap(logits) in fp32. The loss of a row with label y is
+//   (1 - s) * (lse - l_y) + s * (lse - mean_v l_v) + z * lse^2     s = label_smoothing, z = z_loss
+// Every row is computed by one thread in a fixed order: the results do not depend on the threads.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlm {
+
+enum class LogitType { kFloat32, kBfloat16, kFloat16 };
+
+struct CrossEntropyOptions {
+  int64_t ignore_index = -100;
+  float label_smoothing = 0;
+  float softcap = 0;  // 0: none; else l = softcap * tanh(logit / softcap)
+  float z_loss = 0;
+};
+
+// (N, V) logits or gradients: rows `stride` elements apart, the elements of a row adjacent.
+struct Rows {
+  void* data;
+  int64_t stride;
+};
+
+// What backward needs of a row: p_v = exp(l_v - largest) / sum. Not the lse alone: of logits near
+// 1e4 its rounding to fp32 would be an error of 1e-3 in every probability. In fp64: where p_v is
+// nearly 1, all of 1 - p_v may lie in the sum's last digits.
+struct RowStats {
+  double largest;
+  double sum;
+};
+
+// losses (N,): 0 where the label is ignore_index. lse (N,): of ignored rows only if all_lse, else 0
+// there, as are their stats (N,).
+// gradient, unless null: that of gradient_scale * sum of the losses, in the logits' type; it may be
+// the logits themselves.
+// Precondition (first_bad_label): every label lies in [0, V) or is ignore_index.
+void cross_entropy_losses(Rows logits, LogitType type, int64_t N, int64_t V, const int64_t* targets,
+                          const CrossEntropyOptions& options, bool all_lse, float* losses,
+                          float* lse, RowStats* stats, const Rows* gradient, float gradient_scale);
+
+// The gradient of sum_n grad_losses[n] * losses[n] + grad_lse[n] * lse[n] into `gradient`, which
+// may be the logits. grad_losses: (N,), or one number for all rows where grad_losses_stride is 0.
+// grad_lse: (N,) or null.
+void cross_entropy_gradients(Rows logits, LogitType type, int64_t N, int64_t V,
+                             const int64_t* targets, const RowStats* stats,
+                             const CrossEntropyOptions& options, const float* grad_losses,
+                             int64_t grad_losses_stride, const float* grad_lse, Rows gradient);
+
+// The first row whose label is neither in [0, V) nor ignore_index; -1 if there is none.
+int64_t first_bad_label(const int64_t* targets, int64_t N, int64_t V, int64_t ignore_index);
+
+// How many labels are not ignore_index.
+int64_t count_labels(const int64_t* targets, int64_t N, int64_t ignore_index);
+
+// The sum in fp64, first to last.
+double ordered_sum(const float* values, int64_t n);
+
+// x *= factor, rounded to x's type.
+void scale_in_place(void* x, LogitType type, int64_t n, float factor);
+
+// sum (fp32) += part, or = part where `first`; (rows, columns), rows of `sum` sum_stride apart.
+void accumulate(float* sum, int64_t sum_stride, const void* part, LogitType type, int64_t rows,
+                int64_t columns, bool first);
+
+}  // namespace fastlm
