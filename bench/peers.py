@@ -4,10 +4,13 @@ readable formulas) and nanoGPT's way of making a batch.
 Shapes: B batch, T context length, N = B * T rows, V vocabulary.
 """
 
+import contextlib
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -97,3 +100,36 @@ def random_parameters(shapes: list[tuple[int, ...]], device) -> list[torch.nn.Pa
         p.grad = torch.randn(shape, device=device, generator=generator) * 1e-3
         parameters.append(p)
     return parameters
+
+
+def other_cross_entropies(device: torch.device) -> dict[str, Callable]:
+    """Cross-entropies of other packages, as far as they are installed and run on `device`."""
+    found: dict[str, Callable] = {}
+    if device.type == "cuda":
+        with contextlib.suppress(ImportError):
+            from liger_kernel.transformers.functional import liger_cross_entropy
+
+            found["Liger"] = liger_cross_entropy
+        with contextlib.suppress(ImportError):
+            from quack import cross_entropy
+
+            found["QuACK"] = lambda x, y: cross_entropy(x, y, reduction="mean")
+    return found
+
+
+def other_linear_cross_entropies(device: torch.device) -> dict[str, Callable]:
+    """(hidden, weight, targets) -> loss of other packages, and of torch where it has one."""
+    found: dict[str, Callable] = {}
+    if hasattr(F, "linear_cross_entropy"):
+        # It does not know autocast: the casts that a user would write.
+        found["F.linear_cross_entropy"] = lambda x, w, y: F.linear_cross_entropy(
+            x.bfloat16(), w.bfloat16(), y
+        )
+    if device.type == "cuda":
+        with contextlib.suppress(ImportError):
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+            found["Liger"] = lambda x, w, y: liger_fused_linear_cross_entropy(
+                x.bfloat16(), w.bfloat16(), y
+            )
+    return found

@@ -33,6 +33,7 @@ struct LossArguments {
   RowStats* stats;
   Rows gradient;
   float gradient_scale;
+  bool stream;  // the gradient is written past the caches
 };
 
 struct GradientArguments {
@@ -45,6 +46,7 @@ struct GradientArguments {
   int64_t grad_losses_stride;
   const float* grad_lse;
   Rows gradient;
+  bool stream;
 };
 
 // The loops, once for each instruction set, each function with that target attribute.
@@ -112,26 +114,19 @@ int64_t row_grain(int64_t V) { return std::max<int64_t>(1, (1 << 14) / std::max<
 void cross_entropy_losses(Rows logits, LogitType type, int64_t N, int64_t V, const int64_t* targets,
                           const CrossEntropyOptions& options, bool all_lse, float* losses,
                           float* lse, RowStats* stats, const Rows* gradient, float gradient_scale) {
-  const LossArguments a{logits,        V,       targets,
-                        options,       all_lse, losses,
-                        lse,           stats,   gradient ? *gradient : Rows{nullptr, 0},
-                        gradient_scale};
   // Over the logits themselves nothing has to be fetched first.
   const bool stream =
       gradient && gradient->data != logits.data && N * V * size_of(type) > kStreamBytes;
+  const Rows into = gradient ? *gradient : Rows{nullptr, 0};
+  const LossArguments a{logits, V,     targets, options,        all_lse, losses,
+                        lse,    stats, into,    gradient_scale, stream};
   with_type(type, [&](auto t) {
     with_bool(options.softcap > 0, [&](auto softcap) {
-      with_bool(options.label_smoothing > 0, [&](auto total) {
-        with_bool(gradient != nullptr, [&](auto with_gradient) {
-          with_bool(stream, [&](auto streaming) {
-            using T = decltype(t);
-            constexpr bool kSoftcap = softcap, kTotal = total, kGradient = with_gradient;
-            constexpr bool kStream = kGradient && streaming;
-            parallel_for(N, row_grain(V), [&](int64_t begin, int64_t end) {
-              FASTLM_DISPATCH(
-                  losses_of_rows<T, kSoftcap, kTotal, kGradient, kStream>(a, begin, end));
-            });
-          });
+      with_bool(gradient != nullptr, [&](auto with_gradient) {
+        using T = decltype(t);
+        constexpr bool kSoftcap = softcap, kGradient = with_gradient;
+        parallel_for(N, row_grain(V), [&](int64_t begin, int64_t end) {
+          FASTLM_DISPATCH(losses_of_rows<T, kSoftcap, kGradient>(a, begin, end));
         });
       });
     });
@@ -142,17 +137,16 @@ void cross_entropy_gradients(Rows logits, LogitType type, int64_t N, int64_t V,
                              const int64_t* targets, const RowStats* stats,
                              const CrossEntropyOptions& options, const float* grad_losses,
                              int64_t grad_losses_stride, const float* grad_lse, Rows gradient) {
-  const GradientArguments a{
-      logits, V, targets, stats, options, grad_losses, grad_losses_stride, grad_lse, gradient};
   const bool stream = gradient.data != logits.data && N * V * size_of(type) > kStreamBytes;
+  const GradientArguments a{
+      logits,   V,        targets, stats, options, grad_losses, grad_losses_stride,
+      grad_lse, gradient, stream};
   with_type(type, [&](auto t) {
     with_bool(options.softcap > 0, [&](auto softcap) {
-      with_bool(stream, [&](auto streaming) {
-        using T = decltype(t);
-        constexpr bool kSoftcap = softcap, kStream = streaming;
-        parallel_for(N, row_grain(V), [&](int64_t begin, int64_t end) {
-          FASTLM_DISPATCH(gradients_of_rows<T, kSoftcap, kStream>(a, begin, end));
-        });
+      using T = decltype(t);
+      constexpr bool kSoftcap = softcap;
+      parallel_for(N, row_grain(V), [&](int64_t begin, int64_t end) {
+        FASTLM_DISPATCH(gradients_of_rows<T, kSoftcap>(a, begin, end));
       });
     });
   });

@@ -15,7 +15,11 @@
 #else
 #define FASTLM_X86 0
 #endif
+#ifdef FASTLM_CALLS  // functions stay calls: what sanitizers add to each is then compiled once
+#define FASTLM_INLINE inline
+#else
 #define FASTLM_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace fastlm {
 
