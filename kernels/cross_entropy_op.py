@@ -73,6 +73,8 @@ def define_cross_entropy(
     row_kernels: for each device type what loads its kernels, called when they are first needed.
     The function takes (logits, targets, *, ...) as `cross_entropy_loss` does, less `impl`.
     """
+    # Of a released version: a schema is not changed without another name. Compiled graphs that
+    # torch caches on disk call ops by name, and outlive an upgrade.
     device_types = tuple(row_kernels)
     options_schema = "int ignore_index, float label_smoothing, float? softcap, float z_loss"
 
