@@ -3,8 +3,14 @@
 Importing it loads neither Triton nor the compiled extension and touches no device.
 """
 
+
+
 from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
+
+# In the root of a checkout `import fastlm` finds the sources there. The extension and the kernels
+# then come from where pip installed them (extension.py refuses a binary of other sources).
+__path__ = extend_path(__path__, __name__)
 
 from fastlm.checkpoint import load_checkpoint, save_checkpoint
 from fastlm.config import TrainingConfig
@@ -43,10 +49,6 @@ if TYPE_CHECKING:
     from fastlm.train import train_loop
 
 __version__ = "0.1.0"
-
-# In the root of a checkout `import fastlm` finds the sources there. The extension and the kernels
-# then come from where pip installed them (extension.py refuses a binary of other sources).
-__path__ = extend_path(__path__, __name__)
 
 __all__ = [
     "AdamW",

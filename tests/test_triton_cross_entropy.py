@@ -38,7 +38,7 @@ def test_launchers_in_the_interpreter():
 
 def test_cross_entropy_loss_in_the_interpreter():
     passed, summary = run_interpreted("test_cross_entropy.py", "test_cross_entropy_kernel.py")
-    assert passed >= 220, summary
+    assert passed >= 190, summary
 
 
 FOREIGN_PROJECT = """
