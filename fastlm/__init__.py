@@ -3,8 +3,6 @@
 Importing it loads neither Triton nor the compiled extension and touches no device.
 """
 
-
-
 from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
 
