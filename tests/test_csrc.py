@@ -1,8 +1,8 @@
 """csrc/: its C++ tests with and without sanitizers, and the instruction sets seen from Python.
 
-The C++ tests (tests/csrc/gather_batch_test.cpp) are built by the CMakeLists.txt that builds the
-extension. OpenMP without a sanitizer is what the extension itself is built with: that combination
-is tested through Python, in test_gather_batch.py.
+The C++ tests (tests/csrc/) are built by the CMakeLists.txt that builds the extension. OpenMP
+without a sanitizer is what the extension itself is built with: that combination is tested through
+Python, in test_gather_batch.py and test_cross_entropy*.py.
 """
 
 import functools
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # name: (CMake options, the -fsanitize value). ThreadSanitizer misreports correct libgomp loops:
 # CMakeLists.txt gives it std::thread. The driver is compiled with -O0, which takes a third of the
-# time; the kernels are compiled with -O3 whatever the build type.
+# time; the kernels with -O3, or -O1 under a sanitizer, whatever the build type.
 BUILDS = {
     "address,undefined": (["-DFASTLM_SANITIZE=address,undefined"], "address,undefined"),
     "thread": (["-DFASTLM_SANITIZE=thread"], "thread"),

@@ -379,14 +379,15 @@ def test_dtypes_that_do_not_fit():
 
 
 PEAK = """
-import re, torch
-import torch.nn.functional as F
+import re, sys, torch
 from fastlm import linear_cross_entropy_loss, linear_cross_entropy_plan
 
 torch.set_num_threads(1)
 N, D, V = 2048, 128, 20000
+weight_dtype, biased = getattr(torch, sys.argv[1]), sys.argv[2] == "bias"
 hidden = torch.randn(N, D).bfloat16().requires_grad_()
-weight = torch.randn(V, D).requires_grad_()
+weight = torch.randn(V, D).to(weight_dtype).requires_grad_()
+bias = torch.randn(V).to(weight_dtype).requires_grad_() if biased else None
 targets = torch.randint(V, (N,))
 
 def status(field):
@@ -397,20 +398,24 @@ def extra(budget):
     hidden.grad = weight.grad = None
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
     before = status("VmRSS")
-    linear_cross_entropy_loss(hidden, weight, targets, memory_budget=budget).backward()
+    loss = linear_cross_entropy_loss(hidden, weight, targets, bias=bias, memory_budget=budget)
+    loss.backward()
     returned = hidden.grad.nbytes + weight.grad.nbytes
     return status("VmHWM") - before - returned
 
 extra(2**30)  # what libraries allocate once
-for budget in (2**30, 2**26, 2**24):
-    plan = linear_cross_entropy_plan(hidden, weight, memory_budget=budget)
+for budget in (2**30, 2**26, 2**25):
+    plan = linear_cross_entropy_plan(hidden, weight, bias=bias, memory_budget=budget)
     print(budget, plan.chunks, plan.extra_bytes, extra(budget))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_peak_memory_stays_in_the_budget():
-    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+@pytest.mark.parametrize("bias", ["bias", "none"])
+@pytest.mark.parametrize("weight", ["float32", "bfloat16", "float16"])  # bf16 products
+def test_peak_memory_stays_in_the_budget(weight, bias):
+    command = [sys.executable, "-c", PEAK, weight, bias]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = [[int(word) for word in line.split()] for line in run.stdout.splitlines()]
     assert lines[0][1] == 1 and len({line[1] for line in lines}) == 3

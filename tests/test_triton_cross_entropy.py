@@ -1,6 +1,6 @@
 """The Triton kernels of cross_entropy without a GPU, in Triton's interpreter.
 
-Two sets of cases: of the launchers (triton_launcher_cases.py), and all those of cross_entropy_loss.
+Two sets of cases: of the launchers (triton_*_cases.py), and all those of cross_entropy_loss.
 In processes of their own: TRITON_INTERPRET=1 has to be set before the kernels are imported, and
 where it is nothing can be compiled (test_triton_compile.py).
 """
@@ -32,7 +32,7 @@ def run_interpreted(*files: str) -> tuple[int, str]:
 
 
 def test_launchers_in_the_interpreter():
-    passed, summary = run_interpreted("triton_launcher_cases.py")
+    passed, summary = run_interpreted("triton_launcher_cases.py", "triton_head_cases.py")
     assert passed >= 110 and "skipped" not in summary, summary
 
 

@@ -47,7 +47,8 @@ def cross_entropy_loss(
     `return_lse`, (loss, lse): lse is (...), fp32 and differentiable.
 
     `inplace` allows backward to overwrite the logits with their gradient, which saves their size in
-    memory; a second backward then raises RuntimeError. Otherwise the logits are never written to.
+    memory; a second backward then raises RuntimeError. Otherwise the logits are never written to,
+    and by impl "torch" not even then.
 
     The loss is fp32: () for "mean" and "sum", (...) for "none". Raises ValueError for arguments
     that do not fit together, TypeError for dtypes. A label out of range: on the CPU ValueError

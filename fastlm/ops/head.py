@@ -14,6 +14,8 @@ from fastlm.kernels.cross_entropy_op import RowKernels
 # Vocabulary rows whose gradient one matmul makes on the CPU, which cannot write fp32 from 16-bit
 # operands: few enough that the 16-bit product is still in the cache when it is added in fp32.
 _SLICE = 2048
+# Columns whose bias gradient is summed at a time there: torch widens 16-bit terms in memory first.
+_COLUMNS = 256
 
 
 class Head:
@@ -22,15 +24,16 @@ class Head:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         self.weight, self.bias, self.dtype = weight, bias, dtype
         self.V, self.D = weight.shape
-        self.is_cpu = weight.device.type == "cpu"
+        self.sliced = weight.device.type == "cpu" and dtype != torch.float32
 
     def fixed_bytes(self, chunks: int) -> int:
         """Extra memory whatever the chunks' size."""
         size = self.dtype.itemsize
         total = self.V * self.D * size if self.weight.dtype != self.dtype else 0
-        if chunks > 1 and self.weight.dtype != torch.float32:
-            total += 4 * self.V * self.D  # the fp32 sum of the weight's gradient
-        if self.is_cpu and self.dtype != torch.float32:
+        # The fp32 sum of the weight's gradient, unless that is what is returned, or one product.
+        if self.weight.dtype != torch.float32 and (chunks > 1 or self.weight.dtype != self.dtype):
+            total += 4 * self.V * self.D
+        if self.sliced:
             total += min(_SLICE, self.V) * self.D * size
         if self.bias is not None:
             total += 8 * self.V  # cast, and the fp32 gradient
@@ -38,7 +41,8 @@ class Head:
 
     def bytes_per_row(self) -> int:
         """Extra memory for each row of a chunk: logits, hidden and its gradient, row results."""
-        return (self.V + 2 * self.D) * self.dtype.itemsize + 64
+        total = (self.V + 2 * self.D) * self.dtype.itemsize + 4 * self.D + 64
+        return total + 4 * _COLUMNS if self.bias is not None and self.sliced else total
 
 
 def head_losses(
@@ -154,7 +158,7 @@ class GradientSums:
         self.head, self.chunks = head, chunks
         self.first = True
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        self.weight_wanted, self.bias_wanted = wanted[1:]
+        self.weight_wanted = wanted[1]
         self.weight: Tensor | None = None  # the sum so far
         self.bias = hidden.new_zeros(head.V, dtype=torch.float32) if wanted[2] else None
 
@@ -163,7 +167,10 @@ class GradientSums:
         if self.hidden is not None:
             self.hidden[rows] = torch.mm(grad_logits, weight).to(self.hidden.dtype)
         if self.bias is not None:
-            self.bias += grad_logits.sum(0, dtype=torch.float32)
+            width = _COLUMNS if self.head.sliced else self.head.V
+            for begin in range(0, self.head.V, width):
+                columns = slice(begin, begin + width)
+                self.bias[columns] += grad_logits[:, columns].sum(0, dtype=torch.float32)
         if self.weight_wanted:
             self._add_weight(x, grad_logits)
         self.first = False
@@ -178,7 +185,7 @@ class GradientSums:
             torch.addmm(
                 self.weight, grad_logits.t(), x, beta=0 if self.first else 1, out=self.weight
             )
-        elif x.device.type == "cpu":
+        elif self.head.sliced:
             kind = str(x.dtype).removeprefix("torch.")
             for begin in range(0, self.head.V, _SLICE):
                 part = torch.mm(grad_logits[:, begin : begin + _SLICE].t(), x)
