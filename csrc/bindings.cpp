@@ -1,6 +1,8 @@
 // The only file that knows Python: checks arguments, releases the GIL, calls the kernels.
 // Signatures for type checkers: fastlm/_C.pyi.
 
+#include "bindings.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -280,6 +282,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("factor"));
   m.def("accumulate", &accumulate_checked, py::arg("sum"), py::arg("part"), py::arg("kind"),
         py::arg("first"));
+  bind_optimizer(m);
   m.def("max_threads", &max_threads);
   m.def("isa", [] { return isa_name(isa()); });
   m.def("force_isa", &force_isa_checked, py::arg("name"));

@@ -49,40 +49,8 @@ struct GradientArguments {
   bool stream;
 };
 
-// The loops, once for each instruction set, each function with that target attribute.
-namespace portable {
-#define FASTLM_SIMD PortableSimd
-#define FASTLM_TARGET
-#include "cross_entropy_rows.inc"
-#undef FASTLM_SIMD
-#undef FASTLM_TARGET
-}  // namespace portable
-#if FASTLM_X86
-namespace avx2 {
-#define FASTLM_SIMD Avx2Simd
-#define FASTLM_TARGET FASTLM_TARGET_AVX2
-#include "cross_entropy_rows.inc"
-#undef FASTLM_SIMD
-#undef FASTLM_TARGET
-}  // namespace avx2
-namespace avx512 {
-#define FASTLM_SIMD Avx512Simd
-#define FASTLM_TARGET FASTLM_TARGET_AVX512
-#include "cross_entropy_rows.inc"
-#undef FASTLM_SIMD
-#undef FASTLM_TARGET
-}  // namespace avx512
-#define FASTLM_DISPATCH(...)                         \
-  do {                                               \
-    switch (isa()) {                                 \
-      case Isa::kAvx512: avx512::__VA_ARGS__; break; \
-      case Isa::kAvx2: avx2::__VA_ARGS__; break;     \
-      case Isa::kPortable: portable::__VA_ARGS__;    \
-    }                                                \
-  } while (false)
-#else
-#define FASTLM_DISPATCH(...) portable::__VA_ARGS__
-#endif
+#define FASTLM_LOOPS "cross_entropy_rows.inc"
+#include "each_isa.inc"
 
 // Calls fn(T{}) with the type that `type` names.
 template <class Fn>

@@ -1,7 +1,10 @@
-"""Signatures of the compiled extension (csrc/bindings.cpp)."""
+"""Signatures of the compiled extension (csrc/bindings*.cpp)."""
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 SOURCE_HASH: str
 VERSION: str
@@ -55,6 +58,42 @@ def accumulate(
     kind: str,
     first: bool,  # sum = part, else sum += part
 ) -> None: ...
+
+# Tables of n tensors, as fastlm.kernels.tensor_table.TensorTable has them: pointers (n, 6), numel
+# (n,), types (n, 2).
+def sum_squares(
+    pointers: npt.NDArray[np.int64],
+    numel: npt.NDArray[np.int64],
+    types: npt.NDArray[np.int64],
+    classes: npt.NDArray[np.int64],  # (n,)
+    sums: npt.NDArray[np.float64],  # (number of classes,), added to
+) -> int: ...  # the first row with a gradient that is not finite, or -1
+def scale_gradients(
+    pointers: npt.NDArray[np.int64],
+    numel: npt.NDArray[np.int64],
+    types: npt.NDArray[np.int64],
+    factor: float,
+) -> None: ...
+def adamw(
+    pointers: npt.NDArray[np.int64],
+    numel: npt.NDArray[np.int64],
+    types: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],  # (n,) rows of options
+    options: npt.NDArray[np.float64],  # (groups, 5): lr, beta1, beta2, eps, weight_decay
+    factor: float,  # of the gradients
+) -> None: ...
+
+class TableWatch:  # as fastlm.kernels.table_watch.TableWatch
+    def __init__(
+        self,
+        tensor_type: type[Tensor],
+        param_groups: list[dict],
+        state: dict[Tensor, Any],
+        rows: npt.NDArray[np.int64],
+        pointers: npt.NDArray[np.int64],
+    ) -> None: ...
+    def refresh(self) -> str: ...
+
 def max_threads() -> int: ...
 def isa() -> str: ...
 def force_isa(name: str | None) -> None: ...

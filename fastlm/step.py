@@ -62,7 +62,7 @@ def create_model_and_optimizer(
         eps=cfg.eps,
         max_grad_norm=cfg.grad_clip_norm or None,
         # Also without clipping: a NaN must not reach the weights, and the norm is logged.
-        skip_nonfinite=device.type in ("cpu", "cuda"),
+        skip_nonfinite=True,
     )
     start_step = 0
     if ckpt_path_to_resume is not None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cross_entropy import check_labels
-    from .drop_in import cross_entropy_loss
+    from .drop_in import AdamW, cross_entropy_loss
 
-__all__ = ["check_labels", "cross_entropy_loss"]
+__all__ = ["AdamW", "check_labels", "cross_entropy_loss"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,8 +18,8 @@ def __getattr__(name: str) -> Any:
         from .cross_entropy import check_labels
 
         return check_labels
-    if name == "cross_entropy_loss":
-        from .drop_in import cross_entropy_loss
+    if name in ("AdamW", "cross_entropy_loss"):
+        from . import drop_in
 
-        return cross_entropy_loss
+        return getattr(drop_in, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

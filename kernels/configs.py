@@ -45,8 +45,8 @@ _ROWS = {
         (1024, 1024, 64, None),
         (4096, 4096, 256, None),
         (16384, 16384, 512, None),  # 32 elements in 128 registers; at 64, 32768 would spill
-        (65536, 8192, 512, 4096),  # 105 registers on sm_90: one row an SM
-        (None, 8192, 1024, 8192),  # 8 elements: 16 in one of 1024 threads spill
+        # 8 elements: 16 in one of 1024 threads spill, and in one of 512 with Triton 3.6.
+        (None, 8192, 1024, 8192),
     ),
     # Rows that do not start or end at multiples of 16 bytes (V = 50257) move element by element,
     # each with an address and a predicate of its own: smaller blocks.
@@ -111,3 +111,57 @@ def scale_config(rocm: bool) -> tuple[dict[str, int], int]:
     """For x *= factor: a step of a program, and the largest number of programs."""
     # As many as keep any GPU busy and no more: mostly all they do is to read a factor of 1.
     return {"BLOCK": 4096, "num_warps": 4 if rocm else 8}, 2048
+
+
+# How many elements of one tensor a program of the optimizer's kernels works on. It first waits for
+# three loads in a row, where its tensor is, before any element comes: 8 or 16 blocks make up for
+# that. At 8192, 10 M parameters are still 1200 programs, several for each of an H100's 132 SMs, and
+# the last, smaller chunk of a tensor is little work.
+OPTIMIZER_CHUNK = 8192
+
+
+def step_config(param: int, gradient: int, rocm: bool) -> dict[str, object]:
+    """For elements of AdamW's step, by the table's codes of parameter and gradient."""
+    # The fewest elements a thread with which every operand moves 16 bytes at a time: 4, or 8 where
+    # one has 16 bits (codes 1, 2 and 4). An element has four operands or five: 64 to 128 bytes on
+    # the way for a thread. 4 take 64 registers (sm_100: 86), so 1024 (640) threads an SM have 64
+    # (40) KB; 8 take 96 to 128 (sm_100: 140 to 150), so 512 (384) threads have 51 (38) KB. More
+    # elements would take registers from threads, and keep no more on the way. Of 128 threads,
+    # because then the least of an SM's registers is left over.
+    # No contraction: a product of a pair must round as it is written.
+    elements = 8 if {param, gradient} & {1, 2, 4} else 4
+    warps = 2 if rocm else 4
+    # At the end of a row, and in rows that start anywhere, elements move one by one, each with a
+    # predicate of its own: 4 a thread, or some spill.
+    return {
+        "BLOCK": 128 * elements, "TAIL_BLOCK": 512, "num_warps": warps, "enable_fp_fusion": False
+    }  # fmt: skip
+
+
+def square_sums_config(rocm: bool) -> dict[str, object]:
+    """For sums of squares of a chunk."""
+    # 16 elements a thread: 64 bytes of fp32 on the way, 32 of 16-bit types.
+    return {"BLOCK": 4096, "num_warps": 4 if rocm else 8, "enable_fp_fusion": False}
+
+
+def scale_gradients_config(rocm: bool) -> dict[str, object]:
+    """For gradient *= factor."""
+    return {"BLOCK": 4096, "num_warps": 4 if rocm else 8, "enable_fp_fusion": False}
+
+
+def sums_config(rocm: bool) -> dict[str, object]:
+    """For adding up the sums of chunks: one program goes over all of them in a fixed order."""
+    # 8 sums a thread are 64 bytes on the way.
+    return {"BLOCK": 2048, "num_warps": 4 if rocm else 8, "enable_fp_fusion": False}
+
+
+def prepare_config(rocm: bool) -> dict[str, object]:
+    """For what a step needs once: rows a program, and sums at once."""
+    # One row a thread: powers in float64, which a GPU with few such units computes slowly, take
+    # the threads of several SMs when rows are thousands.
+    return {
+        "BLOCK": 256,
+        "SUM_BLOCK": 2048,
+        "num_warps": 4 if rocm else 8,
+        "enable_fp_fusion": False,
+    }

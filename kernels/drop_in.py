@@ -1,13 +1,18 @@
-"""cross_entropy_loss by the Triton kernels alone, for any project that has torch and triton.
+"""The loss and the optimizer by the Triton kernels alone, for any project with torch and triton.
 
-It is registered as an op of torch's dispatcher under this package's own name, so that a copy of
-this folder in another project and fastlm itself do not meet.
+The loss is registered as an op of torch's dispatcher under this package's own name, so that a copy
+of this folder in another project and fastlm itself do not meet.
 """
 
 import os
 
+import torch
+
+from . import adamw as _adamw
+from . import clip_grad_norm as _clip_grad_norm
 from . import cross_entropy as _row_kernels
 from .cross_entropy_op import define_cross_entropy
+from .optimizer import FusedAdamW
 
 _device_types = ["cuda"]  # ROCm's, too
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -17,3 +22,42 @@ cross_entropy_loss = define_cross_entropy(
     (__package__ or "kernels").replace(".", "_"),
     {device_type: lambda: _row_kernels for device_type in _device_types},
 )
+
+
+class TritonStepKernels:
+    """optimizer.StepKernels, and the scaling of gradients, for CUDA and ROCm tensors."""
+
+    takes_tensors = False
+    square_sums = staticmethod(_clip_grad_norm.square_sums)
+    scale_gradients = staticmethod(_clip_grad_norm.scale_gradients)
+    step = staticmethod(_adamw.step)
+
+
+class AdamW(FusedAdamW):
+    """torch.optim.AdamW with clipping and skipping in the step, for parameters on a GPU.
+
+    One launch updates all tensors, two more take the norm. Moments are float32, also of bfloat16
+    and float16 parameters (float64 of float64 ones); state dicts are exchanged with
+    torch.optim.AdamW both ways; arguments that choose among torch's implementations do nothing.
+
+    max_grad_norm: the gradients enter the step clipped to this global L2 norm; they themselves
+        stay as they are; no host sync.
+    skip_nonfinite: a step whose norm is NaN or infinite changes nothing. Default: on where
+        max_grad_norm is set.
+    param_precision: "split" keeps the lower 16 bits of bfloat16 parameters' float32 values in int16
+        tensors beside them: a run has the bits of a float32 run with the same gradients.
+
+    After a step `last_grad_norm` is the norm before clipping, a 0-d tensor on the device;
+    `first_nonfinite()` tells whose gradient made it NaN or infinite.
+    """
+
+    @staticmethod
+    def kernels_for(device: torch.device, impl: str) -> TritonStepKernels:
+        if impl not in ("auto", "triton"):
+            raise ValueError(f"impl={impl!r}: there are Triton kernels only")
+        if device.type not in _device_types:
+            raise ValueError(
+                f"a parameter is on {device}: these kernels run on CUDA and ROCm GPUs "
+                f"(fastlm.AdamW also on CPUs)"
+            )
+        return TritonStepKernels()

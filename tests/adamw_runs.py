@@ -1,8 +1,19 @@
 """Runs of AdamW on the same parameters and gradients, by fastlm, by torch, by the reference."""
 
+import os
+
 import torch
 
+import fastlm
 from fastlm.ops.adamw import adamw_reference
+
+AdamW = fastlm.AdamW
+if os.environ.get("TRITON_INTERPRET") == "1":  # the same cases on the Triton kernels
+
+    class AdamW(fastlm.AdamW):  # type: ignore[no-redef]
+        def __init__(self, *args, impl="triton", **options):
+            super().__init__(*args, impl=impl, **options)
+
 
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from adamw_runs import (
     HYPER,
+    AdamW,
     assert_close,
     parameters,
     reference_run,
@@ -15,7 +16,7 @@ from adamw_runs import (
 )
 from tolerance import DEVICES, assert_as_accurate, assert_bitwise_equal
 
-from fastlm import AdamW, clip_gradients
+from fastlm import clip_gradients
 from fastlm.ops.adamw import adamw_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,21 +39,17 @@ def test_against_reference_in_fp64(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_accuracy(dtype, device):
-    # As accurate as torch's for-loop, and the same bits as torch's fused kernel.
+    # As accurate as torch's for-loop, whose moments have the dtype of the parameters.
     params = parameters(dtype, device)
     run(AdamW(params, **HYPER), params, range(50))
     single = parameters(dtype, device)
     run(torch.optim.AdamW(single, **HYPER, foreach=False, fused=False), single, range(50))
-    fused = parameters(dtype, device)
-    run(torch.optim.AdamW(fused, **HYPER, fused=True), fused, range(50))
     expected, _ = reference_run(range(50), dtype=dtype)
-    rows = zip(params, single, fused, expected, strict=True)
-    for i, (p, single_p, fused_p, true_p) in enumerate(rows):
+    for i, (p, single_p, true_p) in enumerate(zip(params, single, expected, strict=True)):
         assert_as_accurate(
             p.detach(), single_p.detach(), true_p.to(device), magnitude=true_p.to(device).abs() + 1,
             what=f"parameter {i}",
         )  # fmt: skip
-        assert_bitwise_equal(p.detach(), fused_p.detach(), f"parameter {i}")
 
 
 def test_cs336():
@@ -162,7 +159,7 @@ def test_parameter_groups():
         for plain in apart:
             plain.step()
     for p, q in zip(params, expected, strict=True):
-        assert_bitwise_equal(p.detach(), q.detach())
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 # name: a parameter's memory layout. The last two have gaps between their elements.
@@ -170,7 +167,7 @@ LAYOUTS = {
     "transposed": lambda x: x.mT.contiguous().mT,
     "channels last": lambda x: x[..., None, None].to(memory_format=torch.channels_last),
     "columns": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
-    "rows": lambda x: x.repeat_interleave(2, dim=0)[::2],
+    "rows": lambda x: torch.cat([x, x], dim=1).view(-1, x.shape[1])[::2],
 }
 
 
@@ -180,13 +177,11 @@ def test_memory_layouts(layout, options):
     # torch's fused CPU kernel reads raw memory: without a word it pairs the wrong elements where a
     # gradient has other strides than its parameter, and writes into the gaps of a view.
     values = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    param = torch.nn.Parameter(LAYOUTS[layout](values))
+    laid_out = LAYOUTS[layout](values)
+    param = torch.nn.Parameter(laid_out)
     expected = torch.nn.Parameter(values.reshape(param.shape).contiguous())
-    gaps = layout in ("columns", "rows")
-    if gaps and options:
-        with pytest.raises(ValueError, match=r"gaps in memory \(shape \(6, 4\)\)"):
-            AdamW([param], **HYPER, **options)
-        options = {**options, "skip_nonfinite": False}
+    whole = laid_out._base if layout in ("columns", "rows") else laid_out
+    before = whole.clone()
     optimizer = AdamW([param], **HYPER, **options)
     plain = torch.optim.AdamW([expected], **HYPER, foreach=False)
     for step in range(6):
@@ -199,7 +194,9 @@ def test_memory_layouts(layout, options):
         optimizer.step()
         plain.step()
     torch.testing.assert_close(param.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
-    assert optimizer.param_groups[0]["fused"] is (None if gaps else True)
+    # What lies in the gaps is somebody else's.
+    if layout in ("columns", "rows"):
+        assert_bitwise_equal(whole[:, 4:], before[:, 4:])
 
 
 def test_threads_do_not_change_the_result():
@@ -285,11 +282,8 @@ def test_bad_parameters():
         AdamW([{"params": [param]}, {"params": [param]}])
 
 
-def test_skipping_needs_the_fused_kernel():
+def test_one_norm_is_of_one_device():
     meta = torch.nn.Parameter(torch.ones(2, device="meta"))
-    with pytest.raises(ValueError, match=r"skip_nonfinite=True.*meta.*skip_nonfinite=False"):
-        AdamW([meta], max_grad_norm=1.0)
-    AdamW([meta], max_grad_norm=1.0, skip_nonfinite=False)
     with pytest.raises(ValueError, match="one device"):
         AdamW([meta, *parameters()], max_grad_norm=1.0)
 

@@ -6,10 +6,9 @@ import pickle
 
 import pytest
 import torch
-from adamw_runs import HYPER, assert_close, parameters, reference_run, run, set_gradients
+from adamw_runs import HYPER, AdamW, assert_close, parameters, reference_run, run, set_gradients
 from tolerance import DEVICES, assert_bitwise_equal
 
-from fastlm import AdamW
 from fastlm.ops.adamw import adamw_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,18 +64,18 @@ def torchs_loop(params):
 def test_state_dicts_load_both_ways(saved_by, loaded_by, through_file):
     params, optimizer = resumed(saved_by, loaded_by, through_file)
     uninterrupted = parameters()
-    run(torchs_fused(uninterrupted), uninterrupted, range(40))
-    fused = {fastlms, fastlms_clipping, torchs_fused}
+    whole = fastlms if saved_by is loaded_by else torchs_fused
+    run(whole(uninterrupted), uninterrupted, range(40))
     for p, expected in zip(params, uninterrupted, strict=True):
-        if {saved_by, loaded_by} <= fused:
+        if {saved_by, loaded_by} == {fastlms}:
             assert_bitwise_equal(p.detach(), expected.detach())
         else:
             torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
         assert optimizer.state[p]["step"].item() == 40
     if isinstance(optimizer, AdamW):
-        # The choice of implementation is this optimizer's own, not the loaded state's.
-        assert optimizer.param_groups[0]["fused"] is True
-        assert optimizer.param_groups[0]["foreach"] is False
+        # Which of torch's implementations saved it is not this optimizer's affair.
+        assert optimizer.param_groups[0]["fused"] is None
+        assert optimizer.param_groups[0]["foreach"] is None
 
 
 def seeds_state(params, steps):

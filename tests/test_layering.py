@@ -15,6 +15,8 @@ from fastlm.extension import extension
 from fastlm.ops.dispatch import IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
+# Modules of kernels/ that cannot be imported without it.
+NEEDS_TRITON = ("adamw", "clip_grad_norm", "cross_entropy", "device_table", "drop_in")
 LAZY_PACKAGES = ("triton", "matplotlib", "tyro", "tokenizers", "tqdm")
 
 # csrc | kernels <- fastlm.ops <- optim, data, model <- train and everything around it.
@@ -167,11 +169,11 @@ def test_the_package_knows_neither_tests_nor_benches():
 
 
 def test_csrc_includes():
-    """Kernels know std and siblings; bindings.cpp alone pybind11, parallel.h alone threads."""
+    """Kernels know std and siblings; bindings* alone pybind11, parallel.h alone threads."""
     threads = {"thread", "mutex", "future", "omp.h", "pthread.h"}
     for path in (ROOT / "csrc").iterdir():
         included = set(re.findall(r"#\s*include\s*<(.+?)>", path.read_text()))
-        assert path.name == "bindings.cpp" or not any("pybind11" in i for i in included), path
+        assert "bindings" in path.name or not any("pybind11" in i for i in included), path
         assert path.name == "parallel.h" or not included & threads, path
         assert not any(re.match(r"torch|ATen|c10|Python\.h", i) for i in included), path
         siblings = re.findall(r'#\s*include\s*"(.+?)"', path.read_text())
@@ -219,7 +221,7 @@ class Without:
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 for module in {sorted(m for m in MODULES if level(m) <= 2)!r}:
-    if module not in ("fastlm.kernels.cross_entropy", "fastlm.kernels.drop_in"):
+    if module.removeprefix("fastlm.kernels.") not in {NEEDS_TRITON!r}:
         importlib.import_module(module)
 import torch, fastlm
 assert not any(importlib.util.find_spec(name) for name in ("tqdm", "triton"))
@@ -252,11 +254,15 @@ def test_every_kernel_file_belongs_to_an_op():
         return {path.stem for path in (ROOT / folder).iterdir() if path.is_file()}
 
     ops = set(IMPLEMENTATIONS)
-    assert stems("fastlm/ops") == ops | {"__init__", "dispatch", "head", "row_kernels"}
-    shared = {"isa", "parallel", "simd", "simd_x86", "bindings", "cross_entropy_rows"}
-    assert stems("csrc") <= ops | shared
+    shared = {"__init__", "dispatch", "head", "row_kernels", "step_kernels"}
+    assert stems("fastlm/ops") == ops | shared
+    shared = {"isa", "each_isa", "parallel", "simd", "simd_x86", "simd_double", "tensors", "dlpack"}
+    shared |= {"bindings", "bindings_optimizer", "cross_entropy_rows"}
+    assert stems("csrc") == (ops - {"linear_cross_entropy"}) | shared
     shared = {"__init__", "configs", "arguments", "cross_entropy_op", "drop_in"}
-    assert stems("kernels") <= ops | shared
+    shared |= {"optimizer", "optimizer_state", "collect", "shards", "table_watch"}
+    shared |= {"tensor_table", "device_table"}
+    assert stems("kernels") == (ops - {"linear_cross_entropy", "gather_batch"}) | shared
 
 
 def test_no_source_file_is_long():
@@ -283,8 +289,19 @@ def test_stub_file_lists_exactly_what_the_extension_has():
     module = extension()
     stub = ast.parse((ROOT / "fastlm" / "_C.pyi").read_text())
     functions = {n.name: n for n in stub.body if isinstance(n, ast.FunctionDef)}
+    classes = {n.name: n for n in stub.body if isinstance(n, ast.ClassDef)}
     constants = {n.target.id for n in stub.body if isinstance(n, ast.AnnAssign)}
     public = {name for name in dir(module) if not name.startswith("_")}
+    assert set(classes) == {name for name in public if inspect.isclass(getattr(module, name))}
+    for name, stub_class in classes.items():
+        methods = {n.name: n for n in stub_class.body if isinstance(n, ast.FunctionDef)}
+        actual = {n for n in dir(getattr(module, name)) if not n.startswith("_")}
+        assert set(methods) - {"__init__"} == actual
+        for method in methods.values():
+            signature = getattr(getattr(module, name), method.name).__doc__.splitlines()[0]
+            parameters = re.findall(r"(\w+): ", signature)
+            assert [a.arg for a in method.args.args] == parameters, signature
+    public -= set(classes)
     assert set(functions) == {name for name in public if callable(getattr(module, name))}
     assert constants == {name for name in public if not callable(getattr(module, name))}
     for name, function in functions.items():

@@ -6,29 +6,15 @@ where it is nothing can be compiled (test_triton_compile.py).
 """
 
 import os
-import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-TESTS = Path(__file__).resolve().parent
-
-
-def run_interpreted(*files: str) -> tuple[int, str]:
-    """Runs test files with the interpreter; (how many passed, the summary line)."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += [str(TESTS / file) for file in files]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    summary = run.stdout.splitlines()[-1]
-    return int(re.search(r"(\d+) passed", summary)[1]), summary
+from interpreted import TESTS, run_interpreted
 
 
 def test_launchers_in_the_interpreter():
@@ -56,7 +42,7 @@ class Without:  # finds all but what another project may lack
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 import torch
 import torch.nn.functional as F
-from their_kernels import check_labels, cross_entropy_loss
+from their_kernels import AdamW, check_labels, cross_entropy_loss
 
 logits = torch.randn(4, 3, 50, requires_grad=True)
 targets = torch.randint(50, (4, 3))
@@ -78,6 +64,25 @@ except ValueError as error:
 else:
     raise AssertionError("nothing was raised")
 check_labels()
+
+params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 3), (), (0,), (700,))]
+copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+optimizer = AdamW(params, lr=0.1, weight_decay=0.1, max_grad_norm=1.0)
+plain = torch.optim.AdamW(copies, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+for step in range(3):
+    for p, q in zip(params, copies):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(copies, 1.0)
+    plain.step()
+    torch.testing.assert_close(optimizer.last_grad_norm, norm)
+for p, q in zip(params, copies):
+    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+plain.load_state_dict(optimizer.state_dict())
+params[3].grad[5] = torch.nan
+optimizer.step()
+assert optimizer.first_nonfinite()[:2] == (0, 3) and all(p.isfinite().all() for p in params)
 print("right")
 """
 

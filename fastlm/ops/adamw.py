@@ -4,6 +4,9 @@ p   <- p * (1 - lr * weight_decay)
 m   <- beta1 * m + (1 - beta1) * g
 v   <- beta2 * v + (1 - beta2) * g^2
 p   <- p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)          t = 1, 2, …
+
+The class around it is fastlm.optim.AdamW, its kernels are csrc/adamw.cpp and kernels/adamw.py. They
+change tensors that they find by their addresses, so the update is no torch.library op.
 """
 
 import torch

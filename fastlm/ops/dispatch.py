@@ -13,13 +13,13 @@ import torch
 IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "cross_entropy": {"triton": ("cuda",), "cpp": ("cpu",), "torch": ("*",)},
     "linear_cross_entropy": {"triton": ("cuda",), "cpp": ("cpu",), "torch": ("*",)},
-    "adamw": {"torch": ("*",)},
-    "clip_grad_norm": {"torch": ("*",)},
+    "adamw": {"triton": ("cuda",), "cpp": ("cpu",), "torch": ("*",)},
+    "clip_grad_norm": {"triton": ("cuda",), "cpp": ("cpu",), "torch": ("*",)},
     "gather_batch": {"cpp": ("cpu",)},
 }
 _PREFERRED = ("triton", "cpp", "torch")
 # Their Triton kernels also run on CPU tensors under Triton's interpreter, where asked for by name.
-_INTERPRETED = ("cross_entropy",)
+_INTERPRETED = ("cross_entropy", "adamw", "clip_grad_norm")
 
 
 def resolve_implementation(op: str, impl: str, device: torch.device | str) -> str:

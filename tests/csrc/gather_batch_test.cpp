@@ -24,8 +24,11 @@
 #include "testing.h"
 
 namespace fastlm {
-void test_cross_entropy();  // cross_entropy_test.cpp
-}
+// NAME_test.cpp
+void test_adamw();
+void test_clip_grad_norm();
+void test_cross_entropy();
+}  // namespace fastlm
 using namespace fastlm;
 
 namespace {
@@ -325,6 +328,8 @@ int main(int argc, char** argv) {
   if (argc > 1) return commit(argv[1]);
   test_isa();
   test_parallel_for();
+  test_adamw();
+  test_clip_grad_norm();
   test_cross_entropy();
   test_gather<uint8_t, int32_t>();
   test_gather<uint8_t, int64_t>();

@@ -1,0 +1,45 @@
+// The part of DLPack's C interface that tells where an array lies (github.com/dmlc/dlpack, version
+// 1): what `type(tensor).__dlpack_c_exchange_api__`, a capsule, points to. defines: DLTensor,
+// DLExchange
+#pragma once
+
+#include <cstdint>
+
+namespace fastlm {
+
+struct DLTensor {
+  void* data;
+  int32_t device_type;
+  int32_t device_id;
+  int32_t ndim;
+  uint8_t type_code;  // 0 integer, 2 floating point, 4 bfloat16
+  uint8_t type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;  // in elements; may be null: contiguous
+  uint64_t byte_offset;
+
+  int64_t address() const {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) + byte_offset);
+  }
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int i = ndim - 1; strides && i >= 0; --i) {
+      if (shape[i] == 0) return true;
+      if (shape[i] != 1 && strides[i] != expected) return false;
+      expected *= shape[i];
+    }
+    return true;
+  }
+};
+
+struct DLExchange {
+  uint32_t major, minor;  // of the version
+  DLExchange* previous;
+  void* unused[3];  // for tensors that change hands
+  // Fills in a view of a Python object. Returns 0, or -1 with a Python exception set. May be null.
+  int (*view)(void* object, DLTensor* out);
+  void* stream;
+};
+
+}  // namespace fastlm

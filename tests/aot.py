@@ -1,0 +1,169 @@
+"""Kernels compiled for GPUs that need not be there: registers, spills, accesses of 16 bytes.
+
+A test file's cases are compiled by the file itself, run as a program, `python FILE PART OF`: in
+processes of their own, where TRITON_INTERPRET is not set and Triton's cache is new.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}  # bytes
+
+
+def compile_kernel(kernel, target: str, types: dict[str, str], constants: dict, options: dict):
+    """The compiled kernel, for a launch whose tensors all start at multiples of 16 bytes.
+
+    types: of the arguments that are not constants.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types[name]
+        if signature[name].startswith("*"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+            if target.startswith("gfx"):
+                # What the launcher adds for tensors below 2 GiB: other instructions are chosen.
+                attributes[(i,)] += [["tt.pointer_range", 32]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def nvidia_tool() -> str | None:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(path) if path.exists() else None
+
+
+def inspect(target: str, assembly: dict, disassemble: bool) -> dict:
+    """Registers, spills, `wide_loads` and `wide_stores` in the code; with `disassemble`, which
+    takes a second, the instructions that spill, too."""
+    return (_inspect_amd if target.startswith("gfx") else _inspect_cuda)(assembly, disassemble)
+
+
+def _inspect_cuda(assembly: dict, disassemble: bool) -> dict:
+    ptx = assembly["ptx"]
+    found = {
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v[48]\.b?(?:32|64)\b", ptx)),
+        "wide_stores": len(re.findall(r"st\.global\S*\.v[48]\.b?(?:32|64)\b", ptx)),
+    }
+    found["wide_loads"] += len(re.findall(r"ld\.global\S*\.v2\.b64\b", ptx))
+    found["wide_stores"] += len(re.findall(r"st\.global\S*\.v2\.b64\b", ptx))
+    if nvidia_tool():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(assembly["cubin"])
+            file.flush()
+            found |= _cuobjdump(file.name, disassemble)
+    return found
+
+
+def _cuobjdump(cubin: str, disassemble: bool) -> dict:
+    def output(option: str) -> str:
+        command = [nvidia_tool(), option, cubin]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    usage = output("--dump-resource-usage")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    found = {"registers": int(registers), "spills": int(stack)}
+    if disassemble:
+        found["spill_instructions"] = len(re.findall(r"\bSTL\b", output("-sass")))
+    return found
+
+
+def _inspect_amd(assembly: dict, disassemble: bool) -> dict:
+    text = assembly["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+
+    # Scalar registers that do not fit go to lanes of vector registers, not to memory: not counted.
+    found = {"registers": number("vgpr_count"), "spills": number("vgpr_spill_count")}
+    found["spills"] = max(found["spills"], number("private_segment_fixed_size"))
+    if disassemble:
+        found["spill_instructions"] = len(re.findall(r"\bscratch_store_", text))
+    for name in ("load", "store"):
+        found[f"wide_{name}s"] = len(re.findall(rf"\b(?:global|buffer)_{name}_dwordx4\b", text))
+    return found
+
+
+def compile_part(cases: list[dict], compile_case: Callable, part: int, of: int) -> None:
+    """What the processes of `compile_all` do: a line of JSON for each case."""
+    for case in cases[part::of]:
+        assembly = compile_case(case).asm
+        found = inspect(case["target"], assembly, case["disassemble"])
+        print(json.dumps({**case, **found}), flush=True)
+
+
+def compile_all(file: str, of: int | None = None) -> list[dict]:
+    """Every case of a test file with what was found in its code; two processes compile."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"
+    of = of or min(2, len(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory() as cache:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, file, str(part), str(of)],
+                env={**environment, "TRITON_CACHE_DIR": str(Path(cache) / str(part))},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for part in range(of)
+        ]  # fmt: skip
+        outputs = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors[-4000:]
+    return [json.loads(line) for output, _ in outputs for line in output.splitlines()]
+
+
+def of_target(results: list[dict], target: str, *, spilling: bool = False) -> list[dict]:
+    return [r for r in results if r["target"] == target and r["expect_spills"] == spilling]
+
+
+def name(result: dict) -> str:
+    return " ".join(str(result[key]) for key in ("kernel", "dtype", "constants", "num_warps"))
+
+
+def needs_tool(target: str) -> None:
+    if target.startswith("sm_") and not nvidia_tool():
+        pytest.skip("Triton's package holds no cuobjdump, which tells registers and spills")
+
+
+def assert_nothing_spills(results: list[dict], target: str) -> None:
+    needs_tool(target)
+    found = of_target(results, target)
+    bad = [f"{name(r)}: {r['spills']}" for r in found if r["spills"] or r.get("spill_instructions")]
+    assert not bad, "\n".join(bad)
+    assert all(0 < r["registers"] <= 255 for r in found)
+
+
+def assert_a_spill_is_seen(results: list[dict], target: str) -> None:
+    needs_tool(target)
+    (result,) = of_target(results, target, spilling=True)
+    assert result["spills"] > 0 and result["spill_instructions"] > 0
+
+
+def assert_wide(results: list[dict], target: str) -> None:
+    """At least as many accesses of 16 bytes as each case says."""
+    bad = [
+        f"{name(r)}: {r['wide_loads']} loads, {r['wide_stores']} stores of 16 bytes; "
+        f"{r['loads']} and {r['stores']} expected"
+        for r in of_target(results, target)
+        if r["wide_loads"] < r["loads"] or r["wide_stores"] < r["stores"]
+    ]
+    assert not bad, "\n".join(bad)

@@ -1,0 +1,25 @@
+"""Test files that Triton's interpreter runs: TRITON_INTERPRET=1 is set before kernels are imported.
+
+So each has a process of its own; and where it is set nothing can be compiled (aot.py).
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+
+
+def run_interpreted(*files: str, keyword: str = "") -> tuple[int, str]:
+    """Runs test files with the interpreter, of them the tests that pytest's -k selects; (how many
+    passed, the summary line)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", keyword]
+    command += [str(TESTS / file) for file in files]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)
+    run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    summary = run.stdout.splitlines()[-1]
+    return int(re.search(r"(\d+) passed", summary)[1]), summary

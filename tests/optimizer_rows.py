@@ -1,0 +1,235 @@
+"""Rows for the tests of the optimizer's kernels: their tables, fp64 truth, exact arithmetic."""
+
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from fastlm.kernels.tensor_table import CODE, SPLIT, StepOptions, TensorTable
+from tolerance import assert_bitwise_equal
+from torch import Tensor
+
+HYPER = (1e-3, 0.9, 0.95, 1e-8, 0.1)  # lr, beta1, beta2, eps, weight_decay
+DTYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
+    "split": torch.bfloat16,
+}  # fmt: skip
+KINDS = [f"{p} {g}" for p in ("fp32", "bf16", "fp16", "split") for g in ("fp32", "bf16", "fp16")]
+KINDS.append("fp64 fp64")
+
+
+@dataclass(eq=False)
+class Row:
+    """A parameter (n,), its gradient and state; kind: dtypes of parameter and gradient."""
+
+    kind: str
+    p: Tensor
+    g: Tensor
+    m: Tensor
+    v: Tensor
+    step: Tensor = None
+    remainder: Tensor | None = None
+    group: int = 0
+
+    def __post_init__(self):
+        if self.step is None:
+            self.step = torch.zeros(1)
+
+    @property
+    def p_dtype(self) -> torch.dtype:
+        return torch.float32 if self.kind.startswith("split") else self.p.dtype
+
+    def master(self) -> Tensor:
+        """What p and remainder hold together, fp32."""
+        bits = (self.p.view(torch.int16).int() << 16) + self.remainder.int()
+        return bits.view(torch.float32)
+
+    def value(self) -> Tensor:
+        return (self.p if self.remainder is None else self.master()).double()
+
+    def tensors(self) -> list[Tensor]:
+        values = (getattr(self, field.name) for field in fields(self))
+        return [x for x in values if isinstance(x, Tensor)]
+
+    def copy(self, *, split: bool = False) -> "Row":
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        row = replace(self, **{k: x.clone() for k, x in own.items() if isinstance(x, Tensor)})
+        if split:
+            bits = row.p.view(torch.int32)
+            row.kind = row.kind.replace("fp32", "split", 1)
+            row.remainder = bits.to(torch.int16)
+            row.p = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+        return row
+
+
+def snapshot(rows: list[Row]) -> list[Row]:
+    return [row.copy() for row in rows]
+
+
+def assert_unchanged(rows: list[Row], before: list[Row]) -> None:
+    """Every bit is what it was."""
+    for row, old in zip(rows, before, strict=True):
+        for x, y in zip(row.tensors(), old.tensors(), strict=True):
+            assert torch.equal(x.view(torch.uint8), y.view(torch.uint8)), row.kind
+
+
+def make_row(
+    kind: str, n: int, *, step: int = 0, magnitudes: str = "usual", seed: int = 0, group: int = 0
+) -> Row:
+    """A random row before step `step` + 1; "wide": numbers of every size, zeros and subnormals."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(low: float, high: float) -> Tensor:
+        x = torch.randn(n, generator=generator, dtype=torch.float64)
+        if magnitudes == "wide":
+            x *= 10 ** (
+                torch.rand(n, generator=generator, dtype=torch.float64) * (high - low) + low
+            )
+            x[torch.rand(n, generator=generator) < 0.05] = 0
+        return x
+
+    p_dtype, g_dtype = (DTYPES[name] for name in kind.split())
+    state = torch.float64 if p_dtype == torch.float64 else torch.float32
+    split = kind.startswith("split")
+    highest = 3 if p_dtype == torch.float16 else 6
+    p = random(-42, highest).to(torch.float32 if split else p_dtype)
+    g = random(-44, 3 if g_dtype == torch.float16 else 18).to(g_dtype)
+    m, v = random(-44, 18).to(state), random(-44, 36).abs().to(state)
+    if magnitudes == "usual":
+        m, v = m * 0.1, v * 0.01
+    if step == 0:
+        m, v = torch.zeros_like(m), torch.zeros_like(v)
+    row = Row(kind, p, g, m, v, torch.full((1,), float(step)), group=group)
+    if split:
+        row = replace(row, kind=kind.replace("split", "fp32", 1)).copy(split=True)
+    return row
+
+
+def make_table(rows: list[Row], classes: list[int] | None = None, num_classes: int = 1):
+    def pointer(x: Tensor | None) -> int:
+        return 0 if x is None else x.data_ptr()
+
+    def codes(row: Row) -> list[int]:
+        return [SPLIT if row.remainder is not None else CODE[row.p.dtype], CODE[row.g.dtype]]
+
+    columns = [[r.p, r.g, r.m, r.v, r.remainder, r.step] for r in rows]
+    integers = torch.int64
+    return TensorTable(
+        torch.device("cpu"),
+        torch.tensor([[pointer(x) for x in row] for row in columns], dtype=integers).reshape(-1, 6),
+        torch.tensor([row.p.numel() for row in rows], dtype=integers),
+        torch.tensor([codes(row) for row in rows], dtype=integers).reshape(-1, 2),
+        torch.tensor([row.group for row in rows], dtype=integers),
+        torch.tensor(classes or [0] * len(rows), dtype=integers),
+        num_classes,
+        keep=[x for row in columns for x in row if x is not None],
+    )
+
+
+def oracle(row: Row, factor, lr, beta1, beta2, eps, weight_decay):
+    """(p, m, v, what is subtracted from p) in fp64, of the row before the step."""
+    t = row.step.double() + 1
+    g = row.g.double() * factor
+    m = beta1 * row.m.double() + (1 - beta1) * g
+    v = beta2 * row.v.double() + (1 - beta2) * g * g
+    root = (v / (1 - beta2**t)).sqrt() + eps
+    update = lr * (m / (1 - beta1**t)) / root
+    return row.value() * (1 - lr * weight_decay) - update, m, v, update
+
+
+def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """One unit in the last place of `dtype` at a magnitude, fp64."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(magnitude.double().clamp(min=info.tiny)).exponent - 1
+    return info.eps * torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
+
+
+def run(rows, hyper=(HYPER,), *, normed=False, **options):
+    """One step by the Triton kernels; (norm, sums)."""
+    from fastlm.kernels.adamw import step
+    from fastlm.kernels.clip_grad_norm import square_sums
+
+    table = make_table(rows)
+    sums = square_sums(table) if normed or options.get("max_grad_norm") else None
+    return step(table, StepOptions(list(hyper), **options), sums), sums
+
+
+def assert_step(rows, before, factor=1.0, hyper=(HYPER,), *, limit=1.0):
+    """p, m and v after one step: within `limit` ULP of fp64's; gradients as they were."""
+    for row, old in zip(rows, before, strict=True):
+        lr, beta1, beta2, eps, weight_decay = (float(x) for x in hyper[row.group])
+        p, m, v, update = oracle(old, factor, lr, beta1, beta2, eps, weight_decay)
+        g = factor * old.g.double()
+        sizes = {
+            "p": torch.stack([old.value().abs(), update.abs(), p.abs()]).amax(0),
+            "m": torch.stack([(beta1 * old.m).abs(), ((1 - beta1) * g).abs(), m.abs()]).amax(0),
+            "v": v.abs(),
+        }
+        actual = {"p": row.value(), "m": row.m.double(), "v": row.v.double()}
+        for name, truth in (("p", p), ("m", m), ("v", v)):
+            dtype = row.p_dtype if name == "p" else row.m.dtype
+            error = (actual[name] - truth).abs() / ulp(sizes[name], dtype)
+            out_of_range = truth.abs() > torch.finfo(dtype).max
+            assert actual[name][out_of_range].isinf().all()
+            error[out_of_range] = 0
+            # A subnormal number is rounded twice, to 24 bits and then to what it has; and near them
+            # tails are less than fp32 holds.
+            allowed = torch.where(sizes[name] < 64 * torch.finfo(dtype).tiny, 1.0, limit)
+            if (
+                dtype == torch.float64
+            ):  # 1 - beta2^t loses what beta2^t has in common with 1, in the truth, too
+                allowed = 8 + 2 / (1 - beta2 ** row.step.double())
+            if not (error <= allowed).all():
+                i = int((error - allowed).nan_to_num(torch.inf).argmax())
+                element = [float(x[i]) for x in (old.value(), g, old.m, old.v, update, truth)]
+                pytest.fail(f"{name} of {row.kind}: {error[i]:.4f} ULP at {i}: {element}")
+        assert_bitwise_equal(row.g, old.g, "gradient")
+        assert row.step == old.step + 1
+
+
+def exact_arithmetic(monkeypatch, *, approximate: bool = False) -> None:
+    """Makes the interpreter compute as a device does where it does not.
+
+    Its fma rounds the product, so that the tail of a product would be 0: here fp32 goes through
+    fp64, which holds the product. Its conversion to bf16 truncates. `approximate`: fp32 quotients
+    and roots are off by as much as those of PTX's div.full and sqrt.approx.ftz may be.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def fma(self, x, y, z):
+        wide = np.float64 if z.data.dtype == np.float32 else z.data.dtype
+        product = x.data.astype(wide) * y.data.astype(wide)
+        return TensorHandle((product + z.data).astype(z.data.dtype), z.dtype.scalar)
+
+    real_cast = InterpreterBuilder.cast_impl
+
+    def cast(self, source, to):
+        types = (source.dtype.scalar, to.scalar)
+        if types == (tl.float32, tl.bfloat16):
+            x = torch.from_numpy(np.atleast_1d(source.data).copy()).to(torch.bfloat16)
+            data = x.view(torch.int16).numpy().view(np.uint16).reshape(np.shape(source.data))
+        elif types == (tl.bfloat16, tl.float32):
+            data = (source.data.astype(np.uint32) << 16).view(np.float32)
+        else:
+            return real_cast(self, source, to)
+        return TensorHandle(data, to.scalar)
+
+    def off(x, by):
+        errors = np.random.default_rng(0).uniform(-by, by, np.shape(x))
+        return (x * (1 + errors * 2.0**-23)).astype(x.dtype) if x.dtype == np.float32 else x
+
+    def divide(self, x, y):
+        return TensorHandle(off(np.divide(x.data, y.data), 2), x.dtype.scalar)
+
+    def root(self, x):
+        data = x.data
+        if data.dtype == np.float32:
+            data = np.where(np.abs(data) < np.finfo(np.float32).tiny, data * 0, data)
+        return TensorHandle(off(np.sqrt(data), 1), x.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", fma)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+    if approximate:
+        monkeypatch.setattr(InterpreterBuilder, "create_fdiv", divide)
+        monkeypatch.setattr(InterpreterBuilder, "create_sqrt", root)

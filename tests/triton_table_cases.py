@@ -1,0 +1,189 @@
+"""How the optimizer's Triton kernels go over tables, in its interpreter: sums, launches, copies.
+
+test_triton_adamw.py runs this file, with TRITON_INTERPRET=1 and in a process of its own.
+"""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from fastlm.kernels import configs, device_table
+from fastlm.kernels.adamw import step
+from fastlm.kernels.clip_grad_norm import scale_gradients, square_sums
+from fastlm.kernels.tensor_table import StepOptions
+from optimizer_rows import (
+    HYPER,
+    KINDS,
+    assert_step,
+    assert_unchanged,
+    exact_arithmetic,
+    make_row,
+    make_table,
+    run,
+    snapshot,
+)
+from tolerance import assert_bitwise_equal
+from triton.runtime.interpreter import InterpretedFunction
+
+# NumPy, which the interpreter computes with, warns of what is meant: inf - inf in a tail.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+F32, F64 = torch.float32, torch.float64
+CHUNK = configs.OPTIMIZER_CHUNK
+
+
+@pytest.fixture(autouse=True)
+def arithmetic(monkeypatch):
+    exact_arithmetic(monkeypatch)
+
+
+def test_no_rows_and_only_empty_rows():
+    rows = [make_row("fp32 fp32", 0, step=3), make_row("split bf16", 0, step=8)]
+    norm, sums = run(rows, max_grad_norm=1.0, skip_nonfinite=True)
+    assert norm == 0 and sums.bad == -1
+    assert [row.step.item() for row in rows] == [4, 9]
+    norm, sums = run([], max_grad_norm=1.0, skip_nonfinite=True)
+    assert norm == 0 and norm.dtype == F32 and sums.bad == -1
+    assert square_sums(make_table([]), by_class=True).values.tolist() == [0]
+    scale_gradients(make_table(rows), torch.tensor(0.5, dtype=F64))
+
+
+def test_sums_by_class():
+    rows = [make_row(list(KINDS)[i % 13], 20 * i, seed=i) for i in range(20)]
+    rows[7] = make_row("fp32 fp32", 2 * CHUNK + 5)
+    classes = [i % 3 for i in range(20)]
+    table = make_table(rows, classes=classes, num_classes=4)
+    sums = square_sums(table, by_class=True)
+    assert sums.values.shape == (4,) and sums.values.dtype == F64 and sums.bad == -1
+    squares = [row.g.double().square().sum() for row in rows]
+    for c in range(4):
+        true = sum((s for s, k in zip(squares, classes, strict=True) if k == c), torch.zeros(()))
+        assert abs(sums.values[c] - true) <= 1e-14 * true
+    norm = step(table, StepOptions([HYPER], max_grad_norm=1.0), sums)
+    assert abs(norm - sum(squares).sqrt()) <= 1e-14 * norm
+    for i in (11, 7):
+        rows[i].g[-1] = torch.inf
+        assert square_sums(table, by_class=True).bad == i
+    # `bad` that somebody else wrote (another rank's) stays.
+    sums.bad.fill_(17)
+    step(table, StepOptions([HYPER], max_grad_norm=1.0, skip_nonfinite=True), sums)
+    assert sums.bad == 17
+
+
+def test_overflow_is_no_bad_row():
+    rows = [make_row("fp64 fp64", 10)]
+    rows[0].g[2] = 1e200
+    before = snapshot(rows)
+    norm, sums = run(rows, max_grad_norm=1.0, skip_nonfinite=True)
+    assert norm == torch.inf and sums.bad == -1
+    assert_unchanged(rows, before)
+
+
+def test_launches(monkeypatch):
+    """Three at most with the norm and two without, whatever the number of tensors."""
+    launched = []
+    real = InterpretedFunction.run
+    monkeypatch.setattr(
+        InterpretedFunction,
+        "run",
+        lambda self, *a, **k: (launched.append(self.fn.__name__), real(self, *a, **k))[1],
+    )
+    rows = [make_row("split bf16", n) for n in (5, 0, CHUNK + 1, *range(1, 20))]
+    run(rows, max_grad_norm=1.0)
+    assert launched == ["square_sums_kernel", "prepare_kernel", "step_kernel"]
+    launched.clear()
+    run(rows)
+    assert launched == ["prepare_kernel", "step_kernel"]
+    launched.clear()
+    run([*rows, make_row("fp32 fp32", 9)], max_grad_norm=1.0)
+    assert launched == ["square_sums_kernel", "prepare_kernel", "step_kernel", "step_kernel"]
+
+
+def test_offsets_past_32_bits():
+    """The last chunk of 2^31 + 100 elements; the memory before it is not there at all."""
+    start = 2**31 // CHUNK * CHUNK
+    for kind in ("fp32 fp32", "bf16 bf16", "split bf16"):
+        row = make_row(kind, 100, step=1)
+        before = snapshot([row])
+        table = make_table([row])
+        table.numel[0] = start + 100
+        for column, name in enumerate(("p", "g", "m", "v", "remainder")):
+            if (x := getattr(row, name)) is not None:
+                table.pointers[0, column] -= start * x.element_size()
+        on = device_table.device_table(table, CHUNK)
+        ((p, g, first, count),) = on.launches
+        assert first + count == on.num_chunks == 2**31 // CHUNK + 1
+        on.launches[:] = [(p, g, first + count - 1, 1)]
+        step(table, StepOptions([HYPER]), None)
+        assert_step([row], before)
+
+
+def test_what_changes_is_sent_again():
+    row = make_row("fp32 fp32", 40, step=1)
+    table = make_table([row])
+    lr = torch.tensor(1e-3)
+    options = StepOptions([(lr, *HYPER[1:])])
+    before = snapshot([row])
+    step(table, options, None)
+    assert_step([row], before, hyper=[(1e-3, *HYPER[1:])])
+    # The learning rate on the device, a gradient that moved, other hyperparameters.
+    lr.fill_(1e-1)
+    before = snapshot([row])
+    step(table, options, None)
+    assert_step([row], before, hyper=[(lr, *HYPER[1:])])
+    row.g = torch.randn(40)
+    table.pointers[0, 1] = row.g.data_ptr()
+    before = snapshot([row])
+    hyper = (1e-2, 0.7, 0.8, 1e-5, 0.0)
+    step(table, StepOptions([hyper]), None)
+    assert_step([row], before, hyper=[hyper])
+    sent = table.cache["device"].hyper
+    same = sent.sent
+    step(table, StepOptions([hyper]), None)
+    assert sent.sent is same  # and what does not change is not
+    with pytest.raises(TypeError, match=r"lr is a tensor of torch\.int64"):
+        step(table, StepOptions([(torch.tensor(1), *HYPER[1:])]), None)
+    for options in (StepOptions([HYPER], 1.0), StepOptions([HYPER], skip_nonfinite=True)):
+        with pytest.raises(ValueError, match="need the sums"):
+            step(table, options, None)
+
+
+def test_copies_of_a_capture(monkeypatch):
+    """Their sources stay as they are, and what steps outside of it read does, too."""
+    mirror = device_table.Mirror(torch.device("cpu"))
+    eager = mirror.on_device(torch.tensor([1, 2]))
+    monkeypatch.setattr(device_table, "_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="run one step"):
+        mirror.on_device(torch.tensor([3, 4]))
+    mirror.spares = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
+    first = mirror.on_device(torch.tensor([3, 4]))
+    again = mirror.on_device(torch.tensor([3, 4]))
+    other = mirror.on_device(torch.tensor([5, 6]))
+    assert len({x.data_ptr() for x in (eager, first, again, other)}) == 4
+    assert [x.tolist() for x in mirror.fixed] == [[3, 4], [5, 6]] and not mirror.spares
+    assert all(any(x is y for y in device_table._captured) for x in mirror.fixed)
+    with pytest.raises(RuntimeError, match="the first step of an optimizer cannot be captured"):
+        run([make_row("fp32 fp32", 3)])
+    monkeypatch.undo()
+    assert mirror.on_device(torch.tensor([1, 2])) is eager and eager.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("factor", [0.3, 1e-30, -2.0, 1.0])
+def test_scale_gradients(factor):
+    rows = [make_row(kind, n) for kind in KINDS for n in (0, 9, CHUNK, CHUNK + 3)]
+    rows[1].g[4] = torch.inf
+    before = snapshot(rows)
+    scale_gradients(make_table(rows), torch.tensor(factor, dtype=F64))
+    for row, old in zip(rows, before, strict=True):
+        product = old.g.double() * factor
+        once = product.to(old.g.dtype)
+        # PyTorch rounds fp64 to 16 bits by way of fp32, here it is once: nearest is what counts.
+        error = (row.g.double() - product).nan_to_num(0, 0, 0).abs()
+        assert (error <= (once.double() - product).nan_to_num(0, 0, 0).abs()).all()
+        assert (row.g.isinf() == once.isinf()).all()
+        if old.g.dtype in (F32, F64):
+            assert_bitwise_equal(row.g, once)
