@@ -31,7 +31,7 @@ Scalars scalars_at(const AdamWOptions& o, double t, double factor) {
   const double step_size = o.lr / (1 - std::pow(o.beta1, t));
   s.root_scale = 1 / (step_size * std::sqrt(1 - std::pow(o.beta2, t)));
   s.eps = o.eps / step_size;
-  s.still = step_size < 1e-200;
+  s.still = std::abs(step_size) < 1e-200;
   return s;
 }
 

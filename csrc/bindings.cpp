@@ -1,5 +1,5 @@
-// The only file that knows Python: checks arguments, releases the GIL, calls the kernels.
-// Signatures for type checkers: fastlm/_C.pyi.
+// With bindings_optimizer.cpp the only files that know Python: check arguments, release the GIL,
+// call the kernels. Signatures for type checkers: fastlm/_C.pyi.
 
 #include "bindings.h"
 

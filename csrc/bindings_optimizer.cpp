@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -90,7 +91,10 @@ void adamw_checked(const Integers& pointers, const Integers& numel, const Intege
 
 // What a tensor's memory has to be for a table to hold.
 struct Place {
+  static constexpr int kDims = 4;  // tensors of more are not watched
+
   int64_t address;
+  int64_t shape[kDims] = {}, strides[kDims] = {};
   int32_t device_type, device_id, ndim;
   uint8_t type_code, type_bits;
 
@@ -101,16 +105,24 @@ struct Place {
         device_id(t.device_id),
         ndim(t.ndim),
         type_code(t.type_code),
-        type_bits(t.type_bits) {}
+        type_bits(t.type_bits) {
+    for (int i = 0; i < std::min(ndim, kDims); ++i) {
+      shape[i] = t.shape[i];
+      strides[i] = t.strides ? t.strides[i] : -1;
+    }
+  }
+  // The same but for the address.
   bool same_kind(const Place& o) const {
     return device_type == o.device_type && device_id == o.device_id && ndim == o.ndim &&
-           type_code == o.type_code && type_bits == o.type_bits;
+           ndim <= kDims && type_code == o.type_code && type_bits == o.type_bits &&
+           std::equal(shape, shape + kDims, o.shape) &&
+           std::equal(strides, strides + kDims, o.strides);
   }
 };
 
 // Finds out whether a table still describes the optimizer's parameters, gradients and state, and
 // writes the gradients' new addresses into it: fastlm.kernels.table_watch.TableWatch, whose checks
-// take several milliseconds for 2,000 tensors. For contiguous torch.Tensor and torch.nn.Parameter.
+// take several milliseconds for 2,000 tensors. For torch.Tensor and torch.nn.Parameter themselves.
 class TableWatch {
  public:
   // tensor_type: torch.Tensor. param_groups, state: the optimizer's. rows: for each parameter,
@@ -150,6 +162,23 @@ class TableWatch {
       }
       states_.push_back(std::move(entry));
     }
+  }
+
+  // For Python's garbage collector: all that is held.
+  int traverse(visitproc visit, void* arg) const {
+    for (const Param& param : params_) Py_VISIT(param.object.ptr());
+    for (const State& state : states_) {
+      Py_VISIT(state.param.ptr());
+      Py_VISIT(state.entry.ptr());
+      for (const Value& value : state.values) Py_VISIT(value.object.ptr());
+    }
+    Py_VISIT(param_groups_.ptr());
+    Py_VISIT(state_.ptr());
+    return 0;
+  }
+  void clear() {
+    params_.clear(), states_.clear();
+    param_groups_ = py::list(), state_ = py::dict();
   }
 
   // "same", "moved" (gradients have new addresses, which `pointers` now holds), or "stale": the
@@ -208,10 +237,9 @@ class TableWatch {
           return false;
         }
         const Place own(viewed(param.object.ptr()));
-        const DLTensor view = viewed(grad.ptr());
-        const Place now(view);
+        const Place now(viewed(grad.ptr()));
         if (own.address != param.own.address || !own.same_kind(param.own) ||
-            !now.same_kind(param.grad) || !view.contiguous()) {
+            !now.same_kind(param.grad)) {
           return false;
         }
         int64_t& address = pointers[6 * param.row + 1];  // after the parameter's
@@ -276,7 +304,22 @@ void bind_optimizer(py::module_& m) {
   m.def("adamw", &adamw_checked, py::arg("pointers").noconvert(), py::arg("numel").noconvert(),
         py::arg("types").noconvert(), py::arg("groups").noconvert(), py::arg("options").noconvert(),
         py::arg("factor"));
-  py::class_<TableWatch>(m, "TableWatch")
+  const auto collected = py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+    PyTypeObject* type = &heap_type->ht_type;
+    type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+      Py_VISIT(Py_TYPE(self));
+      if (!py::detail::is_holder_constructed(self)) return 0;
+      return py::cast<const TableWatch&>(py::handle(self)).traverse(visit, arg);
+    };
+    type->tp_clear = [](PyObject* self) {
+      if (py::detail::is_holder_constructed(self)) {
+        py::cast<TableWatch&>(py::handle(self)).clear();
+      }
+      return 0;
+    };
+  });
+  py::class_<TableWatch>(m, "TableWatch", collected)
       .def(py::init<py::handle, py::list, py::dict, const Integers&, Integers>(),
            py::arg("tensor_type"), py::arg("param_groups"), py::arg("state"),
            py::arg("rows").noconvert(), py::arg("pointers").noconvert())

@@ -22,15 +22,6 @@ struct DLTensor {
   int64_t address() const {
     return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) + byte_offset);
   }
-  bool contiguous() const {
-    int64_t expected = 1;
-    for (int i = ndim - 1; strides && i >= 0; --i) {
-      if (shape[i] == 0) return true;
-      if (shape[i] != 1 && strides[i] != expected) return false;
-      expected *= shape[i];
-    }
-    return true;
-  }
 };
 
 struct DLExchange {

@@ -24,8 +24,8 @@ class Collected:
     rows: list[int] = field(default_factory=list)  # of every parameter, -1: it has no gradient
     # Views with gaps and the dense copies that are updated in their place.
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    # Nothing had to be converted, all is contiguous, on one device, and of torch's own classes: the
-    # table holds as long as the same tensors stand in the same places.
+    # Nothing had to be converted, all is on one device and of torch's own classes: the table holds
+    # as long as the same tensors stand in the same places.
     plain: bool = True
 
 
@@ -73,6 +73,14 @@ def collect_step(groups: Sequence[dict], state: Any, split: bool) -> Collected:
             grad = shards.placed_like(param.grad, param, what)
             if grad.dtype != local.dtype and torch.float64 in (grad.dtype, local.dtype):
                 grad = grad.to(moment_dtype(local))
+            if grad.shape != local.shape:
+                raise ValueError(
+                    f"the gradient of {what} has shape {tuple(grad.shape)}, the parameter "
+                    f"{tuple(local.shape)}"
+                )
+            if local.is_neg():
+                raise ValueError(f"{what} is a view that negates its memory: clone it")
+            grad = grad.resolve_neg()
             target = local
             if not is_dense(local):
                 # Moments have the layout that torch gives to copies of the parameter.
@@ -101,8 +109,7 @@ def collect_step(groups: Sequence[dict], state: Any, split: bool) -> Collected:
                 and grad_in_place is param.grad
                 and type(grad) is Tensor
                 and target is local
-                and local.is_contiguous()
-                and grad.is_contiguous()
+                and param.dim() <= 4  # what the extension's watch has room for
             )
     found.plain &= len(builders) == 1
     for builder in builders.values():

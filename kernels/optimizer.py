@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import shards
 from .collect import Collected, collect_step, write_back
@@ -66,8 +67,10 @@ class FusedAdamW(torch.optim.AdamW):
         impl: str = "auto",
         **torch_options: Any,
     ):
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm}: it must be positive, or None")
+        if max_grad_norm is not None:
+            if not float(max_grad_norm) > 0:
+                raise ValueError(f"max_grad_norm={max_grad_norm}: it must be positive, or None")
+            max_grad_norm = float(max_grad_norm)
         if param_precision not in ("native", "split"):
             raise ValueError(f"param_precision={param_precision!r}: it must be 'native' or 'split'")
         for name, value in torch_options.items():
@@ -121,6 +124,9 @@ class FusedAdamW(torch.optim.AdamW):
         for option in _REFUSED:
             if group.get(option):
                 raise ValueError(f"{option}={group[option]} is not supported")
+        for option in ("max_grad_norm", "skip_nonfinite", "param_precision", "impl"):
+            if option in group:
+                raise ValueError(f"{option} is the optimizer's, not a group's: pass it to AdamW")
         for param in group["params"]:
             shape = tuple(param.shape)
             if param.dtype not in CODE:
@@ -243,8 +249,11 @@ class FusedAdamW(torch.optim.AdamW):
                 self.last_grad_norm = norm
         if self._takes_norm and not collected.tables:  # no gradient at all
             device = next((p.device for p in self._params()), None)
-            self.last_grad_norm, self._last_sums = torch.zeros((), device=device), None
+            zero = torch.zeros((), dtype=torch.float32, device=device)
+            self.last_grad_norm, self._last_sums = zero, None
         write_back(collected)
+        # A backward through the values from before must raise, as after torch's own steps.
+        increment_version([p for p in self._params() if p.grad is not None])
         self._let_go_of_gradients(collected)
         return loss
 

@@ -3,6 +3,7 @@
 Imports torch and siblings only.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,8 +62,8 @@ def step_counters(params: Sequence[Tensor]) -> list[Tensor]:
     """A zero for each parameter, on its device; one tensor a device holds them."""
     devices = [shards.local_part(param).device for param in params]
     counters = {
-        device: iter(torch.zeros(devices.count(device), device=device).unbind())
-        for device in dict.fromkeys(devices)
+        device: iter(torch.zeros(n, dtype=torch.float32, device=device).unbind())
+        for device, n in Counter(devices).items()
     }
     return [next(counters[device]) for device in devices]
 
@@ -125,14 +126,15 @@ def _converted(entry: dict[str, Any], param: Tensor, split: bool, what: str) -> 
             f'param_precision="split" and bfloat16 parameters, or export master_weights()'
         )
     step = float(entry["step"])
-    if step != float(torch.tensor(step, dtype=torch.float32)):
+    if step != float(torch.tensor(step, dtype=torch.float32, device="cpu")):
         raise ValueError(f"the step counter of {what}, {entry['step']}, is no float32 number")
-    result: dict[str, Any] = {"step": torch.tensor(step, dtype=torch.float32)}
+    result: dict[str, Any] = {"step": torch.tensor(step, dtype=torch.float32, device="cpu")}
     for key in ("exp_avg", "exp_avg_sq"):
         result[key] = Kept(_exactly(entry[key], param, moment_dtype(param), f"{key} of {what}"))
     if kept:
         # Weights that came without a remainder are their own fp32 master.
-        remainder = torch.zeros((), dtype=torch.int16) if remainder is None else remainder
+        if remainder is None:
+            remainder = torch.zeros((), dtype=torch.int16, device=param.device)
         result["remainder"] = Kept(
             _exactly(remainder, param, torch.int16, f"remainder of {what}", scalar=True)
         )

@@ -14,21 +14,21 @@ _STATE = ("exp_avg", "exp_avg_sq", "step", "remainder")
 
 
 class TableWatch:
-    """For tables of contiguous torch.Tensor and torch.nn.Parameter (Collected.plain)."""
+    """For tables of torch.Tensor and torch.nn.Parameter themselves (Collected.plain)."""
 
     def __init__(self, param_groups: list[dict], state: Any, rows: list[int], pointers: Tensor):
         """rows: of each parameter, group by group, its row in `pointers`, -1 without gradient."""
         self._param_groups, self._state, self._pointers = param_groups, state, pointers
         self._params = [p for group in param_groups for p in group["params"]]
         self._rows = rows
-        self._dtypes = [(p.dtype, None if p.grad is None else p.grad.dtype) for p in self._params]
+        self._kinds = [(_kind(p), None if p.grad is None else _kind(p.grad)) for p in self._params]
         self._param_addresses = pointers[:, PARAM].tolist()
         self._grad_addresses = pointers[:, GRAD].tolist()
         self._entries = [
             (
                 param,
                 entry,
-                {key: (entry[key], entry[key].data_ptr()) for key in _STATE if key in entry},
+                {key: (entry[key], _place(entry[key])) for key in _STATE if key in entry},
             )
             for param, entry in state.items()
         ]
@@ -40,8 +40,8 @@ class TableWatch:
         if len(params) != len(self._params):
             return "stale"
         addresses = list(self._grad_addresses)
-        for param, known, row, dtypes in zip(
-            params, self._params, self._rows, self._dtypes, strict=True
+        for param, known, row, kinds in zip(
+            params, self._params, self._rows, self._kinds, strict=True
         ):
             if param is not known:
                 return "stale"
@@ -52,8 +52,7 @@ class TableWatch:
                 continue
             if (
                 type(grad) is not Tensor
-                or (param.dtype, grad.dtype) != dtypes
-                or not grad.is_contiguous()
+                or (_kind(param), _kind(grad)) != kinds
                 or param.data_ptr() != self._param_addresses[row]
             ):
                 return "stale"
@@ -74,7 +73,15 @@ class TableWatch:
         ):
             if param is not known or entry is not known_entry:
                 return False
-            for key, (value, address) in values.items():
-                if entry.get(key) is not value or value.data_ptr() != address:
+            for key, (value, place) in values.items():
+                if entry.get(key) is not value or _place(value) != place:
                     return False
         return True
+
+
+def _kind(tensor: Tensor) -> tuple:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), _kind(tensor)

@@ -28,6 +28,12 @@ def test_refused_options(option):
         AdamW([{"params": parameters(), option: True}])
 
 
+@pytest.mark.parametrize("option", ["max_grad_norm", "skip_nonfinite", "impl"])
+def test_options_of_the_optimizer_in_a_group(option):
+    with pytest.raises(ValueError, match=f"{option} is the optimizer's, not a group's"):
+        AdamW([{"params": parameters(), option: 1.0}])
+
+
 def test_unknown_options():
     with pytest.raises(TypeError, match="no argument 'momentum'"):
         AdamW(parameters(), momentum=0.9)

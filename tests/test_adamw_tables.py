@@ -2,6 +2,7 @@
 steps, the next step sees it. Both that watch the table: the extension's and the one in Python."""
 
 import copy
+import gc
 import weakref
 
 import pytest
@@ -74,6 +75,21 @@ def data_of_another_value(params, optimizer):
     params[1 + 4].data = torch.full_like(params[5], 3.0)
 
 
+def data_shrunk(params, optimizer):
+    # At the same address: a vocabulary that is cut. The state is cut with it.
+    params[5].data = params[5].data[:10]
+    for key in ("exp_avg", "exp_avg_sq"):
+        entry = optimizer.state[params[5]]
+        entry[key].data = entry[key].data[:10]
+
+
+def data_reshaped(params, optimizer):
+    params[4].data = params[4].data.reshape(65, 33)
+    for key in ("exp_avg", "exp_avg_sq"):
+        entry = optimizer.state[params[4]]
+        entry[key] = entry[key].reshape(65, 33)
+
+
 def moments_replaced(params, optimizer):
     entry = optimizer.state[params[4]]
     entry["exp_avg"] = entry["exp_avg"].clone() * 2
@@ -117,8 +133,8 @@ def state_dict_reloaded(params, optimizer):
 @pytest.mark.parametrize(
     "change",
     [
-        data_swapped, data_of_another_value, moments_replaced, moments_data_swapped, step_replaced,
-        step_of_another_type, entry_replaced, state_copied, state_deleted, state_dict_reloaded,
+        data_swapped, data_of_another_value, data_shrunk, data_reshaped, moments_replaced,
+        moments_data_swapped, step_replaced, step_of_another_type, entry_replaced, state_copied, state_deleted, state_dict_reloaded,
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip
@@ -260,6 +276,97 @@ def test_closure_that_replaces_gradients(adamw):
     optimizer.step(lambda: set_gradients(params, 2))
     expected = parameters()
     run(AdamW(expected, **HYPER), expected, range(3))
+    assert_same(params, expected)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_gradient_of_another_shape_is_refused(adamw, cached):
+    params = parameters()
+    optimizer = adamw(params, **HYPER, max_grad_norm=1.0)
+    run(optimizer, params, range(2 if cached else 0))
+    set_gradients(params, 2)
+    params[5].grad.data = torch.zeros(10)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=r"shape \(10,\), the parameter \(5000,\)"):
+        optimizer.step()
+    for p, old in zip(params, before, strict=True):
+        assert_bitwise_equal(p.detach(), old)
+
+
+def test_dense_layouts_are_kept_in_the_table(adamw, monkeypatch):
+    from fastlm.kernels import optimizer as module
+
+    built = []
+    monkeypatch.setattr(
+        module, "collect_step", lambda *a, f=module.collect_step: built.append(1) or f(*a)
+    )
+    weight = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    params = [torch.nn.Parameter(weight), torch.nn.Parameter(torch.randn(6, 5).mT)]
+    optimizer = adamw(params, **HYPER)
+    for step in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        if step == 3:
+            params[1].grad = params[1].grad.contiguous()  # another layout: built anew
+        optimizer.step()
+    assert len(built) == 2
+
+
+def test_a_backward_through_changed_weights_raises(adamw):
+    # Two losses, one step between them: torch's steps are seen by autograd, and so must ours be.
+    weight, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = adamw([weight], lr=1.0)
+    loss = (weight * other).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_cycles_are_collected(adamw):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = adamw([param], **HYPER)
+    optimizer.param_groups[0]["owner"] = optimizer
+    param.grad = torch.ones(3)
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    del param, optimizer
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(adamw, dtype):
+    params = parameters()
+    optimizer = adamw(params, **HYPER, max_grad_norm=1.0)
+    run(optimizer, params, range(1))
+    state = copy.deepcopy(optimizer.state_dict())
+    for entry in state["state"].values():
+        entry["step"].fill_(1001)
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer.load_state_dict(state)
+        optimizer.zero_grad()
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.last_grad_norm.dtype == torch.float32
+    for p in params:
+        assert_bitwise_equal(optimizer.state[p]["step"], torch.tensor(1001.0))
+
+
+def test_the_default_device_does_not_matter(adamw):
+    params, expected = parameters(), parameters()
+    optimizer = adamw(params, **HYPER, max_grad_norm=1.0)
+    set_gradients(params, 0)
+    params[4].grad[0, 0] = torch.nan
+    with torch.device("meta"):
+        optimizer.step()
+        assert optimizer.first_nonfinite()[:2] == (0, 4)
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.last_grad_norm.isnan()
+    run(optimizer, params, range(1, 3))
+    run(AdamW(expected, **HYPER, max_grad_norm=1.0), expected, range(1, 3))
     assert_same(params, expected)
 
 

@@ -199,6 +199,19 @@ def test_max_norm_must_be_positive(max_norm):
         assert_bitwise_equal(p.grad, old.grad)
 
 
+def test_what_is_no_parameter():
+    module = torch.nn.Linear(3, 3)
+    with pytest.raises(TypeError, match=r"holds a tuple.*model.parameters"):
+        clip_gradients(module.named_parameters(), 1.0)
+
+
+def test_autograd_sees_scaled_gradients():
+    (param,) = parameters([(5,)])
+    version = param.grad._version
+    clip_gradients(param, 1e-3)
+    assert param.grad._version > version
+
+
 def test_unknown_implementation():
     with pytest.raises(ValueError, match=r"impl='cuda'.*clip_grad_norm"):
         clip_gradients(parameters(), 1.0, impl="cuda")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastlm.kernels import shards
 from fastlm.kernels.collect import Collected, collect_gradients, write_back
@@ -25,9 +26,16 @@ def clip_gradients(
     tensors. Squares are summed in fp64. Returns the norm before clipping. A norm that is infinite
     or NaN is returned and the gradients are left as they are: no factor could repair them.
     """
-    if not max_norm > 0:
+    if not float(max_norm) > 0:
         raise ValueError(f"max_norm={max_norm}: it must be positive (float('inf') never clips)")
-    params = [params] if isinstance(params, Tensor) else params
+    max_norm = float(max_norm)
+    params = [params] if isinstance(params, Tensor) else list(params)
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise TypeError(
+                f"params holds a {type(p).__name__}: it must be a parameter or an iterable of them "
+                f"(model.parameters())"
+            )
     collected = collect_gradients([p.grad for p in params if p.grad is not None])
     norm = _norm(collected, impl)
     if max_norm < norm < math.inf:
@@ -36,6 +44,7 @@ def clip_gradients(
             factor = torch.tensor(max_norm / (norm + eps), dtype=dtype, device=table.device)
             step_kernels("clip_grad_norm", table.device, impl).scale_gradients(table, factor)
         write_back(collected)
+        increment_version([p.grad for p in params if p.grad is not None])
     return norm
 
 

@@ -37,7 +37,7 @@ class CppStepKernels:
     def square_sums(table: TensorTable, *, by_class: bool = False) -> GradientSums:
         sums = np.zeros(table.num_classes)
         bad = extension().sum_squares(*_columns(table), table.classes.numpy(), sums)
-        return GradientSums(torch.from_numpy(sums), torch.tensor(bad))
+        return GradientSums(torch.from_numpy(sums), torch.tensor(bad, device="cpu"))
 
     @staticmethod
     def step(table: TensorTable, options: StepOptions, sums: GradientSums | None) -> Tensor | None:
@@ -55,7 +55,7 @@ class CppStepKernels:
         if not skip:
             hyper = np.array([[float(value) for value in row] for row in options.hyper])
             extension().adamw(*_columns(table), table.groups.numpy(), hyper, factor)
-        return None if norm is None else torch.tensor(norm, dtype=table.norm_dtype)
+        return None if norm is None else torch.tensor(norm, dtype=table.norm_dtype, device="cpu")
 
     @staticmethod
     def scale_gradients(table: TensorTable, factor: Tensor) -> None:
