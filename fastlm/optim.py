@@ -19,12 +19,15 @@ class AdamW(FusedAdamW):
     """torch.optim.AdamW with the defaults of GPT training, clipping, and skipping of bad steps.
 
     The mathematics and the state dict are torch.optim.AdamW's (formula: fastlm/ops/adamw.py); state
-    dicts load both ways. One kernel updates all tensors; on a CPU it computes in fp64, on a GPU as
-    exactly, so that a step's result is the formula's, rounded once (to 1 ULP). Moments are float32,
-    also of bfloat16 and float16 parameters (float64 of float64 ones).
+    dicts load both ways. One kernel updates all tensors; on a CPU it computes in fp64, on a GPU
+    with some 45 bits, so that a step's result is the formula's, rounded once (within 1 ULP).
+    Moments are float32, also of bfloat16 and float16 parameters (float64 of float64 ones).
+    Defaults that differ from torch's: betas (0.9, 0.95), weight_decay 0.
 
     max_grad_norm: the gradients enter the step clipped to this global L2 norm: over all groups and,
-        of DTensors, over all ranks. They themselves stay as they are; no host sync.
+        of DTensors, over all ranks. Other tensors count as whole: where each rank has a part of
+        them (ZeroRedundancyOptimizer, FSDP1), clip outside. The gradients themselves stay as they
+        are; no host sync. All parameters must be on one device.
     skip_nonfinite: a step whose norm is NaN or infinite leaves parameters, moments and step counter
         as they were. Default: on where max_grad_norm is set.
     param_precision: "split" keeps, beside each bfloat16 parameter, the lower 16 bits of its float32

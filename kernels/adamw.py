@@ -13,7 +13,7 @@ p gets m and v before their rounding. Rows of float64 are plain float64 arithmet
 0/0 (eps = 0, v = 0, m = 0) is NaN, as in PyTorch; v = inf with a finite m leaves only the decay. An
 element whose gradient is not finite becomes NaN in p, and what IEEE arithmetic gives in m and v.
 
-Two launches whatever the number of tensors: `prepare_kernel` for what a step needs once (norm,
+Launches do not depend on the number of tensors: `prepare_kernel` for what a step needs once (norm,
 clip factor, whether it is skipped, step counters, a row's constants), `step_kernel` for the
 elements, once for each combination of dtypes. Nothing waits for the device, and every launch can go
 into a CUDA graph. With TRITON_INTERPRET=1 all of it runs on CPU tensors. n rows, G groups, k sums.

@@ -107,7 +107,7 @@ def test_one_step_within_an_ulp(kind, t, beta2, eps, isa):
     adamw_reference(true_p, g, true_m, true_v, t, **options)
     moment = torch.float64 if dtype == torch.float64 else torch.float32
     for name, got, true, size, allowed in (
-        ("p", actual[0], true_p, true_p.abs(), 0.51),
+        ("p", actual[0], true_p, true_p.abs(), 1.0),
         ("m", actual[1], true_m, true_m.abs(), 0.5001),
         ("v", actual[2], true_v, true_v.abs(), 0.5001),
     ):

@@ -134,7 +134,8 @@ def state_dict_reloaded(params, optimizer):
     "change",
     [
         data_swapped, data_of_another_value, data_shrunk, data_reshaped, moments_replaced,
-        moments_data_swapped, step_replaced, step_of_another_type, entry_replaced, state_copied, state_deleted, state_dict_reloaded,
+        moments_data_swapped, step_replaced, step_of_another_type, entry_replaced, state_copied,
+        state_deleted, state_dict_reloaded,
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip
