@@ -22,6 +22,7 @@ class Collected:
     positions: list[list[tuple[int, int]]] = field(default_factory=list)  # of each row of a table
     classes: list[Any] = field(default_factory=list)  # shards.sum_class of each sum of squares
     rows: list[int] = field(default_factory=list)  # of every parameter, -1: it has no gradient
+    updated: list[Tensor] = field(default_factory=list)  # the parameters that have one
     # Views with gaps and the dense copies that are updated in their place.
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     # Nothing had to be converted, all is on one device and of torch's own classes: the table holds
@@ -66,6 +67,7 @@ def collect_step(groups: Sequence[dict], state: Any, split: bool) -> Collected:
             if param.grad is None:
                 found.rows.append(-1)
                 continue
+            found.updated.append(param)
             what = position_name(groups, group, index)
             check_gradient(param.grad, what)
             entry = state[param]

@@ -253,7 +253,7 @@ class FusedAdamW(torch.optim.AdamW):
             self.last_grad_norm, self._last_sums = zero, None
         write_back(collected)
         # A backward through the values from before must raise, as after torch's own steps.
-        increment_version([p for p in self._params() if p.grad is not None])
+        increment_version(collected.updated)
         self._let_go_of_gradients(collected)
         return loss
 
