@@ -40,8 +40,9 @@ class AdamW(FusedAdamW):
     device, so that reading it, and nothing else, waits for the device; `first_nonfinite()` tells
     whose gradient made it NaN or infinite.
 
-    lr may be a tensor, which is read on its device: a CUDA graph's replay sees it change (call
-    init_state() before the capture; other hyperparameters keep the values of the capture).
+    lr may be a tensor, which is read on its device: a CUDA graph's replay sees it change. Take one
+    step before the capture, or it raises; other hyperparameters keep the values of the capture.
+    DTensors and parameters of more than four dimensions cannot be captured.
     """
 
     @staticmethod

@@ -27,8 +27,12 @@ from torch import Tensor
 from . import configs, device_table
 from . import tensor_table as codes
 from .clip_grad_norm import ROCM, ChunkSums, add_up, find_chunk, on_device, round_to_odd
+from .clip_grad_norm import scale_gradients as scale_gradients
+from .clip_grad_norm import square_sums as square_sums
 from .clip_grad_norm import typed_pointer as typed
 from .tensor_table import GradientSums, StepOptions, TensorTable
+
+takes_tensors = False  # with this the module is what optimizer.StepKernels says
 
 _FLOAT32, _BFLOAT16 = tl.constexpr(codes.FLOAT32), tl.constexpr(codes.BFLOAT16)
 _FLOAT16, _FLOAT64 = tl.constexpr(codes.FLOAT16), tl.constexpr(codes.FLOAT64)

@@ -260,9 +260,10 @@ def square_sums(table: TensorTable, *, by_class: bool = False) -> GradientSums:
     return GradientSums(out, bad)
 
 
-def scale_gradients(table: TensorTable, factor: Tensor) -> None:
-    """gradient *= factor, a 0-d float64 tensor on the device: in place, rounded once."""
+def scale_gradients(table: TensorTable, factor: Tensor | float) -> None:
+    """gradient *= factor, a float or a 0-d float64 tensor on the device: in place, rounded once."""
     on, pointers = on_device(table)
+    factor = torch.as_tensor(factor, dtype=torch.float64, device=table.device)
     if on.num_chunks:
         with torch.cuda.device_of(pointers):
             scale_gradients_kernel[(on.num_chunks,)](

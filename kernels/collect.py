@@ -29,6 +29,22 @@ class Collected:
     # as long as the same tensors stand in the same places.
     plain: bool = True
 
+    def class_of(self, tensor: Tensor) -> int:
+        """Which sum of squares the gradient, or the gradient of the parameter, goes into."""
+        of_class = shards.sum_class(tensor)
+        if of_class not in self.classes:
+            self.classes.append(of_class)
+        return self.classes.index(of_class)
+
+    def dense(self, local: Tensor) -> Tensor:
+        """`local`, or the copy that is worked on in its place."""
+        if is_dense(local):
+            return local
+        # Moments have the layout that torch gives to copies of the parameter.
+        copy = torch.empty_like(local).copy_(local)
+        self.copies.append((local, copy))
+        return copy
+
 
 def moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -83,11 +99,7 @@ def collect_step(groups: Sequence[dict], state: Any, split: bool) -> Collected:
             if local.is_neg():
                 raise ValueError(f"{what} is a view that negates its memory: clone it")
             grad = grad.resolve_neg()
-            target = local
-            if not is_dense(local):
-                # Moments have the layout that torch gives to copies of the parameter.
-                target = torch.empty_like(local).copy_(local)
-                found.copies.append((local, target))
+            target = found.dense(local)
             grad_in_place = laid_out_as(grad, target)
             parts = [target, grad_in_place]
             for name in ("exp_avg", "exp_avg_sq", "remainder"):
@@ -95,14 +107,11 @@ def collect_step(groups: Sequence[dict], state: Any, split: bool) -> Collected:
             builder = builders.setdefault(local.device, _Builder(local.device))
             found.rows.append(len(builder.parts))
             kind = SPLIT if parts[4] is not None else CODE[local.dtype]
-            of_class = shards.sum_class(param)
-            if of_class not in found.classes:
-                found.classes.append(of_class)
             builder.add(
                 [*parts, _step_counter(entry, local.device)],
                 (kind, CODE[grad_in_place.dtype]),
                 group,
-                found.classes.index(of_class),
+                found.class_of(param),
                 (group, index),
             )
             # Classes, not isinstance: a subclass may do anything when it is asked for its memory.
@@ -126,20 +135,14 @@ def collect_gradients(gradients: Iterable[Tensor]) -> Collected:
     builders: dict[torch.device, _Builder] = {}
     for grad in {id(g): g for g in gradients}.values():
         check_gradient(grad, "a parameter")
-        of_class = shards.sum_class(grad)
-        if of_class not in found.classes:
-            found.classes.append(of_class)
         local = shards.local_part(grad)
-        target = local
-        if not is_dense(local):
-            target = torch.empty_like(local).copy_(local)
-            found.copies.append((local, target))
+        target = found.dense(local)
         builder = builders.setdefault(local.device, _Builder(local.device))
         builder.add(
             [None, target, None, None, None, None],
             (CODE[target.dtype],) * 2,
             0,
-            found.classes.index(of_class),
+            found.class_of(grad),
             (0, 0),
         )
     found.tables = [builder.table(len(found.classes)) for builder in builders.values()]

@@ -9,10 +9,9 @@ import os
 import torch
 
 from . import adamw as _adamw
-from . import clip_grad_norm as _clip_grad_norm
 from . import cross_entropy as _row_kernels
 from .cross_entropy_op import define_cross_entropy
-from .optimizer import FusedAdamW
+from .optimizer import FusedAdamW, StepKernels
 
 _device_types = ["cuda"]  # ROCm's, too
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -22,15 +21,6 @@ cross_entropy_loss = define_cross_entropy(
     (__package__ or "kernels").replace(".", "_"),
     {device_type: lambda: _row_kernels for device_type in _device_types},
 )
-
-
-class TritonStepKernels:
-    """optimizer.StepKernels, and the scaling of gradients, for CUDA and ROCm tensors."""
-
-    takes_tensors = False
-    square_sums = staticmethod(_clip_grad_norm.square_sums)
-    scale_gradients = staticmethod(_clip_grad_norm.scale_gradients)
-    step = staticmethod(_adamw.step)
 
 
 class AdamW(FusedAdamW):
@@ -53,7 +43,7 @@ class AdamW(FusedAdamW):
     """
 
     @staticmethod
-    def kernels_for(device: torch.device, impl: str) -> TritonStepKernels:
+    def kernels_for(device: torch.device, impl: str) -> StepKernels:
         if impl not in ("auto", "triton"):
             raise ValueError(f"impl={impl!r}: there are Triton kernels only")
         if device.type not in _device_types:
@@ -61,4 +51,4 @@ class AdamW(FusedAdamW):
                 f"a parameter is on {device}: these kernels run on CUDA and ROCm GPUs "
                 f"(fastlm.AdamW also on CPUs)"
             )
-        return TritonStepKernels()
+        return _adamw

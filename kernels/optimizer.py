@@ -152,8 +152,7 @@ class FusedAdamW(torch.optim.AdamW):
     def init_state(self) -> None:
         """Creates the state of every parameter now, which a first step would do.
 
-        For checkpoints that are loaded into existing state (torch.distributed.checkpoint), and
-        before a CUDA graph is captured.
+        For checkpoints that are loaded into existing state (torch.distributed.checkpoint).
         """
         self._create_state(self._params())
 

@@ -212,6 +212,21 @@ def test_autograd_sees_scaled_gradients():
     assert param.grad._version > version
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torchs_own_kernels(dtype):
+    # What other devices run: the factor is not rounded to the gradients' dtype.
+    before = parameters(dtype=dtype)
+    truth = torch.cat([p.grad.double().flatten() for p in before])
+    truth *= 0.7 / (truth.norm() + 1e-6)
+    errors = {}
+    for impl in ("torch", "cpp"):
+        params = copies(before)
+        assert_clipped(params, clip_gradients(params, 0.7, impl=impl), before, 0.7)
+        gradients = torch.cat([p.grad.double().flatten() for p in params])
+        errors[impl] = (gradients - truth).square().mean().sqrt()
+    assert errors["torch"] <= 1.1 * errors["cpp"]
+
+
 def test_unknown_implementation():
     with pytest.raises(ValueError, match=r"impl='cuda'.*clip_grad_norm"):
         clip_gradients(parameters(), 1.0, impl="cuda")

@@ -40,9 +40,8 @@ def clip_gradients(
     norm = _norm(collected, impl)
     if max_norm < norm < math.inf:
         for table in collected.tables:
-            dtype = torch.float32 if table.device.type == "mps" else torch.float64
-            factor = torch.tensor(max_norm / (norm + eps), dtype=dtype, device=table.device)
-            step_kernels("clip_grad_norm", table.device, impl).scale_gradients(table, factor)
+            kernels = step_kernels("clip_grad_norm", table.device, impl)
+            kernels.scale_gradients(table, max_norm / (norm + eps))
         write_back(collected)
         increment_version([p.grad for p in params if p.grad is not None])
     return norm

@@ -58,8 +58,8 @@ class CppStepKernels:
         return None if norm is None else torch.tensor(norm, dtype=table.norm_dtype, device="cpu")
 
     @staticmethod
-    def scale_gradients(table: TensorTable, factor: Tensor) -> None:
-        extension().scale_gradients(*_columns(table), float(factor))
+    def scale_gradients(table: TensorTable, factor: float) -> None:
+        extension().scale_gradients(*_columns(table), factor)
 
 
 def _columns(table: TensorTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -114,9 +114,9 @@ class TorchStepKernels:
         return norm
 
     @staticmethod
-    def scale_gradients(table: TensorTable, factor: Tensor) -> None:
+    def scale_gradients(table: TensorTable, factor: float) -> None:
         for row in table.keep:
-            row[GRAD].mul_(factor.to(row[GRAD].dtype))
+            row[GRAD].mul_(factor)  # not a tensor, which would be rounded to the gradient's dtype
 
 
 def _square_sum(gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,10 +159,10 @@ def _torch_update(rows, hyper, factor: Tensor | None, found_inf: Tensor | None, 
 
 
 def _triton_step_kernels():
-    """kernels/; ImportError where Triton is not installed."""
-    from fastlm.kernels.drop_in import TritonStepKernels
+    """The module fastlm.kernels.adamw; ImportError where Triton is not installed."""
+    from fastlm.kernels import adamw as module
 
-    return TritonStepKernels()
+    return module
 
 
 _KERNELS = {
