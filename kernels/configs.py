@@ -17,9 +17,9 @@ class RowConfig:
 
 
 # What decides is registers: the fp32 values of a block live at once, and of 1024 threads each has
-# 64 registers, of 512 128. tests/test_triton_compile.py compiles every line for every target and
-# refuses spills. A thread should have 32 to 64 bytes on the way: about 32 KB an SM are what hides
-# the latency of an H100's memory. No GPU has measured any of these yet.
+# 64 registers, of 512 128. tests/ops/test_triton_compile.py compiles every line for every target
+# and refuses spills. A thread should have 32 to 64 bytes on the way: about 32 KB an SM are what
+# hides the latency of an H100's memory. No GPU has measured any of these yet.
 #
 # Two passes: the second one starts from the end of the row, which L2 read last, and finds what L2
 # still holds. So few rows should be in flight: that is why the threads are many.

@@ -15,7 +15,7 @@ import functools
 import numpy as np
 
 # With 4, some values came 28 % too often at the last of 5 positions (4,000 keys); with 6 none did,
-# of any size up to 64 (tests/test_sampler.py).
+# of any size up to 64 (tests/data/test_sampler.py).
 _ROUNDS = 6
 _MASK64 = (1 << 64) - 1
 

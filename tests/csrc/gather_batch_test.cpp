@@ -3,7 +3,7 @@
 //   csrc_test                        every test; prints "N passed, 0 failed", exit 1 otherwise
 //   csrc_test overrun|overread|misaligned|race
 //                                    a deliberate error inside the kernel, which the sanitizer that
-//                                    this binary is built with must stop (tests/test_csrc.py)
+//                                    this binary is built with must stop (tests/ops/test_csrc.py)
 
 #include "gather_batch.h"
 

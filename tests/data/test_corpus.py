@@ -17,7 +17,7 @@ from fastlm.data.manifest import Manifest
 from fastlm.data.split import document_hash
 from fastlm.errors import DataError, OutputError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 300
 
 # Enough files for some of them to be in the 5 % of validation.

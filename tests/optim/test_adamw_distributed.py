@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).resolve().parent
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 CASES = [
     "fsdp_is_the_unsharded_run",
     "fsdp_is_the_unsharded_run_but_for_the_order_of_sums",
@@ -37,11 +37,11 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 def output(tmp_path_factory):
     """What the two ranks print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(TESTS / "distributed_adamw.py"), str(tmp_path_factory.mktemp("distributed"))]
+    command += [str(HELPERS / "distributed_adamw.py"), str(tmp_path_factory.mktemp("distributed"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         run = subprocess.run(
-            command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=180
+            command, cwd=HELPERS, env=environment, capture_output=True, text=True, timeout=180
         )
     except subprocess.TimeoutExpired as expired:
         return f"timed out\n{expired.stdout}\n{expired.stderr}"

@@ -14,16 +14,20 @@ import pytest
 
 pytest.importorskip("triton")
 
-from interpreted import TESTS, run_interpreted
+from interpreter import TESTS, run_interpreted
 
 
 def test_launchers_in_the_interpreter():
-    passed, summary = run_interpreted("triton_launcher_cases.py", "triton_head_cases.py")
+    passed, summary = run_interpreted(
+        "interpreted", "triton_launcher_cases.py", "triton_head_cases.py"
+    )
     assert passed >= 110 and "skipped" not in summary, summary
 
 
 def test_cross_entropy_loss_in_the_interpreter():
-    passed, summary = run_interpreted("test_cross_entropy.py", "test_cross_entropy_kernel.py")
+    passed, summary = run_interpreted(
+        "ops", "test_cross_entropy.py", "test_cross_entropy_kernel.py"
+    )
     assert passed >= 190, summary
 
 

@@ -20,7 +20,7 @@ from fastlm.data.tokenizer import train_tokenizer
 from fastlm.errors import OutputError
 from fastlm.prepare import main, prepare
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = {"a.txt": "some text\n" * 30, "b.txt": "other text\n" * 30}
 
 

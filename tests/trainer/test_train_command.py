@@ -14,15 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from in_process import (  # noqa: F401  (fixtures among them)
-    TRAIN,
-    VAL,
+from in_process import (
     checkpoint,
     expected_events,
     log_events,
-    run,
-    single_thread,
-    without_extras,
 )
 from training_runs import (
     commands,
@@ -35,6 +30,8 @@ from training_runs import (
     write_prepared,
     write_tokens,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 
 # --- the command ---
 

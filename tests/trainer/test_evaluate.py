@@ -6,19 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from training_runs import VOCAB_SIZE, one_thread, tiny_config, tokens
+from training_runs import VOCAB_SIZE, tiny_config, tokens
 
 from fastlm import TransformerLM, evaluate_model_loss, validate
 from fastlm.data.files import as_dataset
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss, summed_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_thread():
-    with one_thread():
-        yield
 
 
 def make_model(**settings) -> TransformerLM:

@@ -7,7 +7,6 @@ module is that server: it reads requests, one JSON object a line, and answers li
 """
 
 import atexit
-import contextlib
 import functools
 import importlib
 import json
@@ -138,17 +137,6 @@ def metrics(target_dir: Path, event: str) -> list[dict]:
 def losses(target_dir: Path) -> dict[int, float]:
     """step -> training loss; of a step that ran twice, the last one."""
     return {row["step"]: row["loss"] for row in metrics(target_dir, "train")}
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Tiny matrices gain nothing from more, and lose much where other programs run too."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def same(a, b) -> bool:

@@ -3,9 +3,7 @@
 import re
 from pathlib import Path
 
-import pytest
 from training_runs import (
-    one_thread,
     tiny_config,
     tokens,
 )
@@ -26,19 +24,6 @@ LINES = {
     "checkpoint": r"\[CKPT\] Saved to .*checkpoint_(\w+)\.pt",
     "finish": rf"=== Training finished at {CTIME} ===",
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def without_extras(monkeypatch):
-    """In this process: no second of matmuls and no picture at the end of each run."""
-    monkeypatch.setattr("fastlm.summary.matmul_ceiling", lambda *_: 1e12)
-    monkeypatch.setattr("fastlm.plot.LivePlotter.save", lambda self, path: None)
 
 
 def run(target_dir, train_data=TRAIN, **settings):

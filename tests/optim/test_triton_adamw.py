@@ -4,11 +4,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from interpreted import run_interpreted
+from interpreter import run_interpreted
 
 
 def test_kernels_in_the_interpreter():
-    passed, summary = run_interpreted("triton_adamw_cases.py", "triton_table_cases.py")
+    passed, summary = run_interpreted(
+        "interpreted", "triton_adamw_cases.py", "triton_table_cases.py"
+    )
     assert passed >= 120 and "skipped" not in summary, summary
 
 
@@ -16,7 +18,7 @@ def test_the_optimizer_in_the_interpreter():
     # A few of the optimizer's own tests (adamw_runs.AdamW then takes the Triton kernels): a step is
     # a third of a second here.
     passed, summary = run_interpreted(
-        "test_adamw.py", "test_adamw_clipping.py", "test_adamw_precision.py",
+        "optim", "test_adamw.py", "test_adamw_clipping.py", "test_adamw_precision.py",
         "test_adamw_arguments.py", "test_clip_grad_norm.py",
         keyword="memory_layouts or lr_as_a_tensor or without_a_gradient or closure or first_step "
         "or scaler_knows or torchs_16_bit or resumes_bit or first_nonfinite or compiled",

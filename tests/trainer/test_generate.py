@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import commands, flags, listing, metrics, one_thread, tiny_config, write_prepared
+from training_runs import commands, flags, listing, metrics, tiny_config, write_prepared
 
 from fastlm import ConfigError, TransformerLM, create_model_and_optimizer, save_checkpoint
 from fastlm.data.manifest import Manifest
 from fastlm.generate import check_sampling, generate, load_model, sample, sample_texts
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 LOGITS = torch.tensor([[1.0, 3.0, 0.0, 2.0, -4.0, 2.5]])

@@ -17,7 +17,7 @@ import pytest
 
 from fastlm.extension import extension
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # name: (CMake options, the -fsanitize value). ThreadSanitizer misreports correct libgomp loops:
 # CMakeLists.txt gives it std::thread. The driver is compiled with -O0, which takes a third of the

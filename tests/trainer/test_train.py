@@ -11,15 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from in_process import (  # noqa: F401  (fixtures among them)
+from in_process import (
     TRAIN,
     VAL,
     checkpoint,
     expected_events,
     log_events,
     run,
-    single_thread,
-    without_extras,
 )
 from training_runs import (
     losses,
@@ -40,6 +38,8 @@ from fastlm.data.loader import TrainLoader
 from fastlm.loop import learning_rate
 from fastlm.step import TrainStep
 from fastlm.train import _calibrated
+
+pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 
 # --- what is written, and when ---
 

@@ -8,11 +8,13 @@ import sys
 import time
 
 import pytest
-from checkpoints import everything, make_model, make_pair, saved, single_thread, train_step  # noqa: F401
+from checkpoints import make_model
 from training_runs import NOBODY, commands, listing
 
 from fastlm import save_checkpoint
 from fastlm.checkpoint import checkpoint_files, read_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- saving goes wrong ---
 

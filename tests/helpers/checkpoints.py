@@ -1,12 +1,8 @@
-"""Models, optimizers and a saved checkpoint, for the tests of checkpoints."""
+"""Models and optimizers for the tests of checkpoints."""
 
-from pathlib import Path
-
-import pytest
 import torch
-from training_runs import one_thread
 
-from fastlm import AdamW, TransformerLM, save_checkpoint
+from fastlm import AdamW, TransformerLM
 
 
 def make_model(seed: int = 0, **settings) -> TransformerLM:
@@ -34,16 +30,3 @@ def train_step(model, optimizer, step: int) -> None:
 
 def everything(model, optimizer) -> list:
     return [dict(model.state_dict()), optimizer.state_dict()]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture
-def saved(tmp_path) -> Path:
-    path = tmp_path / "checkpoint_2.pt"
-    save_checkpoint(*make_pair(), 2, path)
-    return path

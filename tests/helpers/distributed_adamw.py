@@ -1,6 +1,6 @@
 """AdamW and clip_gradients on DTensors: what torchrun starts twice for test_adamw_distributed.py.
 
-    torchrun --nproc_per_node=2 tests/distributed_adamw.py DIRECTORY
+    torchrun --nproc_per_node=2 tests/helpers/distributed_adamw.py DIRECTORY
 
 Every case is run by both ranks at once and prints a line where it holds on a rank. DIRECTORY: an
 empty one, the same for both.

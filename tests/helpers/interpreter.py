@@ -9,14 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
-def run_interpreted(*files: str, keyword: str = "") -> tuple[int, str]:
-    """Runs test files with the interpreter, of them the tests that pytest's -k selects; (how many
-    passed, the summary line)."""
+def run_interpreted(folder: str, *files: str, keyword: str = "") -> tuple[int, str]:
+    """Runs test files of tests/`folder` with the interpreter, of them the tests that pytest's -k
+    selects; (how many passed, the summary line)."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", keyword]
-    command += [str(TESTS / file) for file in files]
+    command += [str(TESTS / folder / file) for file in files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
     run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)

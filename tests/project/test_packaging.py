@@ -18,7 +18,7 @@ import pytest
 
 import fastlm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VERSION = fastlm.__version__
 USE_EXTENSION = "import numpy; fastlm.get_batch(numpy.arange(9, dtype='u2'), 2, 4, 'cpu')"
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import everything, make_model, make_pair, saved, single_thread, train_step  # noqa: F401
+from checkpoints import everything, make_model, make_pair, train_step
 from torch import nn
 from training_runs import same
 
 from fastlm import AdamW, CheckpointError, load_checkpoint, save_checkpoint
 from fastlm.checkpoint import checkpoint_files, newest_readable, read_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- round trips ---
 

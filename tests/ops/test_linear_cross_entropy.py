@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cross_entropy import torch_loss
+from cross_entropy_cases import torch_loss
 from tolerance import DEVICES, assert_as_accurate, assert_bitwise_equal
 
 from fastlm import (

@@ -11,14 +11,12 @@ import threading
 
 import pytest
 import torch
-from in_process import (  # noqa: F401  (fixtures among them)
+from in_process import (
     TRAIN,
     VAL,
     checkpoint,
     log_events,
     run,
-    single_thread,
-    without_extras,
 )
 from training_runs import (
     listing,
@@ -41,6 +39,8 @@ from fastlm.data.loader import TrainLoader
 from fastlm.loop import learning_rate
 from fastlm.runlog import RunLog
 from fastlm.train import train
+
+pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 
 # --- resume ---
 

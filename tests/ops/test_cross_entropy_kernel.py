@@ -5,7 +5,7 @@ N rows, V vocabulary.
 
 import pytest
 import torch
-from test_cross_entropy import (
+from cross_entropy_cases import (
     DTYPES,
     INTERPRETED,
     OPTIONS,

@@ -21,7 +21,7 @@ from fastlm.data.tokenizer import train_tokenizer
 from fastlm.errors import DataError
 from fastlm.prepare import prepare
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 DOCUMENTS = {
     "ascii.txt": "The quick brown fox jumps over the lazy dog.\n" * 20,

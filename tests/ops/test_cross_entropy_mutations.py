@@ -1,8 +1,8 @@
-"""The suite can fail: wrong results, handed to test_cross_entropy.py's assertion, are rejected."""
+"""The suite can fail: wrong results, handed to cross_entropy_cases.py's assertion, are rejected."""
 
 import pytest
 import torch
-from test_cross_entropy import (
+from cross_entropy_cases import (
     DTYPES,
     assert_right,
     cross_entropy_loss,
