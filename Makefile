@@ -1,4 +1,4 @@
-# make train | test | bench | lint: each makes the environment it needs in .venv first.
+# make train | test | test-all | bench | lint: each makes the environment it needs in .venv first.
 #
 # PYTHON=python3.12           the interpreter .venv is made with
 # PIP_FLAGS="--index-url URL" passed to pip, for a CPU-only or other build of torch (see README.md)
@@ -8,13 +8,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test bench lint format check clean
+.PHONY: train test test-all bench lint format check clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m fastlm.train --compile $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+# The sweeps that `make test` samples, too.
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "" $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)

@@ -12,10 +12,23 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def run_interpreted(folder: str, *files: str, keyword: str = "") -> tuple[int, str]:
-    """Runs test files of tests/`folder` with the interpreter, of them the tests that pytest's -k
-    selects; (how many passed, the summary line)."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", keyword]
+def run_interpreted(
+    folder: str, *files: str, keyword: str = "", marks: str = "not exhaustive"
+) -> tuple[int, str]:
+    """Runs test files of tests/`folder` with the interpreter, of them what pytest's -k and -m
+    select; (how many passed, the summary line)."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        keyword,
+        "-m",
+        marks,
+    ]
     command += [str(TESTS / folder / file) for file in files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
