@@ -1,11 +1,12 @@
-// What the files that know Python share.
+// What the files that know Python share: each op's functions and classes are added to the module.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace fastlm {
 
-// Adds the optimizer's functions and classes (bindings_optimizer.cpp) to the module.
+void bind_cross_entropy(pybind11::module_& m);
+void bind_gather_batch(pybind11::module_& m);
 void bind_optimizer(pybind11::module_& m);
 
 }  // namespace fastlm

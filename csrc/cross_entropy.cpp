@@ -49,7 +49,7 @@ struct GradientArguments {
   bool stream;
 };
 
-#define FASTLM_LOOPS "cross_entropy_rows.inc"
+#define FASTLM_LOOPS "cross_entropy.inc"
 #include "each_isa.inc"
 
 // Calls fn(T{}) with the type that `type` names.
