@@ -10,7 +10,7 @@ from fastlm.extension import extension
 from fastlm.kernels.optimizer import FusedAdamW, ParameterPosition
 from fastlm.kernels.table_watch import TableWatch
 from fastlm.ops.clip_grad_norm import clip_gradients
-from fastlm.ops.step_kernels import step_kernels
+from fastlm.ops.dispatch import implementation
 
 __all__ = ["AdamW", "ParameterPosition", "clip_gradients"]
 
@@ -47,7 +47,7 @@ class AdamW(FusedAdamW):
 
     @staticmethod
     def kernels_for(device: torch.device, impl: str) -> Any:
-        return step_kernels("adamw", device, impl)
+        return implementation("adamw", impl, device)
 
     @staticmethod
     def new_watch(groups: list[dict], state: Any, rows: list[int], pointers: Tensor) -> Any:

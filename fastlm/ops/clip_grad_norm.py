@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from fastlm.kernels import shards
 from fastlm.kernels.collect import Collected, collect_gradients, write_back
-from fastlm.ops.step_kernels import step_kernels
+from fastlm.ops.dispatch import implementation
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def clip_gradients(
     norm = _norm(collected, impl)
     if max_norm < norm < math.inf:
         for table in collected.tables:
-            kernels = step_kernels("clip_grad_norm", table.device, impl)
+            kernels = implementation("clip_grad_norm", impl, table.device)
             kernels.scale_gradients(table, max_norm / (norm + eps))
         write_back(collected)
         increment_version([p.grad for p in params if p.grad is not None])
@@ -50,7 +50,7 @@ def clip_gradients(
 def _norm(collected: Collected, impl: str) -> float:
     total = 0.0
     for table in collected.tables:
-        kernels = step_kernels("clip_grad_norm", table.device, impl)
+        kernels = implementation("clip_grad_norm", impl, table.device)
         sums = kernels.square_sums(table, by_class=True).values
         total += float(shards.add_over_ranks(sums, collected.classes).sum())
     return math.sqrt(total)

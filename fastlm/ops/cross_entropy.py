@@ -12,6 +12,7 @@ Shapes: N = any leading dimensions, V vocabulary.
 """
 
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,15 @@ from torch import Tensor
 
 from fastlm.kernels.arguments import check_labels_fit, check_options
 from fastlm.kernels.cross_entropy_op import define_cross_entropy
-from fastlm.ops.dispatch import resolve_implementation
-from fastlm.ops.row_kernels import cpp_row_kernels, triton_row_kernels
+from fastlm.ops.dispatch import implementation, resolve_implementation
 
-_op = define_cross_entropy("fastlm", {"cpu": cpp_row_kernels, "cuda": triton_row_kernels})
+_op = define_cross_entropy(
+    "fastlm",
+    {
+        device_type: partial(implementation, "cross_entropy", impl, device_type)
+        for device_type, impl in (("cpu", "cpp"), ("cuda", "triton"))
+    },
+)
 
 
 def cross_entropy_loss(
@@ -59,9 +65,7 @@ def cross_entropy_loss(
     check_options(label_smoothing, softcap, z_loss, reduction, num_items)
     if not logits.is_floating_point():
         raise TypeError(f"logits has dtype {logits.dtype}: it must be a floating-point dtype")
-    if impl == "auto" and logits.dtype == torch.float64:
-        impl = "torch"
-    implementation = resolve_implementation("cross_entropy", impl, logits.device)
+    impl = resolve_implementation("cross_entropy", impl, logits.device, logits.dtype)
     options = dict(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -71,9 +75,9 @@ def cross_entropy_loss(
         num_items=num_items,
         return_lse=return_lse,
     )
-    if implementation == "torch":
+    if impl == "torch":
         return _torch_cross_entropy(logits, targets, **options)
-    if implementation == "triton" and logits.device.type == "cpu":  # Triton's interpreter
+    if impl == "triton" and logits.device.type == "cpu":  # Triton's interpreter
         from fastlm.kernels import cross_entropy_loss as interpreted
 
         return interpreted(logits, targets, inplace=inplace, **options)

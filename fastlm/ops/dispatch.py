@@ -5,31 +5,51 @@ Implementations: "triton" (kernels/, CUDA and ROCm tensors), "cpp" (csrc/, CPU t
 device, else "torch". An implementation asked for by name that cannot run raises.
 """
 
+import importlib
 import os
+from types import ModuleType
 
 import torch
 
-# What exists, and for which device types; "*" is every device.
-IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "cross_entropy": {"triton": ("cuda",), "cpp": ("cpu",), "torch": ("*",)},
-    "linear_cross_entropy": {"triton": ("cuda",), "cpp": ("cpu",), "torch": ("*",)},
-    "adamw": {"triton": ("cuda",), "cpp": ("cpu",), "torch": ("*",)},
-    "clip_grad_norm": {"triton": ("cuda",), "cpp": ("cpu",), "torch": ("*",)},
-    "gather_batch": {"cpp": ("cpu",)},
+# The module that holds each implementation of each op.
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "cross_entropy": {
+        "triton": "fastlm.kernels.cross_entropy",
+        "cpp": "fastlm.ops.cross_entropy_cpp",
+        "torch": "fastlm.ops.cross_entropy",
+    },
+    "linear_cross_entropy": {  # by cross_entropy's row kernels
+        "triton": "fastlm.kernels.cross_entropy",
+        "cpp": "fastlm.ops.cross_entropy_cpp",
+        "torch": "fastlm.ops.linear_cross_entropy",
+    },
+    "adamw": {
+        "triton": "fastlm.kernels.adamw",
+        "cpp": "fastlm.ops.optimizer_cpp",
+        "torch": "fastlm.ops.optimizer_torch",
+    },
+    "clip_grad_norm": {
+        "triton": "fastlm.kernels.adamw",
+        "cpp": "fastlm.ops.optimizer_cpp",
+        "torch": "fastlm.ops.optimizer_torch",
+    },
+    "gather_batch": {"cpp": "fastlm.ops.gather_batch"},
 }
-_PREFERRED = ("triton", "cpp", "torch")
-# Their Triton kernels also run on CPU tensors under Triton's interpreter, where asked for by name.
+_DEVICE_TYPES = {"triton": "cuda", "cpp": "cpu", "torch": "*"}  # "*": every device
+# Their kernels take no float64: "auto" then means "torch".
+_NO_FLOAT64 = ("cross_entropy", "linear_cross_entropy")
+# Their Triton kernels also run on CPU tensors under Triton's interpreter, if asked for by name.
 _INTERPRETED = ("cross_entropy", "adamw", "clip_grad_norm")
 
 
-def resolve_implementation(op: str, impl: str, device: torch.device | str) -> str:
-    """The implementation that runs for `op` on `device`; ValueError where `impl` cannot."""
+def resolve_implementation(
+    op: str, impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> str:
+    """The implementation that runs for `op` on `device`; ValueError if `impl` cannot."""
     device_type = torch.device(device).type
-    usable = [
-        name for name in _PREFERRED if set(IMPLEMENTATIONS[op].get(name, ())) & {"*", device_type}
-    ]
+    usable = [name for name in IMPLEMENTATIONS[op] if _DEVICE_TYPES[name] in ("*", device_type)]
     if impl == "auto" and usable:
-        return usable[0]
+        return "torch" if dtype == torch.float64 and op in _NO_FLOAT64 else usable[0]
     if os.environ.get("TRITON_INTERPRET") == "1" and op in _INTERPRETED:
         usable.insert(0, "triton")
     if impl in usable:
@@ -40,8 +60,21 @@ def resolve_implementation(op: str, impl: str, device: torch.device | str) -> st
     )
 
 
-def active_implementation(op: str, device: torch.device | str = "cpu") -> str:
-    """The name of the implementation that `impl="auto"` runs for `op` on `device`."""
+def implementation(op: str, impl: str, device: torch.device | str) -> ModuleType:
+    """The module of the implementation that `impl` names for `op` on `device`, loaded when needed.
+
+    ValueError as resolve_implementation; ImportError if what it needs (Triton) is not installed.
+    """
+    return importlib.import_module(IMPLEMENTATIONS[op][resolve_implementation(op, impl, device)])
+
+
+def active_implementation(
+    op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> str:
+    """The name of the implementation that `impl="auto"` runs for `op` on `device`.
+
+    dtype: of the logits, for the linear loss of its products (hidden's, or autocast's).
+    """
     if op not in IMPLEMENTATIONS:
         raise ValueError(f"op={op!r} is unknown; ops: {', '.join(IMPLEMENTATIONS)}")
-    return resolve_implementation(op, "auto", device)
+    return resolve_implementation(op, "auto", device, dtype)

@@ -20,9 +20,8 @@ from fastlm.kernels.cross_entropy_op import (
     times,
 )
 from fastlm.ops.cross_entropy import cross_entropy_loss, cross_entropy_loss_reference
-from fastlm.ops.dispatch import resolve_implementation
+from fastlm.ops.dispatch import implementation, resolve_implementation
 from fastlm.ops.head import Head, head_gradients, head_losses
-from fastlm.ops.row_kernels import cpp_row_kernels, triton_row_kernels
 
 DEFAULT_MEMORY_BUDGET = 1 << 30  # bytes
 
@@ -72,8 +71,6 @@ def linear_cross_entropy_loss(
     _check(hidden, weight, bias, targets, num_valid)
     check_options(label_smoothing, softcap, z_loss, reduction, num_items)
     dtype = _compute_dtype(hidden)
-    if impl == "auto" and dtype == torch.float64:
-        impl = "torch"
     options = dict(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -81,7 +78,7 @@ def linear_cross_entropy_loss(
         z_loss=z_loss,
     )
     rest = dict(reduction=reduction, num_items=num_items, return_lse=return_lse)
-    if resolve_implementation("linear_cross_entropy", impl, hidden.device) == "torch":
+    if resolve_implementation("linear_cross_entropy", impl, hidden.device, dtype) == "torch":
         logits = torch.nn.functional.linear(
             hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         )
@@ -188,7 +185,11 @@ def _check(
 
 # --- The op of torch's dispatcher ---
 
-_KERNELS = {"cpu": cpp_row_kernels, "cuda": triton_row_kernels}
+
+def _kernels(device: torch.device):
+    return implementation("linear_cross_entropy", "auto", device)
+
+
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
 _OPTIONS = "int ignore_index, float label_smoothing, float? softcap, float z_loss"
 _HOW = "ScalarType dtype, bool[] wanted"
@@ -207,7 +208,7 @@ def _forward(
     hidden, weight, bias, targets, num_items, ignore_index, label_smoothing, softcap, z_loss,
     reduction, all_lse, dtype, wanted, with_gradients, rows_per_chunk, num_valid,
 ):  # fmt: skip
-    kernels = _KERNELS[hidden.device.type]()
+    kernels = _kernels(hidden.device)
     V = weight.shape[0]
     scale = kernels.denominator_scale(targets, V, ignore_index, num_items, reduction == "mean")
     losses, lse, stats, gradients = head_losses(
@@ -237,7 +238,7 @@ def _(
     return (
         empty(targets.shape if reduction == "none" else ()),
         empty(targets.shape),
-        empty((targets.numel(), _KERNELS[hidden.device.type]().STATS_COLUMNS), torch.float64),
+        empty((targets.numel(), _kernels(hidden.device).STATS_COLUMNS), torch.float64),
         empty(()),
         *_empty_gradients(hidden, weight, bias, [with_gradients and want for want in wanted]),
     )
@@ -255,7 +256,7 @@ def _backward(
     label_smoothing, softcap, z_loss, dtype, wanted, rows_per_chunk,
 ):  # fmt: skip
     gradients = head_gradients(
-        _KERNELS[hidden.device.type](),
+        _kernels(hidden.device),
         hidden.reshape(targets.numel(), hidden.shape[-1]),
         Head(weight, bias, dtype),
         targets.reshape(-1).contiguous(),

@@ -14,8 +14,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from fastlm.kernels import cross_entropy as triton_kernels
 from fastlm.kernels.arguments import Options
 
+from fastlm.ops import cross_entropy_cpp
 from fastlm.ops.head import Head, head_gradients, head_losses
-from fastlm.ops.row_kernels import CppRowKernels
 
 OPTIONS = Options(label_smoothing=0.2, softcap=8.0, z_loss=0.02, ignore_index=0)
 
@@ -32,7 +32,7 @@ def test_head_over_these_kernels(all_lse, rows_per_chunk):
     arguments = (hidden, Head(weight, None, torch.float32), targets)
     wanted = [True, True, False]
     results = []
-    for kernels in (triton_kernels, CppRowKernels()):
+    for kernels in (triton_kernels, cross_entropy_cpp):
         losses, lse, _, gradients = head_losses(
             kernels, *arguments, OPTIONS, all_lse=all_lse, gradient_scale=torch.tensor(0.5),
             wanted=wanted, rows_per_chunk=rows_per_chunk, num_valid=None,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerance import assert_bitwise_equal
 
-from fastlm import cross_entropy_loss
+from fastlm import active_implementation, cross_entropy_loss
 from fastlm.ops.cross_entropy import cross_entropy_loss_reference
 
 
@@ -83,3 +83,10 @@ def test_label_out_of_range(value, dtype):
         cross_entropy_loss(logits, targets)
     targets[0, 1] = value
     assert cross_entropy_loss(logits, targets, ignore_index=value).isfinite()
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+def test_the_active_implementation_of_float64_is_torch(op):
+    assert active_implementation(op) == "cpp"
+    assert active_implementation(op, dtype=torch.float64) == "torch"
+    assert active_implementation("adamw", dtype=torch.float64) == "cpp"
