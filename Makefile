@@ -1,6 +1,7 @@
-# make train | test | test-all | bench | lint: each makes the environment it needs in .venv first.
+# make train | test | test-all | test-newest | test-oldest | bench | report | lint | format | clean
+# Each makes the environment it needs first: .venv, .venv-newest or .venv-oldest.
 #
-# PYTHON=python3.12           the interpreter .venv is made with
+# PYTHON=python3.12           the interpreter that environments are made with
 # PIP_FLAGS="--index-url URL" passed to pip, for a CPU-only or other build of torch (see README.md)
 # ARGS="--max-minutes 1"      passed to the command
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all bench lint format check clean
+.PHONY: train test test-all test-newest test-oldest bench lint format check clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m fastlm.train --compile $(ARGS)
@@ -19,6 +20,14 @@ test: $(VENV)/.installed
 # The sweeps that `make test` samples, too.
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+# The same suite with the newest versions that the package index serves, and with the lowest that
+# pyproject.toml admits.
+test-newest: $(VENV)-newest/.installed
+	$(VENV)-newest/bin/python -m pytest $(ARGS)
+
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
@@ -39,6 +48,18 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wil
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[test]"
 	touch $@
 
+$(VENV)-newest/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) | check
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade $(PIP_FLAGS) -e ".[test]"
+	touch $@
+
+# "numpy>=1.26" in pyproject.toml becomes the constraint "numpy==1.26", for the build, too.
+$(VENV)-oldest/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) | check
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	sed -n 's/^ *"\([a-z0-9-]*\)>=\([0-9.]*\)[^"]*",*$$/\1==\2/p' pyproject.toml > $(@D)/constraints.txt
+	PIP_CONSTRAINT=$(@D)/constraints.txt $(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -e ".[test]"
+	touch $@
+
 $(VENV)/.linters: pyproject.toml constraints.txt | check
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt ruff clang-format
@@ -53,4 +74,4 @@ check:
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "error: no C++ compiler found: install one (Debian, Ubuntu: apt-get install g++), or name it in CXX"; exit 2; }
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastlm/_C.*.so
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist *.egg-info fastlm/_C.*.so

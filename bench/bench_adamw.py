@@ -5,7 +5,7 @@ import pytest
 import torch
 from harness import Candidate, Work, compare
 
-from fastlm import AdamW, active_implementation
+from fastlm import AdamW
 from fastlm.ops.adamw import adamw_reference
 
 OPTIONS = dict(lr=1e-6, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -54,7 +54,8 @@ def bench_adamw(benchmark, device, tensors):
     run = Run(tensors, device)
     compare(
         benchmark,
-        f'AdamW, {tensors} fp32 tensors, impl "{active_implementation("adamw", device)}"',
+        "adamw",
+        f"step, {tensors} fp32 tensors",
         device,
         run.candidate(AdamW(run.parameters, **OPTIONS)),
         {
@@ -76,8 +77,8 @@ def bench_adamw_with_clipping(benchmark, device, tensors):
     notebooks = peers.NotebookAdamW(run.parameters, **OPTIONS)
     compare(
         benchmark,
-        f"norm + clip + AdamW, {tensors} fp32 tensors, "
-        f'impl "{active_implementation("adamw", device)}"',
+        "adamw",
+        f"norm + clip + step, {tensors} fp32 tensors",
         device,
         run.candidate(AdamW(run.parameters, **OPTIONS, max_grad_norm=MAX_NORM)),
         {
@@ -101,8 +102,8 @@ def bench_adamw_split(benchmark, device):
     optimizer.step()
     compare(
         benchmark,
-        f"norm + clip + AdamW, 124 M parameters in 75 tensors, split bf16 + int16, "
-        f'impl "{active_implementation("adamw", device)}"',
+        "adamw",
+        "norm + clip + step, 124 M parameters in 75 tensors, split bf16 + int16",
         device,
         Candidate(optimizer.step, setup=run.restore),
         {

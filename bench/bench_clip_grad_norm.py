@@ -5,7 +5,7 @@ import torch
 from harness import Candidate, Work, compare
 from torch.nn.utils import clip_grad_norm_
 
-from fastlm import active_implementation, clip_gradients
+from fastlm import clip_gradients
 from fastlm.ops.clip_grad_norm import clip_gradients_reference
 
 MAX_NORM = 1.0
@@ -25,8 +25,8 @@ def bench_clip_gradients(benchmark, device):
 
     compare(
         benchmark,
-        f'clip_gradients, 124 M fp32 gradients, impl "'
-        f'{active_implementation("clip_grad_norm", device)}"',
+        "clip_grad_norm",
+        "clip_gradients, 124 M fp32 gradients in 75 tensors",
         device,
         candidate(clip_gradients),
         {

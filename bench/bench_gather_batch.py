@@ -42,7 +42,8 @@ def bench_get_batch(benchmark, tokens, device, B, T):
 
     compare(
         benchmark,
-        f"get_batch {B} x {T} uint16",
+        "gather_batch",
+        f"get_batch, {B} x {T} uint16",
         device,
         candidate(get_batch),
         {
@@ -67,10 +68,11 @@ def bench_token_scan(benchmark, tokens):
     assert tokens.max() == VOCAB_SIZE - 1
     compare(
         benchmark,
+        "gather_batch",
         "scan of 50 M token ids, uint16",
         torch.device("cpu"),
         Candidate(lambda: check(VOCAB_SIZE)),
         {"NumPy array.max()": Candidate(tokens.max)},
-        Work("2 bytes a token, read (the limit's copy reads half of that and writes half)", 10**8),
+        Work("2 bytes a token, read (the copy reads half of that and writes half)", 10**8),
         seconds=3,
     )

@@ -1,4 +1,7 @@
-"""pytest bench --benchmark-only [--results FILE.json] [-k cpu]"""
+"""pytest bench --benchmark-only [--allocator as-is|kept] [--results PREFIX] [-k cpu]
+
+`make bench` runs both allocator states, each in a process of its own: mallopt cannot be undone.
+"""
 
 import json
 import os
@@ -23,7 +26,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--results", metavar="FILE", help="write the benches' figures and their circumstances here"
+        "--allocator",
+        choices=("as-is", "kept"),
+        default="as-is",
+        help="a process as it is, or after fastlm.keep_freed_memory(); for all candidates alike",
+    )
+    parser.addoption(
+        "--results",
+        metavar="PREFIX",
+        help="write figures and circumstances to PREFIX-as-is.json or PREFIX-kept.json",
     )
 
 
@@ -36,10 +47,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_sessionstart(session):
-    if session.config.getoption("benchmark_only"):
-        # As the trainer does, here for all candidates alike: their outputs are not page-faulted
-        # anew at each call.
-        keep_freed_memory()
+    config = session.config
+    if config.getoption("benchmark_only") and config.getoption("--allocator") == "kept":
+        assert keep_freed_memory()
+
+
+@pytest.fixture
+def allocator(request) -> str:
+    return request.config.getoption("--allocator")
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -53,15 +68,17 @@ def pytest_terminal_summary(terminalreporter, config):
     for comparison in harness.COMPARISONS:
         terminalreporter.write_line("")
         terminalreporter.write_line(comparison.table())
-    path = config.getoption("--results")
-    if path and harness.COMPARISONS:
-        arguments = list(config.invocation_params.args)
+    prefix = config.getoption("--results")
+    if prefix and harness.COMPARISONS:
+        allocator = config.getoption("--allocator")
         results = {
-            **circumstances(arguments),
+            **circumstances(list(config.invocation_params.args)),
+            "allocator": allocator,
             "comparisons": [asdict(comparison) for comparison in harness.COMPARISONS],
         }
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(results, indent=1, default=str) + "\n")
+        path = Path(f"{prefix}-{allocator}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1, default=str) + "\n")
         terminalreporter.write_line(f"\nwritten: {path}")
 
 

@@ -4,6 +4,10 @@ A round runs every peer once and ours once, in an order that turns, so that what
 machine does hits all of them; ratios are medians over rounds of the times within one round. What
 runs is checked first: a wrong result is never timed. pytest-benchmark measures ours, the harness
 the peers, with the same clock and the same synchronisation.
+
+The time is that of one call, from an idle device until it is idle again. On CUDA each candidate
+also runs while the device still works on something else, so that the host is ahead and CUDA events
+tell the device's own time.
 """
 
 import gc
@@ -15,14 +19,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastlm.hardware import (
-    back_heap_with_huge_pages,
-    device_name,
-    matmul_ceiling,
-    synchronize,
-)
+from fastlm import active_implementation
+from fastlm.hardware import device_name, matmul_ceiling, synchronize
+from fastlm.ops.dispatch import IMPLEMENTATIONS
 
-OURS, LIMIT = "fastlm", "limit"
+OURS = "fastlm"
+COPY, MATMUL = "copy", "matmul"  # what the machine itself does: as many bytes, as many FLOPs
 
 
 @dataclass
@@ -35,11 +37,11 @@ class Candidate:
 
 @dataclass
 class Work:
-    """What the work cannot do without, by which its physical limit is known."""
+    """What the work cannot do without. It is compared with the machine's own time for as much."""
 
     formula: str  # how it was counted
-    bytes: int = 0  # read + written; the limit is a copy of as many, timed in every round
-    flops: int = 0  # the limit is the fastest matmul of `dtype`, measured before and after
+    bytes: int = 0  # read + written; a copy of as many is timed in every round
+    flops: int = 0  # the fastest matmul of `dtype` is measured before and after
     dtype: torch.dtype = torch.float32
 
 
@@ -52,12 +54,16 @@ class Row:
     ratio_to_ours: float  # median over the rounds; above 1: slower than ours
     best_to_ours: float  # of the best rounds: what is left where the machine was busy otherwise
     rate: float  # GB/s or TFLOP/s, at the median
-    share_of_limit: float  # median over the rounds
+    device_ms: float | None = None  # CUDA: median of the events' time
+    device_ratio_to_ours: float | None = None
 
 
 @dataclass
 class Comparison:
-    title: str
+    op: str  # as its files are called, or "train_step"
+    case: str  # stays the same from one commit to the next
+    note: str  # what may change: chunks, bytes
+    impl: str | None
     device: str
     work: str  # the formula, and the count
     rounds: int
@@ -67,18 +73,28 @@ class Comparison:
 
     def table(self) -> str:
         lines = [
-            f"### {self.title} ({self.device})",
+            f"### {self.op}: {self.case} ({self.device})",
             "",
-            f"{self.work}; {self.rounds} rounds",
+            "; ".join(
+                part
+                for part in (
+                    self.note,
+                    self.impl and f'impl "{self.impl}"',
+                    self.work,
+                    f"{self.rounds} rounds",
+                )
+                if part
+            ),
             "",
-            f"| | median ms | best ms | time / ours | best / ours | {self.unit} | of the limit |",
+            f"| | median ms | best ms | time / ours | best / ours | {self.unit} | device ms |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in self.rows:
+            on_device = "" if row.device_ms is None else f"{row.device_ms:.4g}"
             lines.append(
                 f"| {row.name} | {row.median_ms:.4g} | {row.best_ms:.4g} | "
                 f"{row.ratio_to_ours:.2f} | {row.best_to_ours:.2f} | {row.rate:.3g} | "
-                f"{row.share_of_limit:.0%} |"
+                f"{on_device} |"
             )
         return "\n".join(lines)
 
@@ -88,12 +104,14 @@ COMPARISONS: list[Comparison] = []  # of this run; conftest.py prints and saves 
 
 def compare(
     benchmark,  # pytest-benchmark's fixture
-    title: str,
+    op: str,
+    case: str,
     device: torch.device,
     ours: Candidate,
     peers: dict[str, Candidate],
     work: Work,
     *,
+    note: str = "",
     seconds: float = 5.0,  # of measuring
     least_rounds: int = 5,
 ) -> Comparison:
@@ -101,7 +119,7 @@ def compare(
     gc.collect()  # a process that holds the memory of the last comparison measures the allocator
     peers = dict(peers)
     if work.bytes:
-        peers[LIMIT] = copy_of(work.bytes, device)
+        peers[COPY] = copy_of(work.bytes, device)
     else:
         matmul_limit(device, work.dtype)
 
@@ -120,8 +138,6 @@ def compare(
 
     for candidate in (*peers.values(), ours):  # warm caches, compiled graphs, optimizer states
         timed(candidate)
-    if device.type == "cpu":
-        back_heap_with_huge_pages()  # as the trainer does, here for all alike
     load_average = os.getloadavg()[0]
     begin = time.perf_counter()
     for candidate in (*peers.values(), ours):
@@ -130,56 +146,85 @@ def compare(
     rounds = max(least_rounds, min(500, int(seconds / a_round)))
 
     times: dict[str, list[float]] = {name: [] for name in peers}
+    device_times: dict[str, list[float]] = {name: [] for name in (OURS, *peers)}
     order = list(peers)
 
     def time_the_peers() -> None:
         order.append(order.pop(0))
         for name in order:
             times[name].append(timed(peers[name]))
+        if device.type == "cuda":
+            for name in order:
+                device_times[name].append(device_time(peers[name]))
+            device_times[OURS].append(device_time(ours))
         if ours.setup:
             ours.setup()
         synchronize(device)
 
     benchmark.pedantic(run_ours, setup=time_the_peers, rounds=rounds, iterations=1)
     times = {OURS: list(benchmark.stats.stats.data), **times}
-    comparison = _compared(title, device, times, work, load_average)
-    benchmark.extra_info["comparison"] = title
+    comparison = Comparison(
+        op=op,
+        case=case,
+        note=note,
+        impl=active_implementation(op, device) if op in IMPLEMENTATIONS else None,
+        device=device_name(device),
+        work=work.formula,
+        rounds=rounds,
+        load_average=load_average,
+        unit="GB/s" if work.bytes else "TFLOP/s",
+    )
+    _fill(comparison, times, device_times if device.type == "cuda" else {}, work, device)
     COMPARISONS.append(comparison)
     return comparison
 
 
-def _compared(
-    title: str,
-    device: torch.device,
+def _fill(
+    comparison: Comparison,
     times: dict[str, list[float]],
+    device_times: dict[str, list[float]],
     work: Work,
-    load_average: float,
-) -> Comparison:
+    device: torch.device,
+) -> None:
     seconds = {name: np.array(values) for name, values in times.items()}
     ours = seconds[OURS]
     if work.bytes:
-        unit, count = "GB/s", work.bytes / 1e9
-        counted = f"{work.formula}: {work.bytes / 1e6:,.4g} MB"
+        count = work.bytes / 1e9
+        comparison.work += f": {work.bytes / 1e6:,.4g} MB"
     else:
-        unit, count = "TFLOP/s", work.flops / 1e12
-        counted = f"{work.formula}: {count:.4g} TFLOP"
-        seconds[LIMIT] = np.full(len(ours), work.flops / matmul_limit(device, work.dtype))
-    result = Comparison(title, device_name(device), counted, len(ours), load_average, unit)
+        count = work.flops / 1e12
+        comparison.work += f": {count:.4g} TFLOP"
+        seconds[MATMUL] = np.full(len(ours), work.flops / matmul_limit(device, work.dtype))
     for name, values in seconds.items():
         low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-        result.rows.append(
-            Row(
-                name=name,
-                median_ms=1e3 * median,
-                quartiles_ms=(1e3 * low, 1e3 * high),
-                best_ms=1e3 * values.min(),
-                ratio_to_ours=float(np.median(values / ours)),
-                best_to_ours=values.min() / ours.min(),
-                rate=count / median,
-                share_of_limit=float(np.median(seconds[LIMIT] / values)),
-            )
+        row = Row(
+            name=name,
+            median_ms=1e3 * median,
+            quartiles_ms=(1e3 * low, 1e3 * high),
+            best_ms=1e3 * values.min(),
+            ratio_to_ours=float(np.median(values / ours)),
+            best_to_ours=values.min() / ours.min(),
+            rate=count / median,
         )
-    return result
+        if name in device_times:
+            on_device = np.array(device_times[name])
+            row.device_ms = 1e3 * float(np.median(on_device))
+            row.device_ratio_to_ours = float(np.median(on_device / device_times[OURS]))
+        comparison.rows.append(row)
+
+
+def device_time(candidate: Candidate) -> float:
+    """Seconds between two CUDA events around a run that the host has enqueued beforehand."""
+    if candidate.setup:
+        candidate.setup()
+    torch.empty(1 << 28, dtype=torch.int8, device="cuda").zero_()  # nothing of ours is left in L2
+    torch.cuda._sleep(4_000_000)  # cycles: 2 ms, in which the host enqueues the run
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    candidate.run()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e-3 * start.elapsed_time(end)
 
 
 def copy_of(num_bytes: int, device: torch.device) -> Candidate:

@@ -125,6 +125,11 @@ def other_linear_cross_entropies(device: torch.device) -> dict[str, Callable]:
         found["F.linear_cross_entropy"] = lambda x, w, y: F.linear_cross_entropy(
             x.bfloat16(), w.bfloat16(), y
         )
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["F.linear_cross_entropy, chunked"] = lambda x, w, y: F.linear_cross_entropy(
+            x.bfloat16(), w.bfloat16(), y, options=options
+        )
     if device.type == "cuda":
         with contextlib.suppress(ImportError):
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
