@@ -3,10 +3,7 @@
 import re
 from pathlib import Path
 
-from training_runs import (
-    tiny_config,
-    tokens,
-)
+from training_runs import tiny_config, tokens
 
 from fastlm import (
     train_loop,

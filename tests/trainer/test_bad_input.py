@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_server import NOBODY, commands
 from training_runs import (
-    NOBODY,
     VOCAB_SIZE,
-    commands,
     listing,
     tiny_config,
     tiny_flags,

@@ -9,7 +9,8 @@ import time
 
 import pytest
 from checkpoints import make_model
-from training_runs import NOBODY, commands, listing
+from command_server import NOBODY, commands
+from training_runs import listing
 
 from fastlm import save_checkpoint
 from fastlm.checkpoint import checkpoint_files, read_checkpoint
@@ -59,7 +60,7 @@ def test_kill_9_while_saving_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "checkpoint_1.pt"
     kills, leftovers = 15, 0
     for _ in range(kills):
-        command = commands().start([str(path)], tmp_path, call="training_runs:save_forever")
+        command = commands().start([str(path)], tmp_path, call="command_programs:save_forever")
         command.until(r"\n")
         time.sleep(rng.uniform(0, 0.03))
         command.signal(signal.SIGKILL)
@@ -81,7 +82,7 @@ def test_a_full_disk_leaves_the_old_file(saved):
         result = commands().run(
             [str(saved)],
             saved.parent,
-            call="training_runs:save_once",
+            call="command_programs:save_once",
             limits={"fsize": limit},
         )
         assert result.returncode == 0, result.output
@@ -95,7 +96,9 @@ def test_a_full_disk_leaves_the_old_file(saved):
 def test_a_directory_that_cannot_be_written(saved):
     saved.parent.chmod(0o755)
     before = listing(saved.parent)
-    result = commands().run([saved.name], saved.parent, call="training_runs:save_once", uid=NOBODY)
+    result = commands().run(
+        [saved.name], saved.parent, call="command_programs:save_once", uid=NOBODY
+    )
     assert result.returncode == 0, result.output
     assert "Permission denied" in result.stdout and saved.name in result.stdout
     assert listing(saved.parent) == before

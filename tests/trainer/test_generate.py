@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import commands, flags, listing, metrics, tiny_config, write_prepared
+from command_server import commands
+from training_runs import flags, listing, metrics, tiny_config, write_prepared
 
 from fastlm import ConfigError, TransformerLM, create_model_and_optimizer, save_checkpoint
 from fastlm.data.manifest import Manifest

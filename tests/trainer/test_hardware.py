@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import commands
+from command_server import commands
 
 from fastlm import CompileError, ConfigError, DeviceError, UserError, hardware
 from fastlm.hardware import (
@@ -257,7 +257,7 @@ def test_the_ceiling_is_the_best_of_at_least_five_shapes(monkeypatch):
 
 
 def test_peak_memory_counts_bytes():
-    result = commands().run([], Path.cwd(), call="training_runs:tell_peak_memory")
+    result = commands().run([], Path.cwd(), call="command_programs:tell_peak_memory")
     before, after = map(int, result.stdout.split())
     assert 190 << 20 < after - before < 260 << 20
 

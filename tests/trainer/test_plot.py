@@ -7,7 +7,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from training_runs import commands, tiny_flags, write_tokens
+from command_server import commands
+from training_runs import tiny_flags, write_tokens
 
 from fastlm import LivePlotter, cosine_lr_schedule, plot_lr_schedule
 
@@ -175,7 +176,7 @@ def test_the_curve_of_a_resumed_run_begins_at_its_first_step(tmp_path):
     assert commands().run(first, tmp_path).returncode == 0
     second = ["--resume", "run/checkpoints/checkpoint_3.pt", "--total-steps", "9"]
     command = commands().start(
-        [*tiny_flags(eval_every=2), *second], tmp_path, call="training_runs:train_and_tell_curve"
+        [*tiny_flags(eval_every=2), *second], tmp_path, call="command_programs:train_and_tell_curve"
     )
     result = command.wait()
     assert result.returncode == 0, result.output

@@ -18,14 +18,7 @@ from in_process import (
     log_events,
     run,
 )
-from training_runs import (
-    listing,
-    losses,
-    metrics,
-    same,
-    state,
-    tiny_config,
-)
+from training_runs import listing, losses, metrics, same, state, tiny_config
 
 from fastlm import (
     CheckpointError,

@@ -19,13 +19,7 @@ from in_process import (
     log_events,
     run,
 )
-from training_runs import (
-    losses,
-    metrics,
-    same,
-    state,
-    tiny_config,
-)
+from training_runs import losses, metrics, same, state, tiny_config
 
 from fastlm import (
     OutputError,

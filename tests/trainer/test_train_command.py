@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_server import commands
 from in_process import (
     checkpoint,
     expected_events,
     log_events,
 )
 from training_runs import (
-    commands,
     listing,
     losses,
     metrics,
@@ -171,7 +171,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(here):
 
 def test_a_second_ctrl_c_exits_at_once(here):
     command = commands().start(
-        tiny_flags(total_steps=50, ckpt_every=2), here, call="training_runs:train_slowly_from_3"
+        tiny_flags(total_steps=50, ckpt_every=2), here, call="command_programs:train_slowly_from_3"
     )
     command.until(r"step 2/50")
     time.sleep(0.1)  # step 3 takes a minute
