@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +17,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from fastlm.data.staging import sync
 from fastlm.errors import CheckpointError, OutputError
 
 FORMAT_VERSION = 1
@@ -74,7 +76,7 @@ def save_checkpoint(
                 f"directory"
             ) from error
         raise
-    _sync_directory(out.parent)
+    sync(out.parent)
 
 
 def load_checkpoint(
@@ -87,7 +89,8 @@ def load_checkpoint(
     Takes (model, optimizer, src) and (src, model, optimizer), src a path or a binary file; this
     module's keys, those of nanoGPT and of the GPT tutorial (model_state_dict, step, …); names with
     the prefixes of torch.compile and DistributedDataParallel. Raises CheckpointError for a missing
-    or damaged file and for another model's or optimizer's, before anything is changed.
+    or damaged file and for another model's or optimizer's, before anything is changed. Warns if the
+    file holds no state for `optimizer`.
     """
     if not isinstance(model, nn.Module):
         model, optimizer, src = optimizer, src, model
@@ -95,6 +98,12 @@ def load_checkpoint(
     model_state = _fitting_state(model, payload)
     if optimizer is not None and holds_optimizer_state(payload):
         restore_optimizer(optimizer, payload)
+    elif optimizer is not None:
+        warnings.warn(
+            f"{src}: holds no optimizer state; the optimizer stays as it is. Pass optimizer=None "
+            f"to load weights alone",
+            stacklevel=2,
+        )
     unwrap(model).load_state_dict(model_state)
     return iteration_of(payload)
 
@@ -298,15 +307,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes a rename in `directory` survive a power failure (where directories can be synced)."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:  # Windows cannot open a directory
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -83,7 +83,7 @@ def parse(argv: list[str] | None = None) -> Invocation:
     first.resume = first.resume or file_settings.get("ckpt_path_to_resume")
     if first.resume and "--help" not in argv and "-h" not in argv:
         resume_path, payload = _find_resume(first, file_settings)
-        stored = _stored_settings(resume_path, payload)
+        stored = _stored_settings(payload)
         layers.append(("checkpoint", stored))
     if file_settings:
         layers.append((f"file {first.config}", file_settings))
@@ -274,7 +274,7 @@ def _find_resume(first: argparse.Namespace, file_settings: dict) -> tuple[Path, 
     return newest_readable(max(newest)[1])
 
 
-def _stored_settings(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
+def _stored_settings(payload: dict[str, Any]) -> dict[str, Any]:
     """The settings that the checkpoint's run had."""
     config = payload.get("config")
     if not isinstance(config, dict):

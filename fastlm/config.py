@@ -13,7 +13,7 @@ from fastlm.model import check_heads, default_d_ff
 
 @dataclass
 class TrainingConfig:
-    """Every setting of a run. Raises ConfigError, naming the setting, for one that cannot be."""
+    """Every setting of a run. Raises ConfigError, naming the setting, for an invalid one."""
 
     # === Data / batching ===
     data: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ class TrainingConfig:
         return default_d_ff(d_m)
 
     def validate(self) -> None:
-        """ConfigError that names the first setting that cannot be, its value and what it can be."""
+        """Raises ConfigError, naming the first invalid setting, its value and what is valid."""
         positive = (
             "batch_size context_len grad_accum vocab_size num_layers num_heads d_model d_ff "
             "total_steps log_every eval_batches lr_max eps rope_theta"

@@ -51,9 +51,9 @@ def default_corpus(vocab_size: int = 4096, *, log: Callable[[str], object] = pri
     Raises DataError where the library's source is missing, OutputError where the cache cannot be
     written.
     """
-    files, key, size = _standard_library(vocab_size)
-    directory = _cache_directory() / f"stdlib-{key[:16]}"
     say = _prefixed(log)
+    files, key, size = _standard_library(vocab_size, say)
+    directory = _cache_directory() / f"stdlib-{key[:16]}"
     say(
         f"Python {platform.python_version()} standard library: {len(files)} files, "
         f"{size / 1e6:.1f} MB -> {directory}"
@@ -84,7 +84,9 @@ def _prefixed(log: Callable[[str], object]) -> Callable[[str], object]:
     return lambda line: log(f"[corpus] {line}")
 
 
-def _standard_library(vocab_size: int) -> tuple[list[TextFile], str, int]:
+def _standard_library(
+    vocab_size: int, say: Callable[[str], object]
+) -> tuple[list[TextFile], str, int]:
     """(the files, the cache's key, the files' bytes)."""
     root = Path(sysconfig.get_paths()["stdlib"])
     recipe = f"{RECIPE} {VERSION} {vocab_size} {VAL_FRACTION} {metadata.version('tokenizers')}"
@@ -94,7 +96,10 @@ def _standard_library(vocab_size: int) -> tuple[list[TextFile], str, int]:
         try:
             content = file.path.read_bytes()
             content.decode("utf-8")
-        except (OSError, UnicodeDecodeError):
+        except OSError as error:
+            say(f"{file.path} cannot be read and is left out ({error.strerror})")
+            continue
+        except UnicodeDecodeError:
             continue  # a few files are in other encodings on purpose
         digest.update(f"\n{file.name} {len(content)}\n".encode())
         digest.update(content)

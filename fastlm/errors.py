@@ -2,13 +2,16 @@
 line; the commands print it after `error:` and exit with code 2. Any other exception is a bug.
 """
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """Base of them all."""
 
 
 class ConfigError(UserError, ValueError):
-    """A setting is unknown, of the wrong type, or cannot be."""
+    """A setting is unknown, of the wrong type, or invalid."""
 
 
 class DataError(UserError, ValueError):
@@ -39,9 +42,21 @@ class ExtensionError(UserError, ImportError):
     """The compiled extension `fastlm._C` is missing or older than its sources."""
 
 
-def permission_line(error: PermissionError) -> str:
-    """The line for a file that the user may not use."""
-    return (
-        f"error: {error.filename}: {error.strerror}; change its or its directory's permissions, or "
-        f"choose another"
-    )
+def run_command(command: Callable[[], None]) -> int:
+    """Runs a command; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    try:
+        command()
+    except UserError as error:
+        # On one line: the messages of the libraries behind it may have several.
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except PermissionError as error:  # already from asking whether something is there
+        print(
+            f"error: {error.filename}: {error.strerror}; change its or its directory's "
+            f"permissions, or choose another",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastlm.config import TrainingConfig
 from fastlm.data.loader import all_batches, spread_batches
-from fastlm.hardware import select_device
-from fastlm.ops.cross_entropy import cross_entropy_loss
+from fastlm.hardware import autocast, select_device, select_dtype
+from fastlm.ops.cross_entropy import check_labels, cross_entropy_loss
 
 LossFunction = Callable[
     [Tensor, Tensor], Tensor
@@ -27,12 +27,14 @@ def evaluate_model_loss(
     """Mean loss per token (nats) over `num_batches` fixed batches spread evenly over `data`.
 
     data: (n,) token ids. The batches are of config.batch_size windows of config.context_len tokens,
-    the same at every call. The model is put into eval mode and back into the mode it was in.
+    the same at every call, and the matmuls are in config.dtype, as in training. The model is put
+    into eval mode and back into the mode it was in.
     """
-    return validate(
-        model, data, config.batch_size, config.context_len, device=config.device,
-        num_val_batches=num_batches,
-    )  # fmt: skip
+    device = select_device(config.device)
+    dtype = select_dtype(config.dtype, device)
+    batches = spread_batches(data, config.batch_size, config.context_len, num_batches, device)
+    with evaluating(model), autocast(device, dtype):
+        return mean_loss(lambda x, y: summed_loss(model(x), y), batches)
 
 
 def validate(
@@ -49,7 +51,7 @@ def validate(
     device: torch.device | str = "auto",
     num_val_batches: int = 10,
 ) -> float:
-    """evaluate_model_loss with the arguments of the CS336 training guide.
+    """evaluate_model_loss in float32, with the arguments of the CS336 training guide.
 
     The sizes from vocab_size to rope_theta are there for its callers; the model knows them.
     """
@@ -65,12 +67,18 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_loss(loss: LossFunction, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Mean loss per target over `batches`, summed in fp64."""
-    total, targets = 0.0, 0
+    """Mean loss per target over `batches`, summed in fp64.
+
+    Waits for the device once, at the end. Raises ValueError for a label out of range, which makes
+    a loss on a GPU NaN.
+    """
+    losses, targets = [], []
     for x, y in batches:
-        total += float(loss(x, y))
-        targets += int((y != -100).sum())
-    return total / targets
+        losses.append(loss(x, y))
+        targets.append((y != -100).sum())
+    total = sum(torch.stack(losses).tolist())
+    check_labels()
+    return total / int(torch.stack(targets).sum())
 
 
 def loss_over_all(

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from fastlm.checkpoint import newest_readable, read_checkpoint, restore_model
-from fastlm.errors import CheckpointError, ConfigError, UserError, permission_line
+from fastlm.data.text import END_OF_TEXT
+from fastlm.errors import CheckpointError, ConfigError, run_command
 from fastlm.hardware import select_device
 from fastlm.model import KVCache, TransformerLM
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 @torch.no_grad()
@@ -194,37 +193,34 @@ class GenerateArguments:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit code."""
     import tyro
 
     arguments = tyro.cli(GenerateArguments, args=argv, prog="python -m fastlm.generate")
-    try:
-        for name in ("max_new_tokens", "num_samples"):
-            if getattr(arguments, name) < 1:
-                raise ConfigError(f"{name}={getattr(arguments, name)}: it must be at least 1")
-        check_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-        model, payload = load_model(arguments.ckpt, select_device(arguments.device))
-        texts = sample_texts(
-            model,
-            payload.get("tokenizer"),
-            prompt=arguments.prompt,
-            num_samples=arguments.num_samples,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except PermissionError as error:  # already from asking whether something is there
-        print(permission_line(error), file=sys.stderr)
-        return 2
+    return run_command(lambda: _print_samples(arguments))
+
+
+def _print_samples(arguments: GenerateArguments) -> None:
+    for name in ("max_new_tokens", "num_samples"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"{name}={getattr(arguments, name)}: it must be at least 1")
+    check_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    model, payload = load_model(arguments.ckpt, select_device(arguments.device))
+    texts = sample_texts(
+        model,
+        payload.get("tokenizer"),
+        prompt=arguments.prompt,
+        num_samples=arguments.num_samples,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
     for index, text in enumerate(texts):
         if len(texts) > 1:
             print(f"--- sample {index + 1} of {len(texts)} ---")
         print(text)
-    return 0
 
 
 if __name__ == "__main__":

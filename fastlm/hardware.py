@@ -108,6 +108,11 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matmuls inside compute in `dtype`; float32 changes nothing."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def keep_freed_memory() -> bool:
     """Tells glibc's malloc to keep and reuse freed memory. Returns whether it was told.
 
@@ -185,10 +190,13 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, seconds: float =
     """FLOP/s of the fastest of several large square and training-shaped matmuls, measured now.
 
     The denominator of model FLOP utilisation (MFU): what this machine reaches in the state it is
-    in, not a data sheet's number.
+    in, not a data sheet's number. Each shape is repeated for `seconds`, and left out if one call
+    would take more than 2 s at the best rate so far: CPUs that cannot multiply float16 reach
+    0.1 GFLOP/s.
     """
     scale = 4 if device.type == "cuda" else 1
     shapes = [  # (M, K, N)
+        (256, 256, 256),
         (1024, 1024, 1024),
         (2048, 2048, 2048),
         (4096, 1024, 1024),
@@ -198,9 +206,11 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, seconds: float =
     ]
     best = 0.0
     for m, k, n in shapes:
+        flops = 2 * m * k * n * scale**3
+        if best and flops / best > 2:
+            continue
         a = torch.randn(m * scale, k * scale, device=device, dtype=dtype)
         b = torch.randn(k * scale, n * scale, device=device, dtype=dtype)
-        flops = 2 * m * k * n * scale**3
         out = a @ b
         synchronize(device)
         # Single calls on the CPU: its best moment is the ceiling. A queue of them on a GPU.

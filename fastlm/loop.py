@@ -142,7 +142,7 @@ class Run:
         self.clock.start()
 
     def _identity(self) -> dict[str, Any]:
-        """What says which run a checkpoint is of, and lets it be used without the data."""
+        """Identifies the checkpoint's run, and lets the checkpoint be used without the data."""
         return {
             "config": asdict(self.cfg),
             "data_fingerprint": self.data.fingerprint,
@@ -158,7 +158,7 @@ class Run:
             self.data.val, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
         )
         with evaluating(runner.model):
-            self.log.val(step, mean_loss(runner.summed_loss, batches))
+            self.log.val(step, mean_loss(runner.loss.summed, batches))
         self.clock.start()
 
     def _finish(self) -> None:
@@ -169,7 +169,7 @@ class Run:
         self.log.checkpoint(model_path)
         with evaluating(runner.model):
             val_loss, targets = loss_over_all(
-                runner.summed_loss, data.val, cfg.batch_size, cfg.context_len, runner.device
+                runner.loss.summed, data.val, cfg.batch_size, cfg.context_len, runner.device
             )
         self.log.close()
         steps = self.completed - self.start_step

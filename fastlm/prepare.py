@@ -30,7 +30,7 @@ from fastlm.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from fastlm.errors import ConfigError, DataError, UserError
+from fastlm.errors import ConfigError, DataError, run_command
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -292,16 +292,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # A scheduler's SIGTERM must remove the partial directory as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        tyro.cli(_command, args=argv, prog="python -m fastlm.prepare")
-    except UserError as error:
-        # On one line: the messages of the libraries behind it may have several.
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+    code = run_command(lambda: tyro.cli(_command, args=argv, prog="python -m fastlm.prepare"))
+    if code == 130:
         print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -49,10 +49,11 @@ class RunLog:
             return
         train: dict[int, tuple[float, float]] = {}
         val: dict[int, float] = {}
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(self.metrics_path.read_bytes().splitlines(), 1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:  # the last line of a killed run
+            except ValueError as error:  # a killed run leaves half a line
+                print(f"[resume] {self.metrics_path}, line {number}: skipped ({error})")
                 continue
             if row.get("step", start_step) >= start_step:
                 continue

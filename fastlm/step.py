@@ -16,7 +16,7 @@ from fastlm.config import TrainingConfig
 from fastlm.data.loader import TrainLoader
 from fastlm.errors import CompileError
 from fastlm.evaluate import evaluating
-from fastlm.hardware import check_compiler, select_device, select_dtype, synchronize
+from fastlm.hardware import autocast, check_compiler, select_device, select_dtype, synchronize
 from fastlm.model import TransformerLM
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy_loss
 from fastlm.optim import AdamW
@@ -36,19 +36,7 @@ def create_model_and_optimizer(
 
     Matrices are decayed and vectors (the norms' weights) are not, unless cfg.weight_decay_all.
     """
-    device = select_device(cfg.device)
-    model = TransformerLM(
-        vocab_size=cfg.vocab_size,
-        d_model=cfg.d_model,
-        num_heads=cfg.num_heads,
-        num_layers=cfg.num_layers,
-        max_seq_len=cfg.context_len,
-        d_ff=cfg.d_ff,
-        rope_theta=cfg.rope_theta,
-        tie_embeddings=cfg.tie_embeddings,
-        dropout=cfg.dropout,
-        activation_checkpointing=cfg.activation_checkpointing,
-    ).to(device)
+    model = create_model(cfg)
     parameters = list(model.parameters())
     decayed = [p for p in parameters if cfg.weight_decay_all or p.dim() >= 2]
     others = [p for p in parameters if not (cfg.weight_decay_all or p.dim() >= 2)]
@@ -71,6 +59,53 @@ def create_model_and_optimizer(
     return model, optimizer, start_step
 
 
+def create_model(cfg: TrainingConfig) -> TransformerLM:
+    """A new model of cfg's size on cfg.device."""
+    return TransformerLM(
+        vocab_size=cfg.vocab_size,
+        d_model=cfg.d_model,
+        num_heads=cfg.num_heads,
+        num_layers=cfg.num_layers,
+        max_seq_len=cfg.context_len,
+        d_ff=cfg.d_ff,
+        rope_theta=cfg.rope_theta,
+        tie_embeddings=cfg.tie_embeddings,
+        dropout=cfg.dropout,
+        activation_checkpointing=cfg.activation_checkpointing,
+    ).to(select_device(cfg.device))
+
+
+class ModelLoss:
+    """The loss of a model's head over its hidden states, both in cfg.dtype; the loss is fp32."""
+
+    def __init__(self, model: nn.Module, device: torch.device, cfg: TrainingConfig):
+        self.model, self.device = model, device
+        self.dtype = select_dtype(cfg.dtype, device)
+        self._hidden = self._hidden_states
+        if cfg.compile:
+            check_compiler(device)
+            # Shapes are fixed: a graph for each mode, and no recompilation for a changed size.
+            self._hidden = torch.compile(self._hidden_states, dynamic=False)
+
+    def _hidden_states(self, x: Tensor) -> Tensor:
+        """x: (B, T) -> (B, T, D) in the matmuls' dtype."""
+        with autocast(self.device, self.dtype):
+            return self.model.hidden(x).to(self.dtype)
+
+    def __call__(self, x: Tensor, y: Tensor, **options) -> Tensor:
+        """x, y: (B, T) -> linear_cross_entropy_loss with its `options`.
+
+        Computed outside the compiled graph, so the upstream gradient is 1 and precomputed gradients
+        are returned without another pass.
+        """
+        head = self.model.lm_head
+        return linear_cross_entropy_loss(self._hidden(x), head.weight, y, bias=head.bias, **options)
+
+    def summed(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y: (B, T) -> sum of the B * T losses in nats, fp32."""
+        return self(x, y, reduction="sum")
+
+
 class TrainStep:
     """Runs training steps of one model on one device."""
 
@@ -79,31 +114,12 @@ class TrainStep:
     ):
         self.model, self.optimizer, self.loader = model, optimizer, loader
         self.device = loader.device
-        self.dtype = select_dtype(cfg.dtype, self.device)
+        self.loss = ModelLoss(model, self.device, cfg)
+        self.dtype = self.loss.dtype
         self.tokens = loader.batch_size * loader.context_len * loader.grad_accum  # in a step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.compile_seconds = 0.0
         self._compile = cfg.compile
-        self._hidden = self._hidden_states
-        if cfg.compile:
-            check_compiler(self.device)
-            # Shapes are fixed: a graph for each mode, and no recompilation for a changed size.
-            self._hidden = torch.compile(self._hidden_states, dynamic=False)
-
-    def _hidden_states(self, x: Tensor) -> Tensor:
-        """x: (B, T) -> (B, T, D) in the matmuls' dtype."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.model.hidden(x).to(self.dtype)
-
-    def _loss(self, x: Tensor, y: Tensor, **options) -> Tensor:
-        """Of the compiled graph's output, outside of it: backward then gets an upstream gradient of
-        1 and hands over the gradients that the loss has computed, without a pass over them."""
-        head = self.model.lm_head
-        return linear_cross_entropy_loss(self._hidden(x), head.weight, y, bias=head.bias, **options)
-
-    def summed_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y: (B, T) -> sum of the B * T losses in nats, fp32."""
-        return self._loss(x, y, reduction="sum")
 
     def run(self, step: int, lr: float) -> Tensor:
         """One optimizer step. Returns the mean loss of its tokens, 0-d on the device.
@@ -116,7 +132,7 @@ class TrainStep:
         loss = torch.zeros((), device=self.device)
         for micro_step in range(self.loader.grad_accum):
             x, y = self.loader.batch(step, micro_step)
-            micro_loss = self._loss(x, y, num_items=self.tokens)
+            micro_loss = self.loss(x, y, num_items=self.tokens)
             self.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         self.scaler.unscale_(self.optimizer)  # does nothing without float16
@@ -135,7 +151,7 @@ class TrainStep:
             for _ in range(2):
                 self.run(0, lr=0.0)
             with evaluating(self.model):
-                self.summed_loss(*self.loader.batch(0))
+                self.loss.summed(*self.loader.batch(0))
             synchronize(self.device)
         self.compile_seconds = time.perf_counter() - start if self._compile else 0.0
 

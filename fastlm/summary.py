@@ -109,8 +109,8 @@ def print_summary(figures: RunFigures, device: torch.device, dtype: torch.dtype)
     print(
         "[summary] MFU         "
         + (
-            f"{mfu:.1%} of {ceiling / 1e12:.3g} TFLOP/s, the best of six matmul shapes measured "
-            f"just now in {dtype_name}"
+            f"{mfu:.1%} of {ceiling / 1e12:.3g} TFLOP/s, the best of several matmul shapes "
+            f"measured just now in {dtype_name}"
             if mfu is not None
             else "unknown (no matmul ceiling is measured on this device)"
         )

@@ -22,7 +22,7 @@ from fastlm.checkpoint import (
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data, as_dataset, check_dataset, open_data
 from fastlm.data.loader import TrainLoader
-from fastlm.errors import CheckpointError, ConfigError, UserError, permission_line
+from fastlm.errors import CheckpointError, ConfigError, UserError, run_command
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
 from fastlm.hardware import (
     back_heap_with_huge_pages,
@@ -34,7 +34,13 @@ from fastlm.loop import Run
 from fastlm.model import TransformerLM
 from fastlm.rundir import RunDirectory
 from fastlm.runlog import has_ended
-from fastlm.step import TrainStep, create_model_and_optimizer, set_seed
+from fastlm.step import (
+    ModelLoss,
+    TrainStep,
+    create_model,
+    create_model_and_optimizer,
+    set_seed,
+)
 from fastlm.summary import describe
 
 
@@ -181,13 +187,12 @@ def _evaluate_only(data: Data, cfg: TrainingConfig) -> None:
     check_dataset(data.val, "validation", context_len=cfg.context_len, vocab_size=cfg.vocab_size)
     if not (cfg.ckpt_path_to_resume or cfg.init_from):
         raise ConfigError("--eval-only needs the checkpoint to evaluate: --resume or --init-from")
-    model, optimizer, _ = create_model_and_optimizer(cfg)
+    model = create_model(cfg)
     _weights_to_start_from(model, data, cfg)
-    loader = TrainLoader(data.val, cfg.batch_size, cfg.context_len, seed=0, device=device)
-    runner = TrainStep(model, optimizer, loader, cfg)
+    loss_of = ModelLoss(model, device, cfg)
     with evaluating(model):
         loss, targets = loss_over_all(
-            runner.summed_loss, data.val, cfg.batch_size, cfg.context_len, device
+            loss_of.summed, data.val, cfg.batch_size, cfg.context_len, device
         )
     known = data.val_bytes
     in_bytes = f", {bits_per_byte(loss, targets, known):.4f} bits/byte" if known else ""
@@ -217,42 +222,35 @@ def _opened(cfg: TrainingConfig, origins: dict[str, str]) -> tuple[Data, Trainin
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
+    return run_command(lambda: _command(argv))
+
+
+def _command(argv: list[str] | None) -> None:
     from fastlm.cli import format_config, parse
 
+    invocation = parse(argv)
+    if invocation.print_config:
+        print(format_config(invocation))
+        return
+    cfg = invocation.config
+    print(f"[run] fastlm {__version__}, preset {invocation.preset}: --help lists every setting")
+    for line in invocation.changed:
+        print(f"[resume] changed: {line}")
+    select_device(cfg.device)  # before the time that the data may take
+    data, cfg = _opened(cfg, invocation.origins)
     try:
-        invocation = parse(argv)
-        if invocation.print_config:
-            print(format_config(invocation))
-            return 0
-        cfg = invocation.config
-        print(f"[run] fastlm {__version__}, preset {invocation.preset}: --help lists every setting")
-        for line in invocation.changed:
-            print(f"[resume] changed: {line}")
-        select_device(cfg.device)  # before the time that the data may take
-        data, cfg = _opened(cfg, invocation.origins)
         if cfg.eval_only:
             _evaluate_only(data, cfg)
         else:
             train(data, cfg)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except PermissionError as error:  # already from asking whether something is there
-        print(permission_line(error), file=sys.stderr)
-        return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            f"error: out of memory ({str(error).splitlines()[0][:200]}); lower --batch-size (raise "
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0][:200]}); lower --batch-size (raise "
             f"--grad-accum to keep the step's tokens) or --context-len, or add "
-            f"--activation-checkpointing",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+            f"--activation-checkpointing"
+        ) from error
 
 
 if __name__ == "__main__":

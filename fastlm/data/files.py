@@ -17,7 +17,7 @@ import numpy as np
 from fastlm.data.manifest import MANIFEST_NAME, Manifest
 from fastlm.errors import DataError
 from fastlm.extension import extension
-from fastlm.ops.gather_batch import token_segments
+from fastlm.ops.gather_batch import TokenSource, check_window_fits, token_segments
 
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 _HEADER_BYTES = 1024
@@ -77,7 +77,7 @@ class TokenDataset:
         return TokenDataset(pieces, self.paths, offsets)
 
 
-def as_dataset(data: "np.ndarray | Sequence[np.ndarray] | TokenDataset") -> TokenDataset:
+def as_dataset(data: TokenSource | TokenDataset) -> TokenDataset:
     """`data` as a TokenDataset, not copied."""
     if isinstance(data, TokenDataset):
         return data
@@ -268,11 +268,8 @@ def check_dataset(dataset: TokenDataset, what: str, *, context_len: int, vocab_s
 
     Reads every token once, with the multi-threaded C++ scan.
     """
-    if len(dataset) < context_len + 1:
-        raise DataError(
-            f"{what} data ({', '.join(dataset.paths) or 'array'}) holds {len(dataset)} tokens; "
-            f"context_len={context_len} needs at least {context_len + 1}"
-        )
+    paths = ", ".join(dataset.paths) or "array"
+    check_window_fits(len(dataset), context_len, f"{what} data ({paths})")
     base = 0
     for segment in dataset.segments:
         position = extension().first_out_of_range(segment, vocab_size)

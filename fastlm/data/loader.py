@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.data.files import as_dataset
+from fastlm.data.files import TokenDataset, as_dataset
 from fastlm.data.sampler import WindowSampler
-from fastlm.ops.gather_batch import TokenSource, gather_batch
+from fastlm.ops.gather_batch import TokenSource, check_window_fits, gather_batch
 
 
 class TrainLoader:
@@ -19,7 +19,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        data: TokenSource,
+        data: TokenSource | TokenDataset,
         batch_size: int,  # windows in a micro-step, B
         context_len: int,
         *,
@@ -36,7 +36,7 @@ class TrainLoader:
         """(x, y), int64, (B, T) each, of one micro-step."""
         first = (step * self.grad_accum + micro_step) * self.batch_size
         starts = self.sampler.starts(first, self.batch_size)
-        return gather_batch(self.dataset, starts, self.context_len, self.device)
+        return gather_batch(self.dataset.segments, starts, self.context_len, self.device)
 
     def __getitem__(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """All micro-batches of a step: which tokens were in it?"""
@@ -44,41 +44,33 @@ class TrainLoader:
 
 
 def spread_batches(
-    data: TokenSource, batch_size: int, context_len: int, num_batches: int, device
+    data: TokenSource | TokenDataset, batch_size: int, context_len: int, num_batches: int, device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`num_batches` fixed batches of windows spread evenly over `data`: (x, y), (B, T) each."""
     dataset = as_dataset(data)
+    check_window_fits(len(dataset), context_len)
     last = len(dataset) - context_len - 1
-    if last < 0:
-        raise ValueError(
-            f"data holds {len(dataset)} tokens; context_len={context_len} needs at least "
-            f"{context_len + 1}"
-        )
     starts = np.linspace(0, last, num_batches * batch_size).round().astype(np.int64)
     for rows in np.split(starts, num_batches):
-        yield gather_batch(dataset, rows, context_len, device)
+        yield gather_batch(dataset.segments, rows, context_len, device)
 
 
 def all_batches(
-    data: TokenSource, batch_size: int, context_len: int, device
+    data: TokenSource | TokenDataset, batch_size: int, context_len: int, device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every target of `data` once, in batches of one shape: (x, y), (B, T) each.
 
     What fills up the last window and the last batch is labelled -100, which the loss ignores.
     """
     dataset = as_dataset(data)
+    check_window_fits(len(dataset), context_len)
     last = len(dataset) - context_len - 1
-    if last < 0:
-        raise ValueError(
-            f"data holds {len(dataset)} tokens; context_len={context_len} needs at least "
-            f"{context_len + 1}"
-        )
     begins = np.arange(0, len(dataset) - 1, context_len)  # of the targets each window adds
     starts = np.minimum(begins, last)
     for first in range(0, len(starts), batch_size):
         rows = slice(first, first + batch_size)
         padding = batch_size - len(starts[rows])
-        x, y = gather_batch(dataset, np.pad(starts[rows], (0, padding)), context_len)
+        x, y = gather_batch(dataset.segments, np.pad(starts[rows], (0, padding)), context_len)
         for row, (start, begin) in enumerate(zip(starts[rows], begins[rows], strict=True)):
             y[row, : begin - start] = -100  # targets the window before has had
         if padding:

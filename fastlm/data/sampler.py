@@ -14,6 +14,8 @@ import functools
 
 import numpy as np
 
+from fastlm.ops.gather_batch import check_window_fits
+
 # With 4, some values came 28 % too often at the last of 5 positions (4,000 keys); with 6 none did,
 # of any size up to 64 (tests/data/test_sampler.py).
 _ROUNDS = 6
@@ -58,11 +60,7 @@ class WindowSampler:
     """Start positions of training windows, by sample number."""
 
     def __init__(self, num_tokens: int, context_len: int, seed: int):
-        if num_tokens < context_len + 1:
-            raise ValueError(
-                f"num_tokens={num_tokens}: context_len={context_len} needs at least "
-                f"{context_len + 1}"
-            )
+        check_window_fits(num_tokens, context_len)
         self.context_len = context_len
         self.seed = seed
         # A window more than fits from the largest phase would make epochs of unequal length, and

@@ -37,7 +37,7 @@ def staging_directory(
         try:
             yield staging
             for path in (*staging.iterdir(), staging):
-                _sync(path)  # a rename must not reach the disk before the contents
+                sync(path)  # a rename must not reach the disk before the contents
             _check_replaceable(out, target, own_files, overwrite)  # may be there by now
             _replace(staging, target, overwrite)
         except OSError as error:
@@ -88,11 +88,12 @@ def _replace(staging: Path, target: Path, overwrite: bool) -> None:
         if aside.exists():
             aside.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Writes a file's content, or a directory's renames, to the disk."""
     # Not every file system can open or flush a directory; the data is then as safe as it gets.
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         descriptor = os.open(path, os.O_RDONLY)

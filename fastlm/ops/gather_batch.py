@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlm.errors import DataError
 from fastlm.extension import extension
 from fastlm.hardware import select_device
 
-# One array, several seen end to end, or an object that holds them as `segments` (TokenDataset).
+# A 1-D array or CPU tensor of tokens, or a sequence of arrays seen end to end.
 TokenSource = Any
 
 
@@ -88,13 +89,8 @@ def get_batch(
         )
     segments = token_segments(data)
     tokens = sum(len(segment) for segment in segments)
-    valid_starts = tokens - context_len
-    if valid_starts < 1:
-        raise ValueError(
-            f"data holds {tokens} tokens; context_len={context_len} needs at least "
-            f"{context_len + 1}"
-        )
-    starts = torch.randint(valid_starts, (batch_size,), generator=generator)
+    check_window_fits(tokens, context_len)
+    starts = torch.randint(tokens - context_len, (batch_size,), generator=generator)
     return gather_batch(segments, starts.numpy(), context_len, select_device(device))
 
 
@@ -104,4 +100,13 @@ def token_segments(data: TokenSource) -> list[np.ndarray]:
         return [np.ascontiguousarray(data.cpu().numpy())]
     if isinstance(data, np.ndarray):
         return [np.ascontiguousarray(data)]
-    return list(getattr(data, "segments", data))
+    return list(data)
+
+
+def check_window_fits(tokens: int, context_len: int, what: str = "data") -> None:
+    """DataError if `tokens` tokens are too few for one window and the token behind it."""
+    if tokens < context_len + 1:
+        raise DataError(
+            f"{what} holds {tokens} tokens; context_len={context_len} needs at least "
+            f"{context_len + 1}"
+        )

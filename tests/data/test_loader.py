@@ -76,7 +76,7 @@ def test_a_dataset_of_several_arrays():
 
 def test_data_too_short_to_train_on():
     TrainLoader(TOKENS[:17], 4, 16, seed=1).batch(0)
-    with pytest.raises(ValueError, match="num_tokens=16: context_len=16 needs at least 17"):
+    with pytest.raises(ValueError, match="data holds 16 tokens; context_len=16 needs at least 17"):
         TrainLoader(TOKENS[:16], 4, 16, seed=1)
 
 

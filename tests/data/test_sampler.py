@@ -165,6 +165,8 @@ def test_the_first_samples_are_unlike_the_last():
 
 @pytest.mark.parametrize("num_tokens", [-1, 0, 1, 16])
 def test_data_too_short(num_tokens):
-    with pytest.raises(ValueError, match=rf"num_tokens={num_tokens}: context_len=16 needs .* 17"):
+    with pytest.raises(
+        ValueError, match=rf"data holds {num_tokens} tokens; context_len=16 needs .* 17"
+    ):
         WindowSampler(num_tokens, 16, seed=0)
     assert WindowSampler(17, 16, seed=0).starts(0, 3).tolist() == [0, 0, 0]

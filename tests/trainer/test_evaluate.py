@@ -157,6 +157,36 @@ def test_mean_loss_weighs_targets_and_not_batches():
     assert mean_loss(lambda x, y: y[y != -100].sum(), batches) == 20.0
 
 
+def test_the_loss_is_in_the_configured_dtype():
+    """config.dtype as in training: bfloat16 differs from float32 and is what autocast gives."""
+    model, data = make_model(), tokens(300)
+    full, low = (evaluate_model_loss(model, data, config(dtype=d)) for d in ("float32", "bfloat16"))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = validate(model, data, 4, T, device="cpu", num_val_batches=20)
+    assert low == expected != full
+    assert low == pytest.approx(full, rel=2e-3)
+    assert validate(model, data, 4, T, device="cpu", num_val_batches=20) == full
+
+
+def test_labels_are_checked_after_the_last_loss(monkeypatch):
+    """On a GPU a bad label makes a loss NaN, and check_labels() raises; it reads from the device,
+    so it is called once."""
+    calls = []
+    monkeypatch.setattr("fastlm.evaluate.check_labels", lambda: calls.append("check"))
+
+    def loss(x, y):
+        calls.append("loss")
+        return torch.tensor(1.0)
+
+    x = y = torch.zeros(2, 3, dtype=torch.int64)
+    assert mean_loss(loss, [(x, y)] * 3) == 3 / 18
+    assert calls == ["loss", "loss", "loss", "check"]
+    data = tokens(300)
+    data[-1] = VOCAB_SIZE  # a target alone
+    with pytest.raises(ValueError, match=rf"{VOCAB_SIZE}"):
+        evaluate_model_loss(make_model(), data, config())
+
+
 def test_bits_per_byte():
     # 100 tokens at 8 bits each, over 200 bytes of text.
     assert bits_per_byte(8 * math.log(2), 100, 200) == pytest.approx(4.0)

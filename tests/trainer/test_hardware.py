@@ -256,6 +256,23 @@ def test_the_ceiling_is_the_best_of_at_least_five_shapes(monkeypatch):
     assert 0.5 * best < ceiling <= best
 
 
+@pytest.mark.parametrize("rate, shapes", [(1e8, 1), (3e9, 3)])
+def test_the_ceiling_of_a_slow_dtype_is_measured_in_seconds(monkeypatch, rate, shapes):
+    """Shapes of which one call would take seconds are left out: a CPU's float16 took minutes."""
+    clock, seen = [0.0], set()
+
+    def slow(a, b, out=None):
+        shape = (*a.shape, b.shape[1])
+        seen.add(shape)
+        clock[0] += 2 * math.prod(shape) / rate
+
+    monkeypatch.setattr(torch, "matmul", slow)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+    assert matmul_ceiling(CPU, torch.float16) == pytest.approx(rate)
+    assert len(seen) == shapes and clock[0] < 15
+
+
 def test_peak_memory_counts_bytes():
     result = commands().run([], Path.cwd(), call="command_programs:tell_peak_memory")
     before, after = map(int, result.stdout.split())

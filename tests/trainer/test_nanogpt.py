@@ -98,7 +98,7 @@ def models(directory: Path, *patches: int):
 
 def training_losses(model, dtype: torch.dtype, forward=None) -> list[float]:
     """Losses of ten steps, a sixth of the targets -1."""
-    forward = forward or model
+    forward = model if forward is None else forward
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     ids = torch.from_numpy(tokens(2000).astype(np.int64))
     losses = []

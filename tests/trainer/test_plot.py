@@ -91,6 +91,9 @@ def test_nan_and_infinity_can_be_drawn(tmp_path):
     for step, loss in enumerate((1.0, float("nan"), float("inf"), 2.0)):
         plotter.log_train(step, loss, lr=0.0)
     plotter.save(tmp_path / "nan.png")
+    assert png_size(tmp_path / "nan.png") == (1200, 800)
+    low, high = plotter._figure().axes[0].get_ylim()
+    assert 0.5 < low < 1 and 2 < high < 2.5  # what is finite is in sight
 
 
 def test_other_formats(plotter, tmp_path):
@@ -174,11 +177,16 @@ def test_the_curve_of_a_resumed_run_begins_at_its_first_step(tmp_path):
     write_tokens(tmp_path)
     first = tiny_flags(total_steps=6, ckpt_every=3, eval_every=2)
     assert commands().run(first, tmp_path).returncode == 0
+    log = tmp_path / "run" / "logs" / "metrics.jsonl"
+    torn = log.read_bytes().count(b"\n") + 1
+    with open(log, "ab") as file:
+        file.write(b'{"event": "tr')  # as a killed run leaves it
     second = ["--resume", "run/checkpoints/checkpoint_3.pt", "--total-steps", "9"]
     command = commands().start(
         [*tiny_flags(eval_every=2), *second], tmp_path, call="command_programs:train_and_tell_curve"
     )
     result = command.wait()
     assert result.returncode == 0, result.output
+    assert f"metrics.jsonl, line {torn}: skipped" in result.stdout
     told = result.stdout.splitlines()[-2:]
     assert told == [f"train {list(range(9))}", "val [2, 4, 6, 8]"]
