@@ -1,6 +1,5 @@
 """python -m fastlm.prepare as a program: refusals, interruptions, memory."""
 
-import json
 import os
 import re
 import shlex
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command_server import commands
 from prepared_data import bytes_tokenizer, decoded_documents, quiet, write_files
 
 from fastlm import prepare as prepare_module
@@ -22,18 +22,6 @@ from fastlm.prepare import main, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = {"a.txt": "some text\n" * 30, "b.txt": "other text\n" * 30}
-
-
-def python(*arguments: str, **options) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
 
 
 @pytest.fixture
@@ -54,9 +42,18 @@ def everything(directory: Path) -> dict[str, bytes]:
 
 
 def test_command(place):
-    process = python("-m", "fastlm.prepare", "in", "--out", "new/my data", "--vocab-size", "5000")
-    output, errors = process.communicate()
-    assert (process.returncode, errors) == (0, "")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fastlm.prepare"),
+            *("in", "--out", "new/my data", "--vocab-size", "5000"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
     manifest = Manifest.load(place / "new/my data")
     assert manifest.vocab_size < 5000
     assert f"vocabulary is {manifest.vocab_size:,} tokens, not the 5,000" in output
@@ -118,11 +115,9 @@ def everything_but_pipes(directory: Path) -> dict[str, bytes]:
 
 
 def test_refusals_of_the_program(place):
-    process = python("-m", "fastlm.prepare", "nowhere.txt", "--out", "o")
-    output, errors = process.communicate()
-    assert process.returncode == 2
-    assert re.fullmatch(r"error: nowhere\.txt: .+\n", errors)
-    assert output == ""
+    result = commands().run(["nowhere.txt", "--out", "o"], place, call="fastlm.prepare:main")
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch(r"error: nowhere\.txt: .+\n", result.stderr)
 
 
 def test_overwrite(place):
@@ -197,39 +192,23 @@ def test_signals(place, number):
     """Killed while it reads: no DIR, and what SIGKILL leaves does not hinder the next run."""
     line = "some words in a line of text that goes on for a while\n"
     (place / "in" / "large.txt").write_text(line * 1_500_000)
-    process = python(
-        *("-m", "fastlm.prepare", "in", "--out", "out", "--vocab-size", "300"),
-        # A shell's background jobs ignore SIGINT, and hand that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    command = commands().start(
+        ["in", "--out", "out", "--vocab-size", "300"], place, call="fastlm.prepare:main"
     )
     deadline = time.monotonic() + 60
     while not list(place.glob(".out.partial-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate()
+    command.signal(number)
+    result = command.wait()
     assert not (place / "out").exists()
     if number == signal.SIGKILL:
         (place / "in" / "large.txt").unlink()
         prepare(find_text_files(["in"]), "out", vocab_size=300, log=quiet)
         assert Manifest.load(place / "out").splits["train"].tokens
         return
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
-    assert "Traceback" not in errors
+    assert result.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "Traceback" not in result.output
     assert sorted(os.listdir(place)) == ["in"]
-
-
-_AS_NOBODY = """
-import os, sys
-from fastlm.prepare import main
-assert main(["in", "--out", "open/out", "--vocab-size", "300"]) == 0  # imports what it needs
-if os.getuid() == 0:  # who may read and write anywhere
-    os.setgid(65534)
-    os.setuid(65534)
-print("now without rights")
-for arguments in (["in", "--out", "locked/new/out"], ["closed.txt", "in", "--out", "open/other"],
-                  ["hidden/a.txt", "--out", "open/other"], ["in", "--out", "hidden/out"]):
-    assert main(arguments) == 2
-"""
 
 
 def test_missing_rights(place):
@@ -240,32 +219,19 @@ def test_missing_rights(place):
     write_files(place, {"closed.txt": "text", "hidden/a.txt": "text", "locked/x": "", "open/x": ""})
     for name, mode in {"closed.txt": 0, "hidden": 0, "locked": 0o555, "open": 0o777}.items():
         (place / name).chmod(mode)
-    process = python("-c", _AS_NOBODY)
-    output, errors = process.communicate()
+    result = commands().run([], place, call="command_programs:prepare_without_rights")
     (place / "hidden").chmod(0o755)
-    assert process.returncode == 0, errors
-    unwritable, unreadable, unreachable, hidden = errors.splitlines()
+    assert result.returncode == 0, result.output
+    unwritable, unreadable, unreachable, hidden = result.stderr.splitlines()
     assert re.match(
         r"error: --out locked/new/out: cannot write in .*/locked/new \(Perm", unwritable
     )
     assert re.match(r"error: .*/closed\.txt: cannot be read \(Permission denied\)", unreadable)
     assert unreachable == "error: hidden/a.txt: cannot be read (Permission denied)"
     assert hidden == "error: --out hidden/out: not a usable directory (Permission denied)"
-    assert "reading" not in output.partition("now without rights")[2]
+    assert "reading" not in result.stdout.partition("now without rights")[2]
     assert os.listdir(place / "locked") == ["x"]
     assert sorted(os.listdir(place / "open")) == ["out", "x"]
-
-
-_MEASURED = """
-import json, re, sys
-import fastlm.prepare, tokenizers, tyro
-def peak():  # of this process, in bytes; ru_maxrss would be the parent's where that is larger
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-before = peak()
-code = fastlm.prepare.main(sys.argv[1:])
-print(json.dumps({"grown": peak() - before}))
-sys.exit(code)
-"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read in /proc")
@@ -276,10 +242,9 @@ def test_memory_does_not_grow_with_the_file(place):
         for _ in range(size // len(text)):
             file.write(text)
     train_tokenizer([text], 400).save("long_tokens.json")  # few tokens: a quick test
-    command = ["large.txt", "--out", "out", "--tokenizer", "long_tokens.json"]
-    process = python("-c", _MEASURED, *command)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
+    argv = ["large.txt", "--out", "out", "--tokenizer", "long_tokens.json"]
+    result = commands().run(argv, place, call="command_programs:prepare_and_tell_growth")
+    assert result.returncode == 0, result.output
     manifest = Manifest.load(place / "out")
     assert sum(split.bytes for split in manifest.splits.values()) > 0.98 * size
-    assert json.loads(output.splitlines()[-1])["grown"] < 100e6
+    assert int(result.stdout.splitlines()[-1]) < 100e6

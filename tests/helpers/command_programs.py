@@ -1,5 +1,7 @@
 """Functions that tests call in a process of their own: `commands().start(..., call=)`."""
 
+import os
+import re
 import time
 
 
@@ -75,3 +77,73 @@ def train_slowly_from_3(argv: list[str]) -> int:
 
     TrainStep.run = slow
     return main(argv)
+
+
+def count_page_faults(argv: list[str]) -> None:
+    """The least page faults of five times 64 MiB, once memory has been used; argv: ["keep"] or not.
+
+    The least of five: the kernel may take pages away now and then.
+    """
+    import resource
+
+    import torch
+
+    from fastlm.hardware import keep_freed_memory
+
+    def step() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.ones(16 << 20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    told = keep_freed_memory() if argv == ["keep"] else None
+    for _ in range(3):
+        step()
+    print(told, min(step() for _ in range(5)))
+
+
+def move_heap(argv: list[str]) -> None:
+    """Moves the heap to huge pages, 64 MiB of numbers on it; tells the bytes, and what changed."""
+    import torch
+
+    from fastlm.hardware import back_heap_with_huge_pages, keep_freed_memory
+
+    keep_freed_memory()
+    before = torch.arange(8 << 20)
+    asked = back_heap_with_huge_pages()
+    again = back_heap_with_huge_pages()
+    after = torch.arange(8 << 20)
+    print(asked, torch.equal(before, after), asked <= again)
+
+
+def prepare_without_rights(argv: list[str]) -> None:
+    """Prepares into open/out, then tries what another user may not."""
+    from fastlm.prepare import main
+
+    # Imports what it needs.
+    assert main(["in", "--out", "open/out", "--vocab-size", "300"]) == 0
+    if os.getuid() == 0:  # who may read and write anywhere
+        os.setgid(65534)
+        os.setuid(65534)
+    print("now without rights")
+    for arguments in (
+        ["in", "--out", "locked/new/out"],
+        ["closed.txt", "in", "--out", "open/other"],
+        ["hidden/a.txt", "--out", "open/other"],
+        ["in", "--out", "hidden/out"],
+    ):
+        assert main(arguments) == 2
+
+
+def prepare_and_tell_growth(argv: list[str]) -> int:
+    """Prepares, and tells by how many bytes its peak memory has grown."""
+    from fastlm.prepare import main
+
+    def peak() -> int:  # of this process; ru_maxrss would be the parent's if that is larger
+        with open("/proc/self/status") as file:
+            return int(re.search(r"VmHWM:\s+(\d+)", file.read())[1]) * 1024
+
+    before = peak()
+    code = main(argv)
+    print(peak() - before)
+    return code

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -250,23 +251,45 @@ def test_one_op_one_name(op):
 
 
 def test_every_kernel_file_belongs_to_an_op():
-    def stems(folder: str) -> set[str]:
-        return {path.stem for path in (ROOT / folder).iterdir() if path.is_file()}
+    """A file is named after an op (what follows the name is free), or its siblings use it."""
 
-    ops = set(IMPLEMENTATIONS)
-    shared = {"__init__", "dispatch", "head", "cross_entropy_cpp", "optimizer_cpp"}
-    shared |= {"optimizer_torch"}
-    assert stems("fastlm/ops") == ops | shared
-    shared = {"isa", "each_isa", "parallel", "simd", "simd_x86", "simd_double", "tensors", "dlpack"}
-    own = ops - {"linear_cross_entropy"}  # its C++ is cross_entropy's
-    bindings = {stem for stem in stems("csrc") if stem.startswith("bindings")}
-    # Of adamw and clip_grad_norm, which share their tables, in one file.
-    assert bindings <= {"bindings", "bindings_optimizer"} | {f"bindings_{op}" for op in own}
-    assert stems("csrc") - bindings == own | shared
-    shared = {"__init__", "configs", "arguments", "cross_entropy_op", "drop_in"}
-    shared |= {"optimizer", "optimizer_state", "collect", "shards", "table_watch"}
-    shared |= {"tensor_table", "device_table"}
-    assert stems("kernels") == (ops - {"linear_cross_entropy", "gather_batch"}) | shared
+    def strangers(folder: str, uses: Callable[[Path], set[str]]) -> set[str]:
+        files = [path for path in (ROOT / folder).iterdir() if path.is_file()]
+        used = {stem for path in files for stem in uses(path) - {path.stem}}
+        named = {path.stem for path in files if path.stem.startswith(tuple(IMPLEMENTATIONS))}
+        return {path.stem for path in files} - used - named
+
+    def python_uses(path: Path) -> set[str]:
+        return {part for name in imports(path) for part in name.split(".")}
+
+    def cpp_uses(path: Path) -> set[str]:
+        return {Path(i).stem for i in re.findall(r'#\s*include\s*"(.+?)"', path.read_text())}
+
+    # The optimizer's kernels are adamw's and clip_grad_norm's, which the dispatcher names.
+    dispatched = {
+        module.split(".")[-1] for op in IMPLEMENTATIONS.values() for module in op.values()
+    }
+    assert strangers("fastlm/ops", python_uses) <= {"__init__", *dispatched}
+    assert strangers("kernels", python_uses) <= {"__init__"}
+    assert {s for s in strangers("csrc", cpp_uses) if not s.startswith("bindings_")} == set()
+
+
+def test_every_implementation_can_be_imported():
+    for implementations in IMPLEMENTATIONS.values():
+        for name, module in implementations.items():
+            assert module in MODULES
+            if name != "triton":
+                importlib.import_module(module)
+
+
+def test_readme_names_every_op_and_files_that_exist():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for op in IMPLEMENTATIONS:
+        assert re.search(rf"^\| `?{op}`? \|.*`{PUBLIC_NAME[op]}`", readme, re.MULTILINE), op
+    paths = set(re.findall(r"`((?:fastlm|csrc|kernels|tests|bench)/[\w./*<>{},-]+)`", readme))
+    assert len(paths) > 5
+    paths -= {"tests/adapters.py"}  # of CS336's assignment
+    assert not [path for path in paths if "<" not in path and not list(ROOT.glob(path))]
 
 
 def test_no_source_file_is_long():

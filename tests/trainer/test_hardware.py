@@ -1,7 +1,6 @@
 """Devices, dtypes, the compiler, the allocator and the measured ceiling."""
 
 import math
-import os
 import subprocess
 import sys
 import time
@@ -153,39 +152,20 @@ def test_no_python_headers_is_one_line_that_says_what_to_do(monkeypatch, tmp_pat
         check_compiler(CPU)
 
 
-ALLOCATE = """
-import sys, torch
-from fastlm.hardware import keep_freed_memory
-def faults():
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def step():
-    for _ in range(5):
-        torch.ones(16 << 20)  # 64 MiB
-told = keep_freed_memory() if sys.argv[1] == "keep" else None
-for _ in range(3):
-    step()
-counts = []
-for _ in range(5):
-    before = faults()
-    step()
-    counts.append(faults() - before)
-print(told, min(counts))  # the kernel may take pages away now and then
-"""
+def tell(program: str, *argv: str, **options) -> list[str]:
+    """The words that a function of command_programs prints in a process of its own."""
+    result = commands().run([*argv], Path.cwd(), call=f"command_programs:{program}", **options)
+    assert result.returncode == 0, result.output
+    return result.stdout.split()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_keep_freed_memory_keeps_it():
     """Page faults tell: 5 * 64 MiB are 81,920 pages of 4 KiB, faulted anew or not at all."""
     counts = {}
-    # Large pages would hide the faults of the default.
-    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0", "OMP_NUM_THREADS": "1"}
     for how in ("default", "keep"):
-        done = subprocess.run(
-            [sys.executable, "-c", ALLOCATE, how],
-            env=environment, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        told, count = done.stdout.split()
+        # Large pages would hide the faults of the default.
+        told, count = tell("count_page_faults", how, env={"THP_MEM_ALLOC_ENABLE": "0"})
         assert told == {"default": "None", "keep": "True"}[how]
         counts[how] = int(count)
     if counts["default"] < 1000:
@@ -193,25 +173,10 @@ def test_keep_freed_memory_keeps_it():
     assert counts["keep"] < counts["default"] / 2
 
 
-HUGE_PAGES = """
-import torch
-from fastlm.hardware import back_heap_with_huge_pages, keep_freed_memory
-keep_freed_memory()
-before = torch.arange(8 << 20)
-asked = back_heap_with_huge_pages()
-again = back_heap_with_huge_pages()
-after = torch.arange(8 << 20)
-print(asked, torch.equal(before, after), asked <= again)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's madvise")
 def test_huge_pages_move_the_heap_and_keep_what_is_in_it():
     """64 MiB of numbers are on the heap by then; where huge pages are forbidden, none move."""
-    done = subprocess.run(
-        [sys.executable, "-c", HUGE_PAGES], capture_output=True, text=True, check=True
-    )
-    asked, equal, grows = done.stdout.split()
+    asked, equal, grows = tell("move_heap")
     assert equal == grows == "True"
     assert int(asked) % (2 << 20) == 0
     assert int(asked) == 0 or int(asked) >= 60 << 20
@@ -274,8 +239,7 @@ def test_the_ceiling_of_a_slow_dtype_is_measured_in_seconds(monkeypatch, rate, s
 
 
 def test_peak_memory_counts_bytes():
-    result = commands().run([], Path.cwd(), call="command_programs:tell_peak_memory")
-    before, after = map(int, result.stdout.split())
+    before, after = map(int, tell("tell_peak_memory"))
     assert 190 << 20 < after - before < 260 << 20
 
 

@@ -13,6 +13,8 @@ from fastlm import TransformerLM, count_parameters
 from fastlm.generate import generate
 from fastlm.model import KVCache, training_flops_per_token
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 V, D, H, L, T = 37, 24, 3, 2, 16  # heads of 8: no power of two in width or vocabulary
 
 
