@@ -93,7 +93,6 @@ def circumstances(arguments: list[str]) -> dict[str, object]:
         "cpu": device_name(torch.device("cpu")),
         "cpu_features": [name for name, has in extension().cpu_features().items() if has],
         "isa": extension().isa(),
-        "parallel": extension().PARALLEL_BACKEND,
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "load_average": os.getloadavg(),

@@ -37,7 +37,7 @@ void force_isa_checked(const std::optional<std::string>& name) {
 PYBIND11_MODULE(_C, m) {
   m.attr("SOURCE_HASH") = FASTLM_SOURCE_HASH;
   m.attr("VERSION") = FASTLM_VERSION;
-  m.attr("PARALLEL_BACKEND") = parallel_backend();
+  m.attr("THREADS_ARE_OPENMPS") = threads_are_openmps();
   bind_gather_batch(m);
   bind_cross_entropy(m);
   bind_optimizer(m);

@@ -132,8 +132,7 @@ int64_t gather(const std::vector<const Token*>& tokens, const std::vector<int64_
       }
     }
   };
-  // A part of less than 16 K tokens costs less than waking a thread.
-  parallel_for(B, std::max<int64_t>(1, (1 << 14) / (T + 1)), rows);
+  parallel_for(B, std::max<int64_t>(1, (1 << 15) / (T + 1)), rows);
   const int64_t lost = first_lost.load();
   return lost == kNone ? -1 : lost;
 }

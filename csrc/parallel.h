@@ -1,77 +1,52 @@
-// The only file that knows threads.
-// defines: max_threads, parallel_for, parallel_backend
+// Loops over several threads: with parallel.cpp the only files that know threads.
+// defines: max_threads, parallel_for, run_pieces, threads_are_openmps
 //
-// OpenMP where it was found: torch's wheels carry a libgomp of the plain name, so the loops share
-// torch's pool and `torch.set_num_threads` governs them. Else std::thread, started per loop.
+// Not OpenMP's regions: those end when every thread of the team has run, so beside a busy process
+// they wait for a thread that the system does not schedule. Here a loop is cut into pieces that
+// whoever is running takes, the calling thread included, and ends when the pieces are done.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <thread>
-#include <vector>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
 
 namespace fastlm {
 
-// True in a child made by fork(): the pool's threads do not exist there and libgomp would wait for
-// them for ever, so loops run serially.
-inline bool& in_forked_child() {
-  static bool forked = false;
-  return forked;
-}
+// Is the number of threads OpenMP's (so torch.set_num_threads and OMP_NUM_THREADS set it), or that
+// of the machine, in a build without OpenMP?
+bool threads_are_openmps();
 
-#if defined(__unix__) || defined(__APPLE__)
-inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child() = true; });
-#endif
+// How many threads a loop may use, asked anew by each. 1 inside an OpenMP region.
+int max_threads();
 
-inline const char* parallel_backend() {
-#ifdef _OPENMP
-  return "openmp";
-#else
-  return "std::thread";
-#endif
-}
+// Calls run(context, i) once for each i in [0, pieces), on at most `threads` threads, the calling
+// one among them. A loop inside a piece, or in a second thread meanwhile, runs on its caller alone.
+void run_pieces(int threads, int64_t pieces, void (*run)(const void* context, int64_t piece),
+                const void* context);
 
-inline int max_threads() {
-  if (in_forked_child()) return 1;
-#ifdef _OPENMP
-  return omp_in_parallel() ? 1 : omp_get_max_threads();
-#else
-  return std::max(1u, std::thread::hardware_concurrency());
-#endif
-}
-
-// Calls fn(begin, end) over a partition of [0, n) into contiguous parts, one a thread, each of at
-// least `grain` items (so a small n stays on the calling thread). fn must not throw, and must not
-// let its result depend on the partition: that is what keeps results independent of the threads.
+// Calls fn(begin, end) over a partition of [0, n) into contiguous pieces of about `grain` items,
+// which should take about 50 us: then work of less than 200 us stays on the calling thread, and a
+// thread that loses its core holds up little. fn must not throw, and must not let its result depend
+// on the partition: that is what keeps results independent of the threads.
 template <class Fn>
 void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
-  if (n <= 0) return;
-  const int64_t parts = std::min<int64_t>(max_threads(), n / grain);
-  if (parts <= 1) {
-    fn(int64_t{0}, n);
+  constexpr int64_t kLeast = 4, kMost = 1 << 20;  // pieces that are worth waking a thread
+  const int64_t pieces = std::min(n / std::max<int64_t>(grain, 1), kMost);
+  const int threads = pieces < kLeast ? 1 : max_threads();
+  if (threads == 1) {
+    if (n > 0) fn(int64_t{0}, n);
     return;
   }
-  const int64_t size = n / parts, larger = n % parts;  // the first `larger` parts hold one more
-  const auto begin_of = [=](int64_t part) { return part * size + std::min(part, larger); };
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
-  for (int64_t part = 0; part < parts; ++part) fn(begin_of(part), begin_of(part + 1));
-#else
-  std::vector<std::thread> threads;
-  threads.reserve(parts - 1);
-  for (int64_t part = 1; part < parts; ++part) {
-    threads.emplace_back([&, part] { fn(begin_of(part), begin_of(part + 1)); });
-  }
-  fn(begin_of(0), begin_of(1));
-  for (std::thread& thread : threads) thread.join();
-#endif
+  struct Context {
+    const Fn& fn;
+    int64_t size, larger;  // the first `larger` pieces hold one item more
+  };
+  const Context context{fn, n / pieces, n % pieces};
+  const auto run = [](const void* opaque, int64_t piece) {
+    const Context& c = *static_cast<const Context*>(opaque);
+    const int64_t begin = piece * c.size + std::min(piece, c.larger);
+    c.fn(begin, begin + c.size + (piece < c.larger));
+  };
+  run_pieces(threads, pieces, run, &context);
 }
 
 }  // namespace fastlm

@@ -8,7 +8,7 @@ from torch import Tensor
 
 SOURCE_HASH: str
 VERSION: str
-PARALLEL_BACKEND: str  # "openmp" or "std::thread"
+THREADS_ARE_OPENMPS: bool  # torch.set_num_threads sets how many; else all cores
 
 def gather_batch(
     segments: list[np.ndarray],  # (n_i,) each, one dtype: uint8, uint16, uint32, int32 or int64

@@ -1,4 +1,4 @@
-// Tests of csrc/gather_batch.h, csrc/isa.h and csrc/parallel.h.
+// Tests of csrc/gather_batch.h and csrc/isa.h; runs those of the other files, too.
 //
 //   csrc_test                        every test; prints "N passed, 0 failed", exit 1 otherwise
 //   csrc_test overrun|overread|misaligned|race
@@ -6,9 +6,6 @@
 //                                    this binary is built with must stop (tests/ops/test_csrc.py)
 
 #include "gather_batch.h"
-
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -28,6 +25,7 @@ namespace fastlm {
 void test_adamw();
 void test_clip_grad_norm();
 void test_cross_entropy();
+void test_parallel();
 }  // namespace fastlm
 using namespace fastlm;
 
@@ -206,65 +204,6 @@ void test_concurrent_callers() {
   check_equal(wrong[0] + wrong[1], 0, "concurrent callers");
 }
 
-void test_parallel_for() {
-  for (int threads : {1, 2, 3, 4, 8}) {
-    use_threads(threads);
-    for (int64_t n = 0; n <= 70; ++n) {
-      for (int64_t grain : {1, 2, 3, 7, 16, 100}) {
-        std::vector<int> visits(n), parts(n);  // not atomic: parts that overlap are a race as well
-        parallel_for(n, grain, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) ++visits[i];
-          if (begin < end) parts[begin] = static_cast<int>(end - begin);
-        });
-        const std::string what = "parallel_for n " + std::to_string(n) + " grain " +
-                                 std::to_string(grain) + " threads " + std::to_string(threads);
-        check(std::count(visits.begin(), visits.end(), 1) == n, what + ", each index once");
-        int64_t num_parts = 0, smallest = n;
-        for (int part : parts) {
-          if (part) ++num_parts, smallest = std::min<int64_t>(smallest, part);
-        }
-        check(num_parts <= max_threads(), what + ", parts");
-        check(num_parts <= 1 || smallest >= grain, what + ", smallest part");
-      }
-    }
-  }
-  use_threads(4);
-#ifdef _OPENMP
-  check_equal(max_threads(), 4, "max_threads");
-  int64_t parts = 0;
-  parallel_for(1000, 1, [&](int64_t, int64_t) { __atomic_add_fetch(&parts, 1, __ATOMIC_RELAXED); });
-  check_equal(parts, 4, "parallel_for uses every thread");
-#endif
-}
-
-// The pool's threads do not exist in the child, and libgomp would wait for them for ever.
-void test_fork() {
-  use_threads(4);
-  int64_t sum = 0;
-  parallel_for(1000, 1, [&](int64_t begin, int64_t end) {
-    __atomic_add_fetch(&sum, end - begin, __ATOMIC_RELAXED);  // the pool exists now
-  });
-  check_equal(sum, 1000, "before fork()");
-  check(!in_forked_child(), "in_forked_child in the parent");
-  std::fflush(nullptr);
-  const pid_t child = fork();
-  if (child == 0) {
-    alarm(20);  // a child that hangs is killed, and seen as such below
-    const Dataset<uint16_t> data({30000, 40000}, 0, 999, false);
-    std::vector<int64_t> starts;
-    for (int64_t b = 0; b < 200; ++b) starts.push_back(b * 300);
-    const bool ok = max_threads() == 1 && in_forked_child() &&
-                    is_right(gathered<int64_t>(data, starts, 512), data, starts, 512) &&
-                    first_out(std::vector<uint16_t>(2000000, 7), 8) == -1;
-    _exit(ok ? 0 : 1);
-  }
-  int status = 0;
-  waitpid(child, &status, 0);
-  check(WIFEXITED(status) && WEXITSTATUS(status) == 0,
-        "a forked child: " + std::string(WIFSIGNALED(status) ? "it hung" : "wrong result"));
-  check(max_threads() >= 1 && !in_forked_child(), "the parent after fork()");
-}
-
 void test_isa() {
   check(isa() == best_isa(), "the best is used unless another is forced");
   for (Isa wanted : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
@@ -327,7 +266,7 @@ int commit(const std::string& error) {
 int main(int argc, char** argv) {
   if (argc > 1) return commit(argv[1]);
   test_isa();
-  test_parallel_for();
+  test_parallel();
   test_adamw();
   test_clip_grad_norm();
   test_cross_entropy();
@@ -352,9 +291,8 @@ int main(int argc, char** argv) {
   test_first_out_of_range<int32_t>();
   test_first_out_of_range<int64_t>();
   test_concurrent_callers();
-  test_fork();
-  std::printf("%s, %d threads, best instruction set %s\n", parallel_backend(), max_threads(),
-              isa_name(best_isa()));
+  std::printf("%d threads%s, best instruction set %s\n", max_threads(),
+              threads_are_openmps() ? " (OpenMP's)" : "", isa_name(best_isa()));
   std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed),
               static_cast<long long>(failed));
   return failed ? 1 : 0;

@@ -17,6 +17,10 @@
 #include "isa.h"
 #include "parallel.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 namespace fastlm {
 
 inline int64_t passed = 0, failed = 0;
