@@ -88,7 +88,7 @@ def test_memmaps_and_datasets_of_several_files(dtype, tmp_path):
     assert all(isinstance(array, np.memmap) for array in arrays)
     # In one window, across one end and across two: every start around the segment of one token.
     starts = [0, 700, *range(930, 1003), 3001 - 65]
-    for data in (arrays, TokenDataset(arrays, paths)):
+    for data in (arrays, TokenDataset(arrays, paths).segments):
         assert_equals_reference(gather_batch(data, starts, 64), tokens, starts, 64)
     assert_equals_reference(gather_batch(arrays[2], [5], 64), third, [5], 64)
 
