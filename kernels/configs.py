@@ -124,15 +124,13 @@ def step_config(param: int, gradient: int, rocm: bool) -> dict[str, object]:
     """For elements of AdamW's step, by the table's codes of parameter and gradient."""
     # The fewest elements a thread with which every operand moves 16 bytes at a time: 4, or 8 where
     # one has 16 bits (codes 1, 2 and 4). An element has four operands or five: 64 to 128 bytes on
-    # the way for a thread. 4 take 64 registers (sm_100: 86), so 1024 (640) threads an SM have 64
-    # (40) KB; 8 take 96 to 128 (sm_100: 140 to 150), so 512 (384) threads have 51 (38) KB. More
-    # elements would take registers from threads, and keep no more on the way. Of 128 threads,
+    # the way for a thread, and more elements would take registers from threads. Of 128 threads,
     # because then the least of an SM's registers is left over.
-    # No contraction: a product of a pair must round as it is written.
+    # No contraction but what the kernel writes: every combination of dtypes computes the same bits.
     elements = 8 if {param, gradient} & {1, 2, 4} else 4
     warps = 2 if rocm else 4
     # At the end of a row, and in rows that start anywhere, elements move one by one, each with a
-    # predicate of its own: 4 a thread, or some spill.
+    # predicate of its own: 4 a thread.
     return {
         "BLOCK": 128 * elements, "TAIL_BLOCK": 512, "num_warps": warps, "enable_fp_fusion": False
     }  # fmt: skip
@@ -141,27 +139,22 @@ def step_config(param: int, gradient: int, rocm: bool) -> dict[str, object]:
 def square_sums_config(rocm: bool) -> dict[str, object]:
     """For sums of squares of a chunk."""
     # 16 elements a thread: 64 bytes of fp32 on the way, 32 of 16-bit types.
-    return {"BLOCK": 4096, "num_warps": 4 if rocm else 8, "enable_fp_fusion": False}
+    return {"BLOCK": 4096, "num_warps": 4 if rocm else 8}
 
 
 def scale_gradients_config(rocm: bool) -> dict[str, object]:
     """For gradient *= factor."""
-    return {"BLOCK": 4096, "num_warps": 4 if rocm else 8, "enable_fp_fusion": False}
+    return {"BLOCK": 4096, "num_warps": 4 if rocm else 8}
 
 
 def sums_config(rocm: bool) -> dict[str, object]:
     """For adding up the sums of chunks: one program goes over all of them in a fixed order."""
     # 8 sums a thread are 64 bytes on the way.
-    return {"BLOCK": 2048, "num_warps": 4 if rocm else 8, "enable_fp_fusion": False}
+    return {"BLOCK": 2048, "num_warps": 4 if rocm else 8}
 
 
 def prepare_config(rocm: bool) -> dict[str, object]:
-    """For what a step needs once: rows a program, and sums at once."""
+    """For what a step needs once: rows a program."""
     # One row a thread: powers in float64, which a GPU with few such units computes slowly, take
     # the threads of several SMs when rows are thousands.
-    return {
-        "BLOCK": 256,
-        "SUM_BLOCK": 2048,
-        "num_warps": 4 if rocm else 8,
-        "enable_fp_fusion": False,
-    }
+    return {"BLOCK": 256, "num_warps": 4 if rocm else 8}

@@ -1,68 +1,118 @@
-"""A TensorTable on its device: what does not change once, what changes when it does.
+"""A TensorTable on its device, and how the kernels of the optimizer find their way in it.
 
-Imports torch only. Nothing here waits for the device: every copy to it starts in pinned memory. In
-a CUDA graph's capture the copies become nodes of the graph, from memory that stays as it is.
-n tensors, in chunks of at most `chunk` elements: a program works on one chunk of one tensor.
+A program works on one chunk of one of the n tensors: CHUNK elements, fewer at a tensor's end. Where
+a chunk is whole and its pointers are multiples of 16 bytes, every access is of 16 bytes.
+
+Nothing here waits for the device: copies to it start in pinned memory. In a CUDA graph's capture
+they become nodes of the graph, and start in memory that is never written again.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .tensor_table import FLOAT64, TensorTable
+from . import tensor_table as codes
+from .configs import OPTIMIZER_CHUNK
+from .tensor_table import TensorTable
 
-# The columns of `rows`.
-NUMEL, FIRST_CHUNK, GROUP, GRADIENT_CODE, CLASS = range(5)
-ROW_FIELDS = 5
+ROCM = torch.version.hip is not None
+
+CHUNK = tl.constexpr(OPTIMIZER_CHUNK)
+# In memory, by the table's code; int16 halves are what SPLIT has in params and remainders.
+ELEMENTS = (tl.float32, tl.bfloat16, tl.float16, tl.float64, tl.int16)
+# The columns of TensorTable.pointers and of DeviceTable.rows, and how many there are.
+PARAM, GRAD, EXP_AVG = (tl.constexpr(i) for i in (codes.PARAM, codes.GRAD, codes.EXP_AVG))
+EXP_AVG_SQ, REMAINDER = tl.constexpr(codes.EXP_AVG_SQ), tl.constexpr(codes.REMAINDER)
+STEP, POINTERS = tl.constexpr(codes.STEP), tl.constexpr(6)
+NUMEL, GROUP, CLASS, FIRST_CHUNK, ROW_FIELDS = (tl.constexpr(i) for i in (0, 3, 4, 5, 6))
 
 # Pinned buffers that a mirror has ready for captures, in which none can be allocated. A capture
-# takes one where the values differ from those of the captures before it.
+# takes one if the values differ from those of the captures before it.
 _SPARES = 4
 
 # What captured graphs read at every replay. Nothing says when a graph is gone: kept for good.
 _captured: list[object] = []
 
 
+@triton.jit
+def find_chunk(rows, chunk_rows, chunk):
+    """(row of the chunk, where in the row it starts, its number of elements)."""
+    row = tl.load(chunk_rows + chunk).to(tl.int64)
+    start = (chunk - tl.load(rows + row * ROW_FIELDS + FIRST_CHUNK)) * CHUNK
+    left = tl.load(rows + row * ROW_FIELDS + NUMEL) - start
+    return row, start, tl.minimum(left, CHUNK).to(tl.int32)
+
+
+@triton.jit
+def pointer_to(address, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer that an int64 holds; ALIGNED promises that it is a multiple of 16."""
+    pointer = address.to(tl.pointer_type(ELEMENT))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def load(pointer, at, size, FULL: tl.constexpr):
+    return tl.load(pointer + at) if FULL else tl.load(pointer + at, mask=at < size, other=0.0)
+
+
+@triton.jit
+def store(pointer, at, size, x, FULL: tl.constexpr):
+    x = x.to(pointer.dtype.element_ty)
+    if FULL:
+        tl.store(pointer + at, x)
+    else:
+        tl.store(pointer + at, x, mask=at < size)
+
+
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # the question is about the current device
+        return torch.cuda.is_current_stream_capturing()
 
 
-def _pinned(values: Tensor) -> Tensor:
-    return values if values.device.type != "cpu" else values.pin_memory()
+def _send(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on the device."""
+    if device.type == "cpu":
+        return values.clone()
+    # PyTorch's cache of pinned memory reuses this only when the copy has been made.
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 class Mirror:
-    """The copy on a device of int64 numbers that the host has, sent when they are other ones."""
+    """The copy on a device of a CPU tensor, sent again when the values are other ones."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.sent: Tensor | None = None  # what `copy` holds, or will when the stream gets there
+        self.sent: Tensor | None = None  # the values of `copy`
         self.copy: Tensor | None = None
         self.spares: list[Tensor] = []
         self.fixed: list[Tensor] = []  # what captured copies start from: never written again
 
     def on_device(self, values: Tensor) -> Tensor:
-        """`values`, int64 on the CPU and of the same shape at every call, on the device."""
         if _capturing(self.device):
             return self._capture(values)
         if self.sent is None or not torch.equal(self.sent, values):
-            with torch.inference_mode(False):
-                if self.copy is None:
-                    self.copy = torch.empty(values.shape, dtype=torch.int64, device=self.device)
-                self.sent = values.clone()
-                # Pinned memory comes from PyTorch's cache, which gives it away again only when the
-                # copy has been made.
-                source = values if self.device.type == "cpu" else _pinned(values)
-                self.copy.copy_(source, non_blocking=True)
-        while self.device.type == "cuda" and len(self.spares) < _SPARES:
-            self.spares.append(_pinned(torch.zeros_like(values)))
+            self.sent, self.copy = values.clone(), _send(values, self.device)
         return self.copy
+
+    def prepare_captures(self) -> None:
+        """What a capture after this step will need."""
+        if self.spares and self.spares[0].shape != self.sent.shape:
+            self.spares.clear()
+        if len(self.spares) == _SPARES or self.device.type == "cpu" or _capturing(self.device):
+            return
+        with torch.inference_mode(False):
+            while len(self.spares) < _SPARES:
+                self.spares.append(torch.zeros_like(self.sent).pin_memory())
 
     def _capture(self, values: Tensor) -> Tensor:
         # A copy of the graph's own: a replay must not change what the steps outside it read, and
         # theirs not what a replay reads.
         source = next((x for x in self.fixed if torch.equal(x, values)), None)
         if source is None:
-            if not self.spares:
+            if not self.spares or self.spares[-1].shape != values.shape:
                 raise RuntimeError(
                     "no pinned memory is left for this capture of a CUDA graph: run one step of "
                     "this optimizer outside of a capture first"
@@ -70,58 +120,50 @@ class Mirror:
             source = self.spares.pop().copy_(values)
             self.fixed.append(source)
             _captured.append(source)
-        copy = torch.empty(values.shape, dtype=torch.int64, device=self.device)
+        copy = torch.empty(values.shape, dtype=values.dtype, device=self.device)
         return copy.copy_(source, non_blocking=True)
 
 
 class DeviceTable:
-    """A TensorTable's rows and chunks on its device.
+    """A TensorTable on its device, without the pointers' values.
 
-    A program finds its tensor in `chunk_rows`, 4 bytes a chunk (of 8192 elements, 0.002 % of what
-    a step moves): one load, where a search in the first chunks of 2,000 tensors would be 11, each
-    waiting for the one before.
+    described: (n, 5) int64 on the CPU: numel, codes of parameter and gradient, group, class.
+    rows: (n, ROW_FIELDS) int64, the same and each row's first chunk. chunk_rows: (num_chunks,)
+    int32, each chunk's row: one load, where a search in the first chunks of 2,000 tensors would be
+    11, each waiting for the one before. launches: for each combination of dtypes (codes of
+    parameter and gradient, first chunk, number of chunks).
     """
 
-    def __init__(self, table: TensorTable, chunk: int):
-        device, n = table.device, len(table.numel)
-        self.table, self.chunk = table, chunk
-        chunks = (table.numel + (chunk - 1)) // chunk
-        codes = table.kinds[:, 0] * 8 + table.kinds[:, 1]
-        # Rows of one combination of parameter and gradient stand together: each has its launch.
-        order = torch.argsort(codes, stable=True)
-        first = torch.zeros(n, dtype=torch.int64, device="cpu")
+    def __init__(self, described: Tensor, device: torch.device):
+        self.described = described
+        chunks = (described[:, 0] + (OPTIMIZER_CHUNK - 1)) // OPTIMIZER_CHUNK
+        kinds = described[:, 1] * len(ELEMENTS) + described[:, 2]
+        order = torch.argsort(kinds, stable=True)  # rows of one combination stand together
+        first = torch.zeros_like(chunks)
         first[order] = torch.cumsum(chunks[order], 0) - chunks[order]
         self.num_chunks = int(chunks.sum())
-        self.launches: list[tuple[int, int, int, int]] = []  # codes, first chunk, chunks
-        for code in sorted(set(codes.tolist())):
-            rows = codes == code
-            if count := int(chunks[rows].sum()):
-                self.launches.append((code // 8, code % 8, int(first[rows].min()), count))
-        self.has_float64 = bool((table.kinds[:, 1] == FLOAT64).any())
-        rows = torch.stack([table.numel, first, table.groups, table.kinds[:, 1], table.classes], 1)
-        chunk_rows = torch.repeat_interleave(order, chunks[order]).to(torch.int32)
-        with torch.inference_mode(False):
-            self.rows, self.chunk_rows = self._send(rows), self._send(chunk_rows)
-            # Stands for the arguments that a launch has no use for.
-            self.nothing = torch.empty(1, dtype=torch.float32, device=device)
-        self.pointers, self.hyper = Mirror(device), Mirror(device)
-
-    def _send(self, values: Tensor) -> Tensor:
-        if self.table.device.type == "cpu":
-            return values.clone()
-        return _pinned(values).to(self.table.device, non_blocking=True)
+        self.launches: list[tuple[int, int, int, int]] = []
+        for kind in sorted(set(kinds.tolist())):
+            if count := int(chunks[kinds == kind].sum()):
+                start = int(first[kinds == kind].min())
+                self.launches.append((*divmod(kind, len(ELEMENTS)), start, count))
+        self.rows = _send(torch.column_stack([described, first]), device)
+        chunk_rows = torch.repeat_interleave(order, chunks[order])
+        self.chunk_rows = _send(chunk_rows.to(torch.int32), device)
+        self.pointers = Mirror(device)
 
 
-def device_table(table: TensorTable, chunk: int) -> DeviceTable:
-    """The table on its device, which is made at the first call and kept in the table's cache."""
-    capturing = _capturing(table.device)
-    if (found := table.cache.get("device")) is None:
+def on_device(table: TensorTable) -> tuple[DeviceTable, Tensor]:
+    """The table on its device, kept in its cache while only pointers change, and its pointers."""
+    described = torch.column_stack([table.numel, table.kinds, table.groups, table.classes])
+    found, capturing = table.cache.get("device_table"), _capturing(table.device)
+    if found is None or not torch.equal(found.described, described):
         if capturing:
             raise RuntimeError(
-                "the first step of an optimizer cannot be captured in a CUDA graph: run one "
-                "outside of a capture first"
+                "a CUDA graph cannot capture the first step of an optimizer, or the first one with "
+                "other gradients: run one outside of a capture first"
             )
-        found = table.cache["device"] = DeviceTable(table, chunk)
+        found = table.cache["device_table"] = DeviceTable(described, table.device)
     if capturing and not any(x is found for x in _captured):
         _captured.append(found)
-    return found
+    return found, found.pointers.on_device(table.pointers)

@@ -26,8 +26,8 @@ cross_entropy_loss = define_cross_entropy(
 class AdamW(FusedAdamW):
     """torch.optim.AdamW with clipping and skipping in the step, for parameters on a GPU.
 
-    Two launches update all tensors, a third takes the norm; each further combination of dtypes adds
-    one. Moments are float32, also of bfloat16 and float16 parameters (float64 of float64 ones);
+    Two launches update all tensors, two more take the norm; each further combination of dtypes adds
+    one or two. Moments are float32, also of bfloat16 and float16 parameters (float64 of float64 ones);
     state dicts are exchanged with torch.optim.AdamW both ways; arguments that choose among torch's
     implementations do nothing. Defaults are GPT training's: betas (0.9, 0.95), no weight decay.
 

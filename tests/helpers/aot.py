@@ -54,7 +54,7 @@ def nvidia_tool() -> str | None:
 
 def inspect(target: str, assembly: dict, disassemble: bool) -> dict:
     """Registers, spills, `wide_loads` and `wide_stores` in the code; with `disassemble`, which
-    takes a second, the instructions that spill, too."""
+    takes a second, the instructions that spill, and for CUDA `loops` (find_loops), too."""
     return (_inspect_amd if target.startswith("gfx") else _inspect_cuda)(assembly, disassemble)
 
 
@@ -83,8 +83,35 @@ def _cuobjdump(cubin: str, disassemble: bool) -> dict:
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     found = {"registers": int(registers), "spills": int(stack)}
     if disassemble:
-        found["spill_instructions"] = len(re.findall(r"\bSTL\b", output("-sass")))
+        sass = output("-sass")
+        found["spill_instructions"] = len(re.findall(r"\bSTL\b", sass))
+        found["loops"] = find_loops(sass)
     return found
+
+
+def find_loops(sass: str) -> list[dict[str, int]]:
+    """Of each loop, from the target of a jump back to the jump: its instructions and how many bytes
+    a thread loads and stores in one iteration, and how many loads are of 16 bytes."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass, re.MULTILINE)
+    code = [(int(address, 16), text) for address, text in lines]
+    sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+    def moved(body: list[str], kind: str) -> list[int]:
+        accesses = [re.search(rf"\b{kind}\.E(\S*)", text) for text in body]
+        parts = [access[1].split(".") for access in accesses if access]
+        return [next((sizes[x] for x in of_one if x in sizes), 4) for of_one in parts]
+
+    loops = []
+    for end, text in code:
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < end:
+            body = [text for address, text in code if int(jump[1], 16) <= address <= end]
+            loads, stores = moved(body, "LDG"), moved(body, "STG")
+            loops.append({
+                "instructions": len(body), "loaded": sum(loads), "stored": sum(stores),
+                "wide_loads": loads.count(16),
+            })  # fmt: skip
+    return loops
 
 
 def _inspect_amd(assembly: dict, disassemble: bool) -> dict:
@@ -104,22 +131,24 @@ def _inspect_amd(assembly: dict, disassemble: bool) -> dict:
 
 
 def compile_part(cases: list[dict], compile_case: Callable, part: int, of: int) -> None:
-    """What the processes of `compile_all` do: a line of JSON for each case."""
+    """What a process of `compile_all` does: a line of JSON for each case."""
     for case in cases[part::of]:
         assembly = compile_case(case).asm
         found = inspect(case["target"], assembly, case["disassemble"])
         print(json.dumps({**case, **found}), flush=True)
 
 
-def compile_all(file: str, of: int | None = None) -> list[dict]:
-    """Every case of a test file with what was found in its code; two processes compile."""
+def compile_all(file: str, *options: str) -> list[dict]:
+    """Every case of a test file with what was found in its code; two processes compile, each run as
+    `python FILE PART OF *options`."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
-    of = of or min(2, len(os.sched_getaffinity(0)))
+    environment["PYTHONPATH"] = str(Path(__file__).parent)  # this module, as pytest finds it
+    of = min(2, len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as cache:
         processes = [
             subprocess.Popen(
-                [sys.executable, file, str(part), str(of)],
+                [sys.executable, file, str(part), str(of), *options],
                 env={**environment, "TRITON_CACHE_DIR": str(Path(cache) / str(part))},
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )

@@ -1,9 +1,10 @@
-"""kernels/adamw.py on the CPU, in Triton's interpreter, against fp64: numbers of every kind.
+"""kernels/adamw.py on the CPU, in Triton's interpreter, against fp64 and torch's for-loop.
 
 test_triton_adamw.py runs this file, with TRITON_INTERPRET=1 and in a process of its own.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,13 +33,11 @@ from optimizer_rows import (
 )
 from triton.runtime.interpreter import TensorHandle
 
-# NumPy, which the interpreter computes with, warns of what is meant: inf - inf in a tail.
+# NumPy, which the interpreter computes with, warns of what is meant: NaN and infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 CHUNK = configs.OPTIMIZER_CHUNK
-# A step takes 50 ms here; with 1000 steps it holds, too.
-TRAJECTORY = int(os.environ.get("FASTLM_TRAJECTORY", "120"))
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +61,9 @@ def test_one_step(kind, clip):
         assert_step(rows, before, factor)
 
 
-@pytest.mark.parametrize("approximate", [False, True])
 @pytest.mark.parametrize("beta2", [0.95, 0.9999])
 @pytest.mark.parametrize("lr, eps", [(1e-6, 1e-8), (1.0, 1e-8), (1e-3, 1e-3), (3e-2, 1e-16)])
-def test_hyperparameters(lr, eps, beta2, approximate, monkeypatch):
-    """fp32 at half an ULP; also where quotients and roots are as good as a GPU's fast ones."""
-    exact_arithmetic(monkeypatch, approximate=approximate)
+def test_hyperparameters(lr, eps, beta2):
     hyper = (lr, 0.9, beta2, eps, 0.1)
     for t, magnitudes, clip in ((0, "usual", None), (3, "wide", None), (10**6, "wide", 1e-3)):
         row = make_row("fp32 fp32", 6000, step=t, magnitudes=magnitudes, seed=t)
@@ -76,7 +72,7 @@ def test_hyperparameters(lr, eps, beta2, approximate, monkeypatch):
         if clip is not None:
             factor = min(1.0, clip / (row.g.double().square().sum().sqrt() + 1e-6))
         run([row], [hyper], max_grad_norm=clip)
-        assert_step([row], before, factor, [hyper], limit=0.501)
+        assert_step([row], before, factor, [hyper])
 
 
 def test_beta_of_zero_and_no_decay():
@@ -84,7 +80,7 @@ def test_beta_of_zero_and_no_decay():
         row = make_row("fp32 fp32", 3000, step=2)
         before = snapshot([row])
         run([row], [hyper])
-        assert_step([row], before, 1.0, [hyper], limit=0.501)
+        assert_step([row], before, 1.0, [hyper])
 
 
 @pytest.mark.parametrize("scale", [65536.0, 0.25])
@@ -117,15 +113,20 @@ def test_tiny_gradients_are_clipped():
     assert_step([row], before, 1e-9 / (before[0].g.double().square().sum().sqrt() + 1e-6))
 
 
-@pytest.mark.parametrize("norm", [1e22, 3e38])
-def test_huge_gradients_are_clipped(norm):
+@pytest.mark.parametrize("largest", [1e22, 1e37, 3e38])
+def test_huge_gradients_are_clipped(largest):
     row = make_row("fp32 fp32", 500, step=3)
-    row.g *= norm / row.g.abs().max()
+    row.g *= largest / row.g.abs().max()
     before = snapshot([row])
     true = row.g.double().square().sum().sqrt()
     actual, _ = run([row], max_grad_norm=1.0, skip_nonfinite=False)
     assert actual == true.float()  # inf where fp32 ends
-    assert_step([row], before, 1.0 / (true + 1e-6), limit=0.501)
+    if largest < 1e38:
+        assert_step([row], before, 1.0 / (true + 1e-6))
+    else:  # the factor is subnormal: fewer bits
+        p, m, v, _ = oracle(before[0], 1.0 / (true + 1e-6), *HYPER)
+        for actual, truth in ((row.p, p), (row.m, m), (row.v, v)):
+            torch.testing.assert_close(actual.double(), truth, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -217,24 +218,15 @@ def test_split_halves():
     assert torch.equal(split.p[ties].float(), bits_of(master)[ties].add(0x8000).view(F32))
 
 
-@pytest.mark.parametrize("kind", ["bf16 bf16", "fp16 fp16"])
-def test_16_bits_are_rounded_once(kind):
-    # 1 + half an ULP + a little that fp32 does not hold: up, where rounding twice stays at 1.
-    row = make_row(kind, 4)
-    half = torch.finfo(row.p.dtype).eps / 2
-    row.p.fill_(1), row.g.fill_(0), row.v.fill_(1)
-    row.m.copy_(-half * torch.tensor([1 + 1e-7, 1 - 1e-7, 1.0, 1 + 1e-6]) * 2)
-    old = snapshot([row])
-    hyper = (0.5, 0.5, 0.5, 0.0, 0.0)
-    row.step.fill_(2**20)
-    old[0].step.fill_(2**20)
-    row.v.fill_(2), old[0].v.fill_(2)  # p = 1 - 0.5 * (m / 2) / sqrt(1)
-    row.m *= 2
-    old[0].m *= 2
-    truth = oracle(old[0], 1.0, *hyper)[0]
-    run([row], [hyper])
-    expected = torch.where(truth > 1 + half, 1 + 2 * half, torch.ones(4, dtype=F64))
-    assert torch.equal(row.p.double(), expected), (row.p, truth - 1 - half)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("magnitudes", ["usual", "wide"])
+def test_16_bits_are_the_fp32_step_rounded_once(dtype, magnitudes):
+    row = make_row(f"{dtype} fp32", 2000, step=3, magnitudes=magnitudes)
+    full = replace(row.copy(), kind="fp32 fp32", p=row.p.float())
+    run([row, full], max_grad_norm=1.0)
+    assert_bitwise_equal(row.p, full.p.to(row.p.dtype))
+    assert_bitwise_equal(row.m, full.m)
+    assert_bitwise_equal(row.v, full.v)
 
 
 @pytest.mark.parametrize(
@@ -310,36 +302,76 @@ def test_same_bits_every_time():
         assert_bitwise_equal(a, b)
 
 
-def test_trajectory():
-    """No further from fp64 than torch's for-loop, with two beta2."""
+def trajectory(starts, steps, clip):
+    """Errors of (p, m, v) against fp64 after `steps`, ours and torch's for-loop's, of each start:
+    (parameters, beta2, weight_decay). The gradients' norm is above `clip`, so that it acts."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(400, generator=generator)
-    zeros = torch.zeros(400)
+    n = len(starts[0][0])
+    zeros = torch.zeros(n)
     rows = [
-        Row("fp32 fp32", start.clone(), zeros.clone(), zeros.clone(), zeros.clone(), group=group)
-        for group in (0, 1)
+        Row("fp32 fp32", start.clone(), *(zeros.clone() for _ in range(3)), group=i)
+        for i, (start, _, _) in enumerate(starts)
     ]
     table = make_table(rows)
-    options = StepOptions([(1e-3, 0.9, beta2, 1e-8, 0.1) for beta2 in (0.95, 0.9999)])
+    hyper = [(1e-3, 0.9, beta2, 1e-8, decay) for _, beta2, decay in starts]
+    options = StepOptions(hyper, max_grad_norm=clip)
     torchs = {}
     for dtype in (F32, F64):
-        params = [start.clone().to(dtype).requires_grad_() for _ in rows]
+        params = [start.to(dtype, copy=True).requires_grad_() for start, _, _ in starts]
         groups = [
-            {"params": [p], "betas": hyper[1:3]}
-            for p, hyper in zip(params, options.hyper, strict=True)
+            {"params": [p], "betas": (0.9, beta2), "weight_decay": decay}
+            for p, (_, beta2, decay) in zip(params, starts, strict=True)
         ]
-        optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1, foreach=False)
-        torchs[dtype] = (params, optimizer)
-    for i in range(TRAJECTORY):
-        g = torch.randn(400, generator=generator) * (1 + i % 50) * 0.01
+        torchs[dtype] = params, torch.optim.AdamW(groups, lr=1e-3, foreach=False)
+    for i in range(steps):
+        g = torch.randn(n, generator=generator) * (1 + i % 50) * 0.01
         for row in rows:
             row.g.copy_(g)
-        step(table, options, None)
+        step(table, options, None if clip is None else square_sums(table))
+        factor = 1.0
+        if clip is not None:
+            factor = clip / ((len(rows) * g.double().square().sum()).sqrt() + 1e-6)
+            assert factor < 1
         for dtype, (params, optimizer) in torchs.items():
             for p in params:
-                p.grad = g.to(dtype)
+                p.grad = g.to(dtype) * factor.to(dtype) if clip else g.to(dtype)
             optimizer.step()
+    errors = []
     for i, row in enumerate(rows):
-        truth = torchs[F64][0][i].detach()
-        ours, theirs = (row.p - truth).abs(), (torchs[F32][0][i].detach() - truth).abs()
-        assert ours.max() <= 1.05 * theirs.max() and ours.norm() <= 1.05 * theirs.norm()
+        values = {}
+        for dtype, (params, optimizer) in torchs.items():
+            entry = optimizer.state[params[i]]
+            values[dtype] = params[i].detach(), entry["exp_avg"], entry["exp_avg_sq"]
+        for name, ours, theirs, truth in zip(
+            "pmv", (row.p, row.m, row.v), values[F32], values[F64], strict=True
+        ):
+            errors.append((i, name, ours.double() - truth, theirs.double() - truth, truth))
+    return errors
+
+
+def assert_no_worse(errors):
+    """RMS error at most 1.05 of torch's, the largest one at most 1.05 and 1 ULP."""
+    for i, name, ours, theirs, truth in errors:
+        what = f"{name} of {i}: {ours.norm() / theirs.norm():.3f}, {ours.abs().max():.3g}"
+        assert ours.norm() <= 1.05 * theirs.norm(), what
+        one = ulp(truth.abs().max(), F32)
+        assert ours.abs().max() <= 1.05 * theirs.abs().max() + one, what
+
+
+def starts(n):
+    """Where a rounded beta2, a rounded decay, and nothing but the step's roundings count."""
+    normal = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    return [
+        (normal, 0.9999, 0.1), (torch.zeros(n), 0.95, 0.0), (0.02 * normal, 0.999, 0.1),
+        (torch.ones(n), 0.9999, 0.0),
+    ]  # fmt: skip
+
+
+def test_trajectory():
+    assert_no_worse(trajectory(starts(400)[:2], 80, 0.05))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_trajectory_of_1000_steps(clip):
+    assert_no_worse(trajectory(starts(2000), 1000, clip))

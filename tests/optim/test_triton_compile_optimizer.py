@@ -1,4 +1,5 @@
-"""Every configuration of the optimizer's Triton kernels, compiled for GPUs that need not be there.
+"""The optimizer's Triton kernels, compiled for GPUs that need not be there: a sample of the
+configurations by default, all of them among the exhaustive tests.
 
 This file is also the program that compiles (aot.py).
 """
@@ -20,21 +21,30 @@ from aot import (
     compile_all,
     compile_kernel,
     compile_part,
+    name,
+    needs_tool,
     of_target,
 )
 
 DTYPES = ("fp32", "bf16", "fp16", "fp64", "split")  # by the table's code
 SUPPORTED = [(p, g) for p in (0, 1, 2, 4) for g in (0, 1, 2)] + [(3, 3)]  # parameter, gradient
+# The sample: the most common pairs and the one with the most instructions.
+SAMPLE = {
+    "sm_80": [(4, 1)], "sm_90": [(0, 0), (1, 1), (4, 1), (3, 3)], "sm_100": [(0, 0), (4, 1)],
+    "gfx942": [(0, 0), (4, 1)],
+}  # fmt: skip
+# Instructions an element in the loop over whole chunks, by the parameter's code: IEEE root and
+# quotient are 24 of them; a split parameter is taken apart and put together.
+CEILINGS = (50, 54, 54, 76, 60)
 TYPES = {
-    "rows": "*i64", "chunk_rows": "*i32", "pointers": "*i64", "sums": "*fp64", "bad_rows": "*i64",
-    "out": "*fp64", "bad": "*i64", "factor": "*fp64", "hyper": "*fp64", "lrs": "*i64",
-    "grad_scale": "*fp32", "found_inf": "*fp32", "constants": "*i64", "skip": "*i32",
-    "skip_out": "*i32", "norm_out": "*fp32", "bad_out": "*i64",
-    "n": "i32", "count": "i32", "groups": "i32", "flags": "i32", "first": "i32",
+    "rows": "*i64", "chunk_rows": "*i32", "pointers": "*i64", "sums": "*fp64", "out": "*fp64",
+    "bad": "*i64", "factor": "*fp64", "hyper": "*fp64", "grad_scale": "*fp32",
+    "found_inf": "*fp32", "constants": "*fp64", "skip": "*fp64", "skip_out": "*fp64",
+    "norm_out": "*fp32", "n": "i32", "k": "i32", "groups": "i32", "num_sums": "i32", "first": "i32",
 }  # fmt: skip
 
 
-def cases() -> list[dict]:
+def cases(everything: bool) -> list[dict]:
     """What is compiled, and how many accesses of 16 bytes a thread must have at least."""
     from fastlm.kernels import configs
 
@@ -43,8 +53,8 @@ def cases() -> list[dict]:
     def add(target, kernel, dtype, config, constants, loads=(), stores=(), **more):
         """loads, stores: the sizes of an element of all that a block reads and writes."""
         constants = {**constants, **config}
-        num_warps, fusion = constants.pop("num_warps"), constants.pop("enable_fp_fusion")
-        assert not fusion  # a product of a pair would lose its tail
+        num_warps = constants.pop("num_warps")
+        fusion = constants.pop("enable_fp_fusion", True)
         threads = num_warps * TARGETS[target][2]
 
         def wide(sizes):
@@ -52,82 +62,108 @@ def cases() -> list[dict]:
 
         found.append({
             "target": target, "kernel": kernel, "dtype": dtype, "constants": constants,
-            "num_warps": num_warps, "loads": wide(loads), "stores": wide(stores),
+            "num_warps": num_warps, "fusion": fusion, "loads": wide(loads), "stores": wide(stores),
             "disassemble": False, "expect_spills": False, **more,
         })  # fmt: skip
 
-    chunk = {"CHUNK": configs.OPTIMIZER_CHUNK}
     for target, (backend, _, _) in TARGETS.items():
         rocm = backend == "hip"
-        for p, g in SUPPORTED:
+        for p, g in SUPPORTED if everything else SAMPLE[target]:
             state = 8 if p == 3 else 4
             param = [2, 2] if p == 4 else [ELEMENT[DTYPES[p]]]
             add(
                 target, "step_kernel", f"{DTYPES[p]} {DTYPES[g]}", configs.step_config(p, g, rocm),
-                {"P": p, "G": g, **chunk},
-                [*param, ELEMENT[DTYPES[g]], state, state], [*param, state, state],
-                disassemble=p == 4 and g == 1,
+                {"P": p, "G": g}, [*param, ELEMENT[DTYPES[g]], state, state],
+                [*param, state, state], disassemble=True, stored=sum(param) + 2 * state,
             )  # fmt: skip
-        elements = [ELEMENT[dtype] for dtype in DTYPES[:4]]
-        add(
-            target, "square_sums_kernel", "any", configs.square_sums_config(rocm), chunk, elements
-        )  # fmt: skip
-        add(
-            target, "scale_gradients_kernel", "any", configs.scale_gradients_config(rocm), chunk,
-            elements, elements,
-        )  # fmt: skip
+        for g in range(4) if everything else (1, 3):
+            size = [ELEMENT[DTYPES[g]]]
+            for kernel, config, stores in (
+                ("square_sums_kernel", configs.square_sums_config(rocm), []),
+                ("scale_gradients_kernel", configs.scale_gradients_config(rocm), size),
+            ):
+                if everything or target in ("sm_90", "gfx942"):
+                    add(target, kernel, DTYPES[g], config, {"G": g}, size, stores)
         add(target, "class_sums_kernel", "any", configs.sums_config(rocm), {})
+        bare = {"sums": None, "grad_scale": None, "found_inf": None, "norm_out": None}
+        add(target, "prepare_kernel", "bare", configs.prepare_config(rocm), bare)
         for norm in ("fp32", "fp64"):
             add(target, "prepare_kernel", norm, configs.prepare_config(rocm), {}, norm_out=norm)
-        # Must be seen to spill: 32 elements of four operands, of two registers each, a thread.
-        # gfx942 has twice the registers.
-        spilling = {**configs.step_config(3, 3, rocm), "BLOCK": 8192 if rocm else 4096}
+        # Must be seen to spill: 64 elements of four operands, of two registers each, a thread.
+        spilling = {**configs.step_config(3, 3, rocm), "BLOCK": 8192}
         add(
-            target, "step_kernel", "fp64 fp64", spilling, {"P": 3, "G": 3, **chunk},
-            disassemble=True, expect_spills=True,
+            target, "step_kernel", "fp64 fp64", spilling, {"P": 3, "G": 3}, disassemble=True,
+            expect_spills=True,
         )  # fmt: skip
     return found
 
 
 def compile_case(case: dict):
     from fastlm.kernels import adamw, clip_grad_norm
+    from fastlm.kernels.device_table import ELEMENTS
 
     kernel = getattr(adamw, case["kernel"], None) or getattr(clip_grad_norm, case["kernel"])
     types = {**TYPES, "norm_out": f"*{case.get('norm_out', 'fp32')}"}
-    options = {"num_warps": case["num_warps"], "enable_fp_fusion": False}
-    return compile_kernel(kernel, case["target"], types, case["constants"], options)
+    options = {"num_warps": case["num_warps"], "enable_fp_fusion": case["fusion"]}
+    constants = {k: ELEMENTS[v] if k in ("P", "G") else v for k, v in case["constants"].items()}
+    return compile_kernel(kernel, case["target"], types, constants, options)
 
 
 @functools.cache
-def results() -> list[dict]:
-    return compile_all(__file__)
+def results(everything: bool) -> list[dict]:
+    return compile_all(__file__, *["all"] * everything)
 
 
-def test_every_case_is_compiled():
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=str)
+def everything(request) -> bool:
+    return request.param
+
+
+def test_every_case_is_compiled(everything):
     from fastlm.kernels import adamw, clip_grad_norm
 
-    expected = cases()
-    assert len(results()) == len(expected)
+    expected = cases(everything)
+    assert len(results(everything)) == len(expected)
     assert len({json.dumps(case) for case in expected}) == len(expected)
     kernels = {name for name in {**vars(adamw), **vars(clip_grad_norm)} if name.endswith("_kernel")}
     assert {case["kernel"] for case in expected} == kernels
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_nothing_spills(target):
-    assert_nothing_spills(results(), target)
+def test_nothing_spills(target, everything):
+    assert_nothing_spills(results(everything), target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_spill_would_be_seen(target):
-    assert_a_spill_is_seen(results(), target)
+def test_a_spill_would_be_seen(target, everything):
+    assert_a_spill_is_seen(results(everything), target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_16_bytes_at_a_time(target):
-    assert_wide(results(), target)
-    assert sum(r["loads"] > 0 and r["stores"] > 0 for r in of_target(results(), target)) > 12
+def test_16_bytes_at_a_time(target, everything):
+    found = of_target(results(everything), target)
+    assert_wide(found, target)
+    assert sum(r["loads"] > 0 and r["stores"] > 0 for r in found) >= (17 if everything else 1)
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
+def test_instructions_an_element(target, everything):
+    needs_tool(target)
+    steps = [r for r in of_target(results(everything), target) if r["kernel"] == "step_kernel"]
+    assert len(steps) == len(SUPPORTED if everything else SAMPLE[target])
+    for result in steps:
+        # The other loop, for the ends of rows, moves elements one by one; what few accesses of 16
+        # bytes it has are of moments.
+        loop = max(result["loops"], key=lambda loop: loop["wide_loads"])
+        elements = loop["stored"] / result["stored"]
+        threads = 32 * result["num_warps"]
+        assert elements == result["constants"]["BLOCK"] / threads and elements in (4, 8), loop
+        assert loop["wide_loads"] >= result["loads"], loop
+        count = loop["instructions"] / elements
+        print(f"{target} {name(result)}: {count:.1f} an element, {result['registers']} registers")
+        assert 20 < count <= CEILINGS[result["constants"]["P"]], (name(result), count)
+        assert 65536 // (result["registers"] * threads) >= 5, (name(result), result["registers"])
 
 
 if __name__ == "__main__":
-    compile_part(cases(), compile_case, int(sys.argv[1]), int(sys.argv[2]))
+    compile_part(cases("all" in sys.argv), compile_case, int(sys.argv[1]), int(sys.argv[2]))
