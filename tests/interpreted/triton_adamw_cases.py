@@ -46,7 +46,7 @@ def arithmetic(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("clip", [None, 0.01])
+@pytest.mark.parametrize("clip", [pytest.param(None, marks=pytest.mark.exhaustive), 0.01])
 def test_one_step(kind, clip):
     for t, magnitudes in ((0, "usual"), (1, "usual"), (999_999, "usual"), (7, "wide"), (0, "wide")):
         rows = [make_row(kind, 1000, step=t, magnitudes=magnitudes, seed=t)]
@@ -180,7 +180,9 @@ def test_special_states():
     assert row.p[4:].isfinite().all()
 
 
-@pytest.mark.parametrize("gradient, steps", [("fp32", 100), ("bf16", 20)])
+@pytest.mark.parametrize(
+    "gradient, steps", [("fp32", 30), pytest.param("bf16", 200, marks=pytest.mark.exhaustive)]
+)
 def test_split_is_the_fp32_run(gradient, steps):
     """With clipping, from parameters of every size."""
     whole = make_row(f"fp32 {gradient}", 500, magnitudes="wide")
