@@ -42,7 +42,7 @@ def save_checkpoint(
     Keys: model_state, optimizer_state (unless None), iteration, format_version, and those of
     `extra` (tensors and plain values only). Parameter names never carry a wrapper's prefix.
     A path is written under a temporary name, synced and renamed: at every moment there is the old
-    file or the whole new one. Raises OutputError where it cannot be written.
+    file or the whole new one. Raises OutputError if it cannot be written.
     """
     payload = {
         "format_version": FORMAT_VERSION,
@@ -109,7 +109,7 @@ def load_checkpoint(
 
 
 def iteration_of(payload: Mapping[str, Any]) -> int:
-    """The stored step number; 0 where there is none."""
+    """The stored step number; 0 if there is none."""
     return int(_first(payload, _ITERATION_KEYS) or 0)
 
 

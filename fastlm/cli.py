@@ -22,7 +22,7 @@ from fastlm.errors import CheckpointError, ConfigError, DeviceError
 from fastlm.presets import PRESETS
 
 RUNS = "runs"  # where runs go unless --target-dir says otherwise
-# Of the invocation, not of the run: a checkpoint does not bring them back.
+# Settings of the invocation, not of the run: a checkpoint does not bring them back.
 _NOT_RESUMED = (
     "target_dir", "ckpt_dir", "log_dir", "ckpt_path_to_resume", "init_from", "eval_only",
     "overwrite", "max_minutes", "device",
@@ -184,7 +184,7 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type, where TOML's type is one that a person would write for it."""
+    """`value` as the annotated type, if TOML's type is one that a person would write for it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):  # X | None; TOML has no None
         return _coerce(name, value, next(a for a in arguments if a is not type(None)))
@@ -231,7 +231,7 @@ def _toml(value: Any) -> str:
 
 
 def _default_preset(device: str | None) -> str:
-    """demo-gpu where the run will be on CUDA."""
+    """demo-gpu if the run will be on CUDA."""
     from fastlm.hardware import select_device
 
     try:

@@ -30,7 +30,7 @@ class TrainingConfig:
     grad_accum: int = 1
     """Micro-batches in a step."""
     vocab_size: int = 10000
-    """Token ids lie below it. Taken from the data's manifest where there is one."""
+    """Token ids lie below it. Taken from the data's manifest if there is one."""
 
     # === Model architecture ===
     num_layers: int = 12
@@ -53,7 +53,7 @@ class TrainingConfig:
     """Optimizer steps of the whole run."""
     train_minutes: float | None = None
     """Choose total_steps so that training takes about this long, by a calibration at the start.
-    Without effect where total_steps is set on the command line or in a file."""
+    Without effect if total_steps is set on the command line or in a file."""
     max_minutes: float | None = None
     """Save and stop after this much training time, finished or not."""
     log_every: int = 50
@@ -93,7 +93,7 @@ class TrainingConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:0, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the matmuls (autocast; weights stay float32). auto: bfloat16 where the hardware has it."""
+    """Dtype of the matmuls; weights stay float32. auto: bfloat16 if the hardware has it."""
     compile: bool = False
     """torch.compile the training and the evaluation step."""
     activation_checkpointing: bool = False
@@ -101,7 +101,7 @@ class TrainingConfig:
 
     # === Run ===
     seed: int = 0
-    """Of the initial weights, the order of the data and the dropout."""
+    """Decides the initial weights, the order of the data and the dropout."""
     target_dir: str = "./TrainLoopFiles"
     """Where checkpoints and logs go. On the command line: runs/<preset>-<time>."""
     ckpt_dir: str | None = None

@@ -48,7 +48,7 @@ def default_corpus(vocab_size: int = 4096, *, log: Callable[[str], object] = pri
     vocab_size: of the byte-level BPE tokenizer.
     log: takes each line that is said on the way.
 
-    Raises DataError where the library's source is missing, OutputError where the cache cannot be
+    Raises DataError if the library's source is missing, OutputError if the cache cannot be
     written.
     """
     say = _prefixed(log)

@@ -17,7 +17,7 @@ _HOW_TO_BUILD = "build it with `pip install -e .` in the repository (or reinstal
 def extension() -> ModuleType:
     """`fastlm._C`, checked to be built from the sources beside it.
 
-    Raises ExtensionError, which says how to build it, where it is missing or stale. Loaded when
+    Raises ExtensionError, which says how to build it, if it is missing or stale. Loaded when
     first needed: `import fastlm` works without it.
     """
     try:

@@ -100,7 +100,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def select_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The matmul dtype called `name`; "auto": bfloat16 where the hardware has it, else float32."""
+    """The matmul dtype called `name`; "auto": bfloat16 if the hardware has it, else float32."""
     if name == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     if name not in DTYPES:
@@ -140,7 +140,7 @@ def back_heap_with_huge_pages() -> int:
 
     Fewer page-table walks: for large tensors in memory that keep_freed_memory() keeps. glibc can do
     it by itself (glibc.malloc.hugetlb=1), but only from the environment before the process starts.
-    Where the kernel cannot (before Linux 6.1, or huge pages forbidden) nothing changes.
+    If the kernel cannot (before Linux 6.1, or huge pages forbidden), nothing changes.
     """
     if sys.platform != "linux":
         return 0
@@ -161,7 +161,7 @@ def back_heap_with_huge_pages() -> int:
 
 
 def check_compiler(device: torch.device) -> None:
-    """CompileError, saying what to install, where torch.compile cannot work on `device`."""
+    """Raises CompileError, saying what to install, if torch.compile cannot work on `device`."""
     if device.type == "mps":
         return
     if device.type == "cuda":

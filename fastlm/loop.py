@@ -56,7 +56,7 @@ class Run:
         )
         self.log.metrics("start", step=start_step, config=asdict(cfg), data=data.fingerprint)
         self._graphs = graphs_compiled() if cfg.compile else 0
-        # Of the steps since the last log line.
+        # Sums over the steps since the last log line.
         self._window_loss = torch.zeros((), device=runner.device)
         self._window_steps, self._window_begin = 0, 0.0
 

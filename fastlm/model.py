@@ -133,7 +133,7 @@ class TransformerLM(nn.Module):
     d_ff: default 8/3 * d_model rounded up to a multiple of 64. dropout: on the embedding, the
     attention weights and both residual branches, in training mode only. activation_checkpointing:
     recompute each block in backward instead of keeping its activations.
-    Raises ValueError where d_model is not divisible by num_heads or the head is of odd width.
+    Raises ValueError if d_model is not divisible by num_heads or the head is of odd width.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class TransformerLM(nn.Module):
 
 
 def check_heads(d_model: int, num_heads: int) -> None:
-    """ValueError where heads of `d_model` / `num_heads` are no whole, even width (RoPE pairs)."""
+    """Raises ValueError if the heads' width is not whole and even (RoPE rotates pairs)."""
     if num_heads < 1 or d_model % num_heads:
         raise ValueError(f"d_model={d_model} is not divisible by num_heads={num_heads}")
     if d_model // num_heads % 2:

@@ -30,7 +30,7 @@ class LivePlotter:
         self.eval_losses: list[float] = []
 
     def log_train(self, step: int, loss: float, lr: float | None = None) -> None:
-        """A training loss in nats per token, and the step's learning rate where it is given."""
+        """A training loss in nats per token, and the step's learning rate if it is given."""
         self.train_steps.append(step)
         self.train_losses.append(loss)
         if lr is not None:
@@ -102,7 +102,7 @@ def plot_lr_schedule(
 ) -> Any:
     """The curve of cosine_lr_schedule over `total_steps` (default 1.2 * cosine_iters).
 
-    Returns the matplotlib figure, which a notebook shows; writes it to `path` where one is given.
+    Returns the matplotlib figure, which a notebook shows; writes it to `path` if one is given.
     """
     from matplotlib.figure import Figure
 

@@ -22,7 +22,7 @@ class RunDirectory:
         self._begun = False
 
     def __enter__(self) -> "RunDirectory":
-        """Raises OutputError where the place cannot be written or holds another run."""
+        """Raises OutputError if the place cannot be written or holds another run."""
         cfg = self.cfg
         try:
             found = checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix)
@@ -118,7 +118,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def leave(self) -> None:
-        """Ends as a program ends on the received signal; returns where there was none."""
+        """Ends as a program ends on the received signal; returns if there was none."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:

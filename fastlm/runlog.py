@@ -67,7 +67,7 @@ class RunLog:
             self.plotter.log_eval(step, val[step])
 
     def say(self, line: str) -> None:
-        """A line on the console, above the progress bar where there is one."""
+        """A line on the console, above the progress bar if there is one."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stdout)
             sys.stdout.flush()

@@ -32,7 +32,7 @@ def set_seed(seed: int) -> None:
 def create_model_and_optimizer(
     cfg: TrainingConfig, ckpt_path_to_resume: str | None = None
 ) -> tuple[TransformerLM, AdamW, int]:
-    """(model, optimizer, start_step) on cfg.device, restored from a checkpoint where one is given.
+    """(model, optimizer, start_step) on cfg.device, restored from a checkpoint if one is given.
 
     Matrices are decayed and vectors (the norms' weights) are not, unless cfg.weight_decay_all.
     """

@@ -92,11 +92,11 @@ class Data:
     val: TokenDataset
     directory: Path | None = None  # of the manifest
     manifest: Manifest | None = None
-    val_bytes: int | None = None  # UTF-8 bytes of the validation text, where the manifest knows
+    val_bytes: int | None = None  # UTF-8 bytes of the validation text, if the manifest knows
 
     @property
     def tokenizer_json(self) -> str | None:
-        """The tokenizer in the format of the `tokenizers` library, where the manifest has one."""
+        """The tokenizer in the format of the `tokenizers` library, if the manifest has one."""
         if self.manifest is None or self.manifest.tokenizer is None:
             return None
         return (self.directory / self.manifest.tokenizer).read_text(encoding="utf-8")
@@ -114,7 +114,7 @@ def load_token_dataset(
 ) -> np.ndarray:
     """The tokens of one file: 1-D, memory-mapped read-only by default.
 
-    dtype: of a raw .bin file, which does not say (default uint16). Raises DataError where the file
+    dtype: of a raw .bin file, which does not say (default uint16). Raises DataError if the file
     is missing, empty, not a token file, or no whole number of tokens.
     """
     path = Path(path)
@@ -208,7 +208,7 @@ def open_data(
     if not paths:
         raise DataError("no data is given; name a directory or token files")
     directory = Path(paths[0])
-    if os.path.isdir(directory):  # Path.is_dir raises where a directory above may not be read
+    if os.path.isdir(directory):  # Path.is_dir raises if a directory above may not be read
         if len(paths) > 1:
             raise DataError(f"--data {' '.join(paths)}: give one directory, or files")
         if os.path.exists(directory / MANIFEST_NAME):
@@ -264,7 +264,7 @@ def _open_prepared(directory: Path, val_paths: Sequence[str], dtype: str | None)
 
 
 def check_dataset(dataset: TokenDataset, what: str, *, context_len: int, vocab_size: int) -> None:
-    """DataError where `dataset` is too short for one window or holds an id outside the vocabulary.
+    """DataError if `dataset` is too short for one window or holds an id outside the vocabulary.
 
     Reads every token once, with the multi-threaded C++ scan.
     """

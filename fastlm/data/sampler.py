@@ -64,7 +64,7 @@ class WindowSampler:
         self.context_len = context_len
         self.seed = seed
         # A window more than fits from the largest phase would make epochs of unequal length, and
-        # the sample's epoch no division. (One window where not even two phases fit.)
+        # the sample's epoch no division. (One window if not even two phases fit.)
         self.windows_per_epoch = max(1, (num_tokens - context_len) // context_len)
         spare = num_tokens - 1 - self.windows_per_epoch * context_len
         self._phases = min(context_len, spare + 1)

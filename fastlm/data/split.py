@@ -19,7 +19,7 @@ class SplitPiece(NamedTuple):
 
 
 def document_hash(name: str, document: int) -> int:
-    """In [0, 2**64): of the file's name, with the document's index where it is not the first."""
+    """A hash in [0, 2**64) of the name, and of the document's index if it is not the first."""
     identity = f"{name}#{document}" if document else name
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big")
 
@@ -38,7 +38,7 @@ class Survey:
 
 
 def survey(files: Sequence[TextFile], on_bytes: Callable[[int], object]) -> Survey:
-    """Reads all of `files` once; DataError where one is not UTF-8 or all are empty."""
+    """Reads all of `files` once; DataError if one is not UTF-8 or all are empty."""
     found = Survey()
     for file in files:
         counted = -1  # the last document seen to have text
@@ -71,7 +71,7 @@ class SplitRule:
     def choose(cls, found: Survey, val_fraction: float) -> "SplitRule":
         """The rule that holds out `val_fraction` of the documents and leaves no split without text.
 
-        Where the fraction alone would leave one empty, the threshold moves just enough for the
+        If the fraction alone would leave one empty, the threshold moves just enough for the
         document with the lowest (or the highest) hash to change sides.
         """
         threshold = int(val_fraction * _HASHES)

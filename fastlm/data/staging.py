@@ -20,7 +20,7 @@ def staging_directory(
     own_files: matches the names of files that may be replaced.
     overwrite: a non-empty `out` that holds nothing else may be replaced.
 
-    Raises OutputError, before the body runs, where `out` may not be replaced or cannot be written.
+    Raises OutputError, before the body runs, if `out` may not be replaced or cannot be written.
     """
     target = Path(os.path.realpath(out))  # of a link, the target is replaced and the link stays
     _check_replaceable(out, target, own_files, overwrite)

@@ -31,14 +31,14 @@ class TextFile:
 
 class Piece(NamedTuple):
     document: int  # index of the document within its file
-    text: str  # at most PIECE_CHARACTERS characters; "" only where the document is empty
+    text: str  # at most PIECE_CHARACTERS characters; "" only if the document is empty
     last: bool  # the document ends with this piece
 
 
 def find_text_files(inputs: Iterable[str | Path]) -> list[TextFile]:
     """The files that `inputs` (files, globs with `**`, directories for all *.txt below) name.
 
-    Sorted by name; a file that is named twice comes once. Raises DataError where an input names no
+    Sorted by name; a file that is named twice comes once. Raises DataError if an input names no
     readable file.
     """
     inputs = [str(argument) for argument in inputs]
@@ -90,7 +90,7 @@ def read_pieces(
     markers, is an empty document. Blanks after the last marker are no document: they are the
     newline that closes the file (a piece of blanks and more is one).
 
-    Raises DataError where the file cannot be read or is not UTF-8.
+    Raises DataError if the file cannot be read or is not UTF-8.
     """
     document = 0
     start_of_document = True  # no piece of the current document is out yet

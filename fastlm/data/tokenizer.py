@@ -21,7 +21,7 @@ MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer of at most `vocab_size` tokens; `<|endoftext|>` has id 0.
 
-    Fewer where `texts` do not repeat enough pairs. The same texts give the same tokenizer.
+    Fewer if `texts` do not repeat enough pairs. The same texts give the same tokenizer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -44,7 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a `tokenizers` JSON file, without truncation and padding.
 
-    Raises DataError where the file is missing, no tokenizer, or has no `<|endoftext|>`.
+    Raises DataError if the file is missing, no tokenizer, or has no `<|endoftext|>`.
     """
     from tokenizers import Tokenizer
 
@@ -92,5 +92,5 @@ def encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def id_limit(tokenizer: Tokenizer) -> int:
-    """The vocabulary size a model needs: above every id, also where the ids have gaps."""
+    """The vocabulary size a model needs: above every id, also if the ids have gaps."""
     return max(tokenizer.get_vocab_size(), *(i + 1 for i in tokenizer.get_vocab().values()))

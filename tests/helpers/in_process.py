@@ -23,7 +23,7 @@ LINES = {
 }
 
 
-def run(target_dir, train_data=TRAIN, **settings):
+def run_tiny(target_dir, train_data=TRAIN, **settings):
     """A tiny run in this process; returns its configuration."""
     cfg = tiny_config(target_dir, **settings)
     train_loop(train_data, VAL, cfg)

@@ -165,7 +165,7 @@ def test_a_number_of_steps_switches_the_calibration_off():
     assert (cfg.total_steps, cfg.train_minutes) == (50, None)
     cfg, _ = parsed("--config", write_toml("total_steps = 50"), "--train-minutes", "2")
     assert cfg.train_minutes == 2.0
-    # "Without effect where total_steps is set", says --help.
+    # "Without effect if total_steps is set", says --help.
     for argv in (
         ["--total-steps", "50", "--train-minutes", "2"],
         ["--config", write_toml("total_steps = 50", "train_minutes = 2.0")],

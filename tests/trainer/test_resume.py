@@ -16,7 +16,7 @@ from in_process import (
     VAL,
     checkpoint,
     log_events,
-    run,
+    run_tiny,
 )
 from training_runs import listing, losses, metrics, same, state, tiny_config
 
@@ -51,11 +51,11 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, variant):
     settings = VARIANTS[variant]
-    run(tmp_path / "straight", **settings)
-    run(tmp_path / "half", ckpt_every=5, **settings)
+    run_tiny(tmp_path / "straight", **settings)
+    run_tiny(tmp_path / "half", ckpt_every=5, **settings)
     torch.rand(7)
     resumed = checkpoint(tmp_path / "half", 5)
-    run(tmp_path / "rest", ckpt_path_to_resume=str(resumed), **settings)
+    run_tiny(tmp_path / "rest", ckpt_path_to_resume=str(resumed), **settings)
     assert same(state(checkpoint(tmp_path / "rest")), state(checkpoint(tmp_path / "straight")))
     straight, rest = losses(tmp_path / "straight"), losses(tmp_path / "rest")
     assert rest == {step: straight[step] for step in range(5, 12)}
@@ -64,19 +64,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, variant):
 
 
 def test_every_step_is_a_place_to_resume_from(tmp_path):
-    run(tmp_path, total_steps=6, ckpt_every=1, dropout=0.1)
+    run_tiny(tmp_path, total_steps=6, ckpt_every=1, dropout=0.1)
     final = state(checkpoint(tmp_path))
     for step in range(1, 6):
         name = f"from_{step}"
         path = str(checkpoint(tmp_path, step))
-        run(tmp_path / name, total_steps=6, dropout=0.1, ckpt_path_to_resume=path)
+        run_tiny(tmp_path / name, total_steps=6, dropout=0.1, ckpt_path_to_resume=path)
         assert same(state(checkpoint(tmp_path / name)), final)
 
 
 def test_other_programs_checkpoints_can_be_resumed(tmp_path):
     """nanoGPT's and the tutorial's keys, a wrapper's prefix, an optimizer of torch."""
     settings = dict(weight_decay_all=True, lr_max=1e-3)
-    run(tmp_path / "ours", ckpt_every=5, **settings)
+    run_tiny(tmp_path / "ours", ckpt_every=5, **settings)
     payload = torch.load(checkpoint(tmp_path / "ours", 5), weights_only=True)
     for index, (model, optimizer, step) in enumerate(
         [("model", "optimizer", "iter_num"), ("model_state_dict", "optimizer_state_dict", "step")]
@@ -88,7 +88,7 @@ def test_other_programs_checkpoints_can_be_resumed(tmp_path):
         }
         path = tmp_path / f"other{index}.pt"
         torch.save(other, path)
-        run(tmp_path / f"rest{index}", ckpt_path_to_resume=str(path), **settings)
+        run_tiny(tmp_path / f"rest{index}", ckpt_path_to_resume=str(path), **settings)
         a = state(checkpoint(tmp_path / "ours"))
         b = state(checkpoint(tmp_path / f"rest{index}"))
         for name in ("model_state", "optimizer_state", "iteration"):
@@ -97,10 +97,10 @@ def test_other_programs_checkpoints_can_be_resumed(tmp_path):
 
 def test_changed_settings_take_effect_on_resume(tmp_path):
     """Those of the optimizer too, whose state dict brings the old ones along."""
-    run(tmp_path, ckpt_every=5)
+    run_tiny(tmp_path, ckpt_every=5)
     changed = dict(weight_decay=0.5, betas=(0.5, 0.6), eps=1e-5, lr_max=1e-2)
     path = str(checkpoint(tmp_path, 5))
-    cfg = run(tmp_path / "changed", ckpt_path_to_resume=path, **changed)
+    cfg = run_tiny(tmp_path / "changed", ckpt_path_to_resume=path, **changed)
     optimizer_state = state(checkpoint(tmp_path / "changed"))["optimizer_state"]
     decays = []
     for group in optimizer_state["param_groups"]:
@@ -111,33 +111,33 @@ def test_changed_settings_take_effect_on_resume(tmp_path):
 
 
 def test_what_cannot_be_resumed(tmp_path):
-    run(tmp_path, ckpt_every=5)
+    run_tiny(tmp_path, ckpt_every=5)
     before = listing(tmp_path)
     path = str(checkpoint(tmp_path, 5))
     with pytest.raises(CheckpointError, match="read other data"):
-        run(tmp_path / "x", train_data=TRAIN[:-1], ckpt_path_to_resume=path)
+        run_tiny(tmp_path / "x", train_data=TRAIN[:-1], ckpt_path_to_resume=path)
     with pytest.raises(CheckpointError, match="optimizer state does not fit"):
-        run(tmp_path / "x", ckpt_path_to_resume=path, weight_decay_all=True)
+        run_tiny(tmp_path / "x", ckpt_path_to_resume=path, weight_decay_all=True)
     with pytest.raises(CheckpointError, match="no optimizer state"):
-        run(tmp_path / "x", ckpt_path_to_resume=str(checkpoint(tmp_path, "model")))
+        run_tiny(tmp_path / "x", ckpt_path_to_resume=str(checkpoint(tmp_path, "model")))
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        run(tmp_path / "x", ckpt_path_to_resume=str(tmp_path / "nowhere.pt"))
+        run_tiny(tmp_path / "x", ckpt_path_to_resume=str(tmp_path / "nowhere.pt"))
     with pytest.raises(CheckpointError, match="another architecture"):
-        run(tmp_path / "x", ckpt_path_to_resume=path, num_layers=3)
+        run_tiny(tmp_path / "x", ckpt_path_to_resume=path, num_layers=3)
     # As many weights of the same shapes, and another function all the same.
     for settings in (dict(num_heads=4), dict(tie_embeddings=True)):
         for how in ("ckpt_path_to_resume", "init_from"):
             with pytest.raises(CheckpointError, match="architecture"):
-                run(tmp_path / "x", **{how: path}, **settings)
+                run_tiny(tmp_path / "x", **{how: path}, **settings)
     with pytest.raises(ConfigError, match="give one of them"):
-        run(tmp_path / "x", ckpt_path_to_resume=path, init_from=path)
+        run_tiny(tmp_path / "x", ckpt_path_to_resume=path, init_from=path)
     assert listing(tmp_path) == before
 
 
 def test_init_from_takes_the_weights_and_nothing_else(tmp_path, capsys):
-    run(tmp_path / "first")
+    run_tiny(tmp_path / "first")
     path = str(checkpoint(tmp_path / "first", "model"))
-    cfg = run(tmp_path / "second", init_from=path, seed=5, total_steps=3)
+    cfg = run_tiny(tmp_path / "second", init_from=path, seed=5, total_steps=3)
     assert f"[init] weights of {path}" in capsys.readouterr().out
     model, _, _ = create_model_and_optimizer(cfg)
     load_checkpoint(model, None, path)
@@ -163,13 +163,13 @@ def test_ctrl_c_in_train_loop_saves_and_raises(tmp_path, monkeypatch, capfd):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(RunLog, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped")
+        run_tiny(tmp_path / "stopped")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert "a checkpoint follows" in capfd.readouterr().err
     monkeypatch.setattr(RunLog, "train", log_train)
     path = str(checkpoint(tmp_path / "stopped", 5))
-    run(tmp_path / "rest", ckpt_path_to_resume=path)
-    run(tmp_path / "straight")
+    run_tiny(tmp_path / "rest", ckpt_path_to_resume=path)
+    run_tiny(tmp_path / "straight")
     assert same(state(checkpoint(tmp_path / "rest")), state(checkpoint(tmp_path / "straight")))
 
 
@@ -182,16 +182,16 @@ def test_ctrl_c_in_the_last_step_ends_the_run_as_usual(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(RunLog, "train", interrupted)
-    run(tmp_path)
+    run_tiny(tmp_path)
     assert log_events(tmp_path)[-1] == ("finish",)
     assert checkpoint(tmp_path, "model").exists()
 
 
 def test_train_loop_runs_outside_the_main_thread(tmp_path):
-    thread = threading.Thread(target=run, args=(tmp_path / "thread",))
+    thread = threading.Thread(target=run_tiny, args=(tmp_path / "thread",))
     thread.start()
     thread.join()
-    run(tmp_path / "main")
+    run_tiny(tmp_path / "main")
     assert losses(tmp_path / "thread") == losses(tmp_path / "main")
 
 
@@ -221,13 +221,13 @@ def test_the_progress_bar_is_for_terminals(tmp_path, monkeypatch, capsys):
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    run(tmp_path / "bar", total_steps=30, eval_every=10)
+    run_tiny(tmp_path / "bar", total_steps=30, eval_every=10)
     bar, out = terminal.getvalue(), capsys.readouterr().out
     assert "30/30" in bar and re.search(r"loss=\d\.\d{4}, lr=\d\.\d\de-\d\d, [\d,]+ tok/s", bar)
     assert "[train] step" not in out and "[VAL] step 000010" in out
     monkeypatch.undo()
     monkeypatch.setattr("fastlm.summary.matmul_ceiling", lambda *_: 1e12)
-    run(tmp_path / "plain", total_steps=4, log_every=2)
+    run_tiny(tmp_path / "plain", total_steps=4, log_every=2)
     captured = capsys.readouterr()
     form = (
         r"\[train\] step [02]/4 \| avg_loss=\d\.\d{4} \| speed=[\d.]+ step/s \| "

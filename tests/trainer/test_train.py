@@ -17,7 +17,7 @@ from in_process import (
     checkpoint,
     expected_events,
     log_events,
-    run,
+    run_tiny,
 )
 from training_runs import losses, metrics, same, state, tiny_config
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 def test_which_steps_are_logged_evaluated_and_saved(
     tmp_path, total, log_every, eval_every, ckpt_every
 ):
-    run(
+    run_tiny(
         tmp_path, total_steps=total, log_every=log_every, eval_every=eval_every,
         ckpt_every=ckpt_every,
     )  # fmt: skip
@@ -68,7 +68,7 @@ def test_which_steps_are_logged_evaluated_and_saved(
 
 
 def test_the_logged_numbers(tmp_path):
-    cfg = run(tmp_path, total_steps=9, eval_every=4, log_every=1)
+    cfg = run_tiny(tmp_path, total_steps=9, eval_every=4, log_every=1)
     rows = metrics(tmp_path, "train")
     lines = (tmp_path / "logs" / "train.log").read_text("utf-8").splitlines()
     assert [row["lr"] for row in rows] == [learning_rate(step, cfg) for step in range(9)]
@@ -88,7 +88,7 @@ def test_the_logged_numbers(tmp_path):
 
 def test_the_first_loss_and_norm_are_those_of_a_plain_loop(tmp_path):
     """Before any update: the mean over the batch, and the gradients' norm before clipping."""
-    cfg = run(tmp_path, total_steps=1, grad_clip_norm=1e-3)
+    cfg = run_tiny(tmp_path, total_steps=1, grad_clip_norm=1e-3)
     set_seed(cfg.seed)
     model, _, _ = create_model_and_optimizer(cfg)
     x, y = TrainLoader(TRAIN, cfg.batch_size, cfg.context_len, seed=cfg.seed).batch(0)
@@ -101,8 +101,8 @@ def test_the_first_loss_and_norm_are_those_of_a_plain_loop(tmp_path):
 
 
 def test_the_average_is_over_the_steps_since_the_last_line(tmp_path):
-    run(tmp_path / "all", total_steps=10, log_every=1)
-    run(tmp_path / "some", total_steps=10, log_every=4)
+    run_tiny(tmp_path / "all", total_steps=10, log_every=1)
+    run_tiny(tmp_path / "some", total_steps=10, log_every=4)
     every = losses(tmp_path / "all")
     averages = {row["step"]: row["avg_loss"] for row in metrics(tmp_path / "some", "train")}
     assert averages.keys() == {0, 4, 8}
@@ -114,8 +114,8 @@ def test_the_average_is_over_the_steps_since_the_last_line(tmp_path):
 def test_clipping_clips(tmp_path):
     """Clipped to far below epsilon, the gradients move nothing; the seeds' loop clipped nothing."""
     settings = dict(total_steps=5, warmup_iters=0, weight_decay=0.0)
-    run(tmp_path / "clipped", grad_clip_norm=1e-13, **settings)
-    run(tmp_path / "free", grad_clip_norm=0.0, **settings)
+    run_tiny(tmp_path / "clipped", grad_clip_norm=1e-13, **settings)
+    run_tiny(tmp_path / "free", grad_clip_norm=0.0, **settings)
     set_seed(0)
     model, _, _ = create_model_and_optimizer(tiny_config(tmp_path))
     moved = {}
@@ -139,16 +139,16 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(tmp_path, monk
         real(model, optimizer, iteration, out, **extra)
 
     monkeypatch.setattr(loop, "save_checkpoint", save)
-    run(tmp_path / "full", ckpt_every=4)
+    run_tiny(tmp_path / "full", ckpt_every=4)
     said = capsys.readouterr().out
     for name in fail:
         path = checkpoint(tmp_path / "full", name)
         assert re.search(rf"CKPT.*{re.escape(str(path))}.*No space left.*goes on", said)
-    run(tmp_path / "plain")
+    run_tiny(tmp_path / "plain")
     assert losses(tmp_path / "full") == losses(tmp_path / "plain")
     fail.add("final")
     with pytest.raises(OutputError, match="checkpoint_final"):
-        run(tmp_path / "fuller")
+        run_tiny(tmp_path / "fuller")
 
 
 # --- the same again ---
@@ -158,7 +158,7 @@ def test_a_seed_decides_the_run_and_nothing_else_does(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         torch.rand(random.randrange(100))  # what the process drew before does not matter
         np.random.rand(3)
-        run(tmp_path / name, seed=seed, dropout=0.1)
+        run_tiny(tmp_path / name, seed=seed, dropout=0.1)
     assert same(state(checkpoint(tmp_path / "a")), state(checkpoint(tmp_path / "b")))
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     a, c = losses(tmp_path / "a"), losses(tmp_path / "c")
@@ -175,8 +175,8 @@ def test_set_seed_seeds_every_generator():
 
 
 def test_evaluating_does_not_change_the_training(tmp_path):
-    run(tmp_path / "never", eval_every=0, dropout=0.2)
-    run(tmp_path / "always", eval_every=1, eval_batches=5, dropout=0.2)
+    run_tiny(tmp_path / "never", eval_every=0, dropout=0.2)
+    run_tiny(tmp_path / "always", eval_every=1, eval_batches=5, dropout=0.2)
     assert len(metrics(tmp_path / "always", "val")) == 11
     assert losses(tmp_path / "never") == losses(tmp_path / "always")
     assert same(state(checkpoint(tmp_path / "never")), state(checkpoint(tmp_path / "always")))
@@ -184,13 +184,13 @@ def test_evaluating_does_not_change_the_training(tmp_path):
 
 def test_validation_reads_the_same_batches_every_time(tmp_path):
     """With a learning rate of almost nothing, all evaluations see the same model."""
-    run(tmp_path, eval_every=1, lr_max=1e-30, lr_min=0.0, seed=1, weight_decay=0.0)
+    run_tiny(tmp_path, eval_every=1, lr_max=1e-30, lr_min=0.0, seed=1, weight_decay=0.0)
     assert len({row["val_loss"] for row in metrics(tmp_path, "val")}) == 1
 
 
 def test_grad_accum_is_the_bigger_batch(tmp_path):
-    run(tmp_path / "one", batch_size=8, lr_max=5e-3)
-    run(tmp_path / "four", batch_size=2, grad_accum=4, lr_max=5e-3)
+    run_tiny(tmp_path / "one", batch_size=8, lr_max=5e-3)
+    run_tiny(tmp_path / "four", batch_size=2, grad_accum=4, lr_max=5e-3)
     a, b = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert [*a.values()] == pytest.approx([*b.values()], rel=1e-4)
     assert a[11] < a[0] - 0.1  # it learns, or equality would say little
@@ -202,8 +202,8 @@ def test_grad_accum_is_the_bigger_batch(tmp_path):
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.02), ("float16", 0.01)])
 def test_lower_precision_learns_the_same(tmp_path, dtype, tolerance):
-    run(tmp_path / "full", total_steps=20)
-    run(tmp_path / dtype, total_steps=20, dtype=dtype)
+    run_tiny(tmp_path / "full", total_steps=20)
+    run_tiny(tmp_path / dtype, total_steps=20, dtype=dtype)
     a, b = losses(tmp_path / "full"), losses(tmp_path / dtype)
     assert [*a.values()] == pytest.approx([*b.values()], abs=tolerance)
     payload = torch.load(checkpoint(tmp_path / dtype), weights_only=True)
@@ -213,7 +213,7 @@ def test_lower_precision_learns_the_same(tmp_path, dtype, tolerance):
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
     for name, recompute in (("kept", False), ("recomputed", True)):
-        run(tmp_path / name, activation_checkpointing=recompute, dropout=0.2)
+        run_tiny(tmp_path / name, activation_checkpointing=recompute, dropout=0.2)
     assert same(state(checkpoint(tmp_path / "kept")), state(checkpoint(tmp_path / "recomputed")))
 
 
@@ -278,11 +278,11 @@ def test_warm_up_and_calibration_change_nothing(dtype):
 def test_a_calibrated_run_is_the_run_of_that_many_steps(tmp_path, monkeypatch, capsys):
     measure = TrainStep.seconds_per_step
     monkeypatch.setattr(TrainStep, "seconds_per_step", lambda self: measure(self, seconds=0.05))
-    run(tmp_path / "calibrated", train_minutes=1e-9, dropout=0.1)
+    run_tiny(tmp_path / "calibrated", train_minutes=1e-9, dropout=0.1)
     said = capsys.readouterr().out
     steps = int(re.search(r"\[calibrate\] .* --total-steps (\d+)\)", said)[1])
     assert steps == 10  # at least
-    run(tmp_path / "counted", total_steps=steps, dropout=0.1)
+    run_tiny(tmp_path / "counted", total_steps=steps, dropout=0.1)
     assert losses(tmp_path / "calibrated") == losses(tmp_path / "counted")
     a, b = (state(checkpoint(tmp_path / name)) for name in ("calibrated", "counted"))
     assert same(a, b)
