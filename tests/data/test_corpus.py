@@ -88,6 +88,16 @@ def test_the_library_without_its_tests(library, tmp_path):
     assert len(open_data([str(directory)]).val) == manifest.splits["val"].tokens
 
 
+def test_a_file_that_cannot_be_read_is_named(library):
+    (library / "gone.py").symlink_to("nowhere")
+    lines = []
+    directory = default_corpus(VOCAB_SIZE, log=lines.append)
+    (left_out,) = [line for line in lines if "gone.py" in line]
+    assert left_out.endswith("gone.py cannot be read and is left out (No such file or directory)")
+    assert sorted(documents(directory)) == sorted({**MODULES, **PACKAGED}.values())
+    assert not any("latin.py" in line for line in lines)  # in another encoding on purpose
+
+
 def test_prepared_once(library, preparations):
     directory = default_corpus(VOCAB_SIZE, log=quiet)
     lines = []
