@@ -16,8 +16,8 @@ from fastlm.extension import extension
 from fastlm.ops.dispatch import IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-# Modules of kernels/ that cannot be imported without it.
-NEEDS_TRITON = ("adamw", "clip_grad_norm", "cross_entropy", "device_table", "drop_in")
+LOSS_OPTION_FILES = 9  # that a new option of the losses touches
+KERNEL_FILES = 15  # in kernels/, which people copy
 LAZY_PACKAGES = ("triton", "matplotlib", "tyro", "tokenizers", "tqdm")
 
 # csrc | kernels <- fastlm.ops <- optim, data, model <- train and everything around it.
@@ -86,6 +86,21 @@ def external_packages(path: Path, **options) -> set[str]:
     """The top-level packages outside the standard library and fastlm that a file imports."""
     names = {name.split(".")[0] for name in imports(path, **options)}
     return names - set(sys.stdlib_module_names) - {"", "fastlm"}
+
+
+def needs_triton() -> set[str]:
+    """The modules of kernels/ that cannot be imported without it: they, or siblings, import it."""
+    kernels = {name.split(".")[-1]: path for name, path in MODULES.items() if "kernels." in name}
+    found = {"triton"}
+    while True:
+        more = {
+            name
+            for name, path in kernels.items()
+            if found & {part for i in imports(path, at_import_time=True) for part in i.split(".")}
+        }
+        if more <= found:
+            return more
+        found |= more
 
 
 def level(module: str) -> int:
@@ -222,7 +237,7 @@ class Without:
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 for module in {sorted(m for m in MODULES if level(m) <= 2)!r}:
-    if module.removeprefix("fastlm.kernels.") not in {NEEDS_TRITON!r}:
+    if module.removeprefix("fastlm.kernels.") not in {needs_triton()!r}:
         importlib.import_module(module)
 import torch, fastlm
 assert not any(importlib.util.find_spec(name) for name in ("tqdm", "triton"))
@@ -234,6 +249,31 @@ assert fastlm.clip_gradients([weight], 0.1) > 0.1
 fastlm.AdamW([weight]).step()
 assert not torch.equal(weight, torch.ones(3, 5))
 """)
+
+
+def test_a_cpu_call_passes_through_no_file_about_triton():
+    """Where Triton is installed, too (which torch itself then loads)."""
+    kernels = {name: path for name, path in MODULES.items() if "kernels." in name}
+    about_triton = {name for name, path in kernels.items() if "triton" in external_packages(path)}
+    assert "fastlm.kernels.cross_entropy" in about_triton
+    run_python(f"""
+import sys, torch, fastlm
+x, weight = torch.randn(3, 4, requires_grad=True), torch.nn.Parameter(torch.randn(5, 4))
+y = torch.tensor([0, 1, 4])
+fastlm.linear_cross_entropy_loss(x, weight, y).backward()
+fastlm.cross_entropy_loss(x @ weight.T, y).backward()
+fastlm.clip_gradients([weight], 0.1)
+fastlm.AdamW([weight], max_grad_norm=1.0).step()
+fastlm.check_labels()
+met = {about_triton!r} & set(sys.modules)
+assert not met, met
+""")
+
+
+def test_a_loss_option_is_named_in_few_files():
+    sources = [*python_files("fastlm/ops", "kernels"), *(ROOT / "csrc").iterdir()]
+    naming = [path.name for path in sources if "label_smoothing" in path.read_text("utf-8")]
+    assert len(naming) <= LOSS_OPTION_FILES, naming
 
 
 @pytest.mark.parametrize("op", sorted(IMPLEMENTATIONS))
@@ -271,6 +311,7 @@ def test_every_kernel_file_belongs_to_an_op():
     }
     assert strangers("fastlm/ops", python_uses) <= {"__init__", *dispatched}
     assert strangers("kernels", python_uses) <= {"__init__"}
+    assert len(list((ROOT / "kernels").glob("*.py"))) <= KERNEL_FILES
     assert {s for s in strangers("csrc", cpp_uses) if not s.startswith("bindings_")} == set()
 
 
