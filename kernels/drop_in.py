@@ -29,7 +29,8 @@ class AdamW(FusedAdamW):
     Two launches update all tensors, two more take the norm; each further combination of dtypes adds
     one or two. Moments are float32, also of bfloat16 and float16 parameters (float64 of float64
     ones); state dicts are exchanged with torch.optim.AdamW both ways; arguments that choose among
-    torch's implementations do nothing. Defaults are GPT training's: betas (0.9, 0.95), no weight decay.
+    torch's implementations do nothing. Defaults are GPT training's: betas (0.9, 0.95), no weight
+    decay.
 
     max_grad_norm: the gradients enter the step clipped to this global L2 norm; they themselves
         stay as they are; no host sync.
