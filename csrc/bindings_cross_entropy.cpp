@@ -4,9 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "cross_entropy.h"
@@ -62,30 +65,37 @@ using Doubles = py::array_t<double, py::array::c_style>;
 using Labels = py::array_t<int64_t, py::array::c_style>;
 
 // (the first row with a label out of range or -1, how many labels are not ignore_index)
-std::pair<int64_t, int64_t> check_labels(const Labels& targets, int64_t V, int64_t ignore_index) {
-  const int64_t* labels = targets.data();
-  const int64_t N = targets.size();
-  py::gil_scoped_release release;
-  return {first_bad_label(labels, N, V, ignore_index), count_labels(labels, N, ignore_index)};
+std::pair<int64_t, int64_t> checked_labels(const Labels& targets, int64_t V, int64_t ignore_index) {
+  const LabelCheck found = check_labels(targets.data(), targets.size(), V, ignore_index);
+  return {found.first_bad, found.count};
 }
 
-const int64_t* checked_targets(const Labels& targets, int64_t N, int64_t V, int64_t ignore_index) {
+const int64_t* targets_of(const Labels& targets, int64_t N, int64_t V) {
   if (targets.size() != N || V < 1) throw py::type_error("targets must hold a label for each row");
-  if (first_bad_label(targets.data(), N, V, ignore_index) >= 0) {
-    throw py::value_error("a label is out of range");
-  }
   return targets.data();
 }
 
+// `numbers`: the fields after ignore_index, in their order. In fp32, so that 1 - s is exact in
+// fp64.
+CrossEntropyOptions options_of(int64_t ignore_index, const std::vector<float>& numbers) {
+  CrossEntropyOptions options;
+  options.ignore_index = ignore_index;
+  constexpr size_t kBytes = sizeof(options) - offsetof(CrossEntropyOptions, label_smoothing);
+  if (numbers.size() * sizeof(double) != kBytes) {
+    throw py::type_error("the options are not those of CrossEntropyOptions");
+  }
+  std::copy(numbers.begin(), numbers.end(), &options.label_smoothing);
+  return options;
+}
+
 void cross_entropy_losses_checked(py::array logits, const std::string& kind, const Labels& targets,
-                                  int64_t ignore_index, float label_smoothing, float softcap,
-                                  float z_loss, bool all_lse, Floats losses, Floats lse,
-                                  Doubles stats, std::optional<py::array> gradient,
-                                  float gradient_scale) {
+                                  int64_t ignore_index, const std::vector<float>& numbers,
+                                  bool all_lse, Floats losses, Floats lse, Doubles stats,
+                                  std::optional<py::array> gradient, float gradient_scale) {
   const LogitType type = logit_type(kind);
   const Rows x = rows_of(logits, kind, "logits", false);
   const int64_t N = logits.shape(0), V = logits.shape(1);
-  const int64_t* labels = checked_targets(targets, N, V, ignore_index);
+  const int64_t* labels = targets_of(targets, N, V);  // check_labels has seen them
   Rows out{nullptr, 0};
   if (gradient) {
     out = rows_of(*gradient, kind, "gradient", true);
@@ -95,7 +105,7 @@ void cross_entropy_losses_checked(py::array logits, const std::string& kind, con
   }
   float *loss = floats(losses, N, "losses"), *sums = floats(lse, N, "lse");
   RowStats* row_stats = reinterpret_cast<RowStats*>(floats(stats, 2 * N, "stats"));
-  const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, z_loss};
+  const CrossEntropyOptions options = options_of(ignore_index, numbers);
   py::gil_scoped_release release;
   cross_entropy_losses(x, type, N, V, labels, options, all_lse, loss, sums, row_stats,
                        gradient ? &out : nullptr, gradient_scale);
@@ -103,14 +113,16 @@ void cross_entropy_losses_checked(py::array logits, const std::string& kind, con
 
 void cross_entropy_gradients_checked(py::array logits, const std::string& kind,
                                      const Labels& targets, Doubles stats, int64_t ignore_index,
-                                     float label_smoothing, float softcap, float z_loss,
-                                     Floats grad_losses, std::optional<Floats> grad_lse,
-                                     py::array gradient) {
+                                     const std::vector<float>& numbers, Floats grad_losses,
+                                     std::optional<Floats> grad_lse, py::array gradient) {
   const LogitType type = logit_type(kind);
   const Rows x = rows_of(logits, kind, "logits", false);
   const Rows out = rows_of(gradient, kind, "gradient", true);
   const int64_t N = logits.shape(0), V = logits.shape(1);
-  const int64_t* labels = checked_targets(targets, N, V, ignore_index);
+  const int64_t* labels = targets_of(targets, N, V);
+  if (check_labels(labels, N, V, ignore_index).first_bad >= 0) {  // they may have changed since
+    throw py::value_error("a label is out of range");
+  }
   if (gradient.shape(0) != N || gradient.shape(1) != V) {
     throw py::type_error("gradient must have the shape of logits");
   }
@@ -118,7 +130,7 @@ void cross_entropy_gradients_checked(py::array logits, const std::string& kind,
   const float* weights = floats(grad_losses, one_for_all ? 1 : N, "grad_losses");
   const float* lse_weights = grad_lse ? floats(*grad_lse, N, "grad_lse") : nullptr;
   const RowStats* row_stats = reinterpret_cast<RowStats*>(floats(stats, 2 * N, "stats"));
-  const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, z_loss};
+  const CrossEntropyOptions options = options_of(ignore_index, numbers);
   py::gil_scoped_release release;
   cross_entropy_gradients(x, type, N, V, labels, row_stats, options, weights, one_for_all ? 0 : 1,
                           lse_weights, out);
@@ -153,17 +165,16 @@ void accumulate_checked(py::array sum, const py::array& part, const std::string&
 }  // namespace
 
 void bind_cross_entropy(py::module_& m) {
-  m.def("check_labels", &check_labels, py::arg("targets").noconvert(), py::arg("vocab_size"),
+  m.def("check_labels", &checked_labels, py::arg("targets").noconvert(), py::arg("vocab_size"),
         py::arg("ignore_index"));
   m.def("cross_entropy_losses", &cross_entropy_losses_checked, py::arg("logits"), py::arg("kind"),
-        py::arg("targets").noconvert(), py::arg("ignore_index"), py::arg("label_smoothing"),
-        py::arg("softcap"), py::arg("z_loss"), py::arg("all_lse"), py::arg("losses").noconvert(),
-        py::arg("lse").noconvert(), py::arg("stats").noconvert(), py::arg("gradient"),
-        py::arg("gradient_scale"));
+        py::arg("targets").noconvert(), py::arg("ignore_index"), py::arg("numbers"),
+        py::arg("all_lse"), py::arg("losses").noconvert(), py::arg("lse").noconvert(),
+        py::arg("stats").noconvert(), py::arg("gradient"), py::arg("gradient_scale"));
   m.def("cross_entropy_gradients", &cross_entropy_gradients_checked, py::arg("logits"),
         py::arg("kind"), py::arg("targets").noconvert(), py::arg("stats").noconvert(),
-        py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("softcap"), py::arg("z_loss"),
-        py::arg("grad_losses").noconvert(), py::arg("grad_lse").noconvert(), py::arg("gradient"));
+        py::arg("ignore_index"), py::arg("numbers"), py::arg("grad_losses").noconvert(),
+        py::arg("grad_lse").noconvert(), py::arg("gradient"));
   m.def("ordered_sum", &ordered_sum_checked, py::arg("values").noconvert());
   m.def("scale_in_place", &scale_in_place_checked, py::arg("x"), py::arg("kind"),
         py::arg("factor"));

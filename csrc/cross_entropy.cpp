@@ -120,15 +120,14 @@ void cross_entropy_gradients(Rows logits, LogitType type, int64_t N, int64_t V,
   });
 }
 
-int64_t first_bad_label(const int64_t* targets, int64_t N, int64_t V, int64_t ignore_index) {
+LabelCheck check_labels(const int64_t* targets, int64_t N, int64_t V, int64_t ignore_index) {
+  int64_t count = 0;
   for (int64_t row = 0; row < N; ++row) {
-    if (targets[row] != ignore_index && (targets[row] < 0 || targets[row] >= V)) return row;
+    if (targets[row] == ignore_index) continue;
+    if (targets[row] < 0 || targets[row] >= V) return {row, count};
+    ++count;
   }
-  return -1;
-}
-
-int64_t count_labels(const int64_t* targets, int64_t N, int64_t ignore_index) {
-  return N - std::count(targets, targets + N, ignore_index);
+  return {-1, count};
 }
 
 double ordered_sum(const float* values, int64_t n) {

@@ -1,6 +1,6 @@
 // Cross-entropy of rows of logits: losses, log-sum-exp and gradient.
 // defines: LogitType, CrossEntropyOptions, cross_entropy_losses, cross_entropy_gradients,
-//          first_bad_label, count_labels, ordered_sum, scale_in_place, accumulate
+//          check_labels, ordered_sum, scale_in_place, accumulate
 //
 // N rows, V vocabulary; l = softcap(logits) in fp32. The loss of a row with label y is
 //   (1 - s) * (lse - l_y) + s * (lse - mean_v l_v) + z * lse^2     s = label_smoothing, z = z_loss
@@ -15,9 +15,10 @@ enum class LogitType { kFloat32, kBfloat16, kFloat16 };
 
 struct CrossEntropyOptions {
   int64_t ignore_index = -100;
-  float label_smoothing = 0;
-  float softcap = 0;  // 0: none; else l = softcap * tanh(logit / softcap)
-  float z_loss = 0;
+  // Only doubles from here, in the order of kernels/cross_entropy_op.py's Options.
+  double label_smoothing = 0;
+  double softcap = 0;  // 0: none; else l = softcap * tanh(logit / softcap)
+  double z_loss = 0;
 };
 
 // (N, V) logits or gradients: rows `stride` elements apart, the elements of a row adjacent.
@@ -38,7 +39,7 @@ struct RowStats {
 // there, as are their stats (N,).
 // gradient, unless null: that of gradient_scale * sum of the losses, in the logits' type; it may be
 // the logits themselves.
-// Precondition (first_bad_label): every label lies in [0, V) or is ignore_index.
+// Precondition (check_labels): every label lies in [0, V) or is ignore_index.
 void cross_entropy_losses(Rows logits, LogitType type, int64_t N, int64_t V, const int64_t* targets,
                           const CrossEntropyOptions& options, bool all_lse, float* losses,
                           float* lse, RowStats* stats, const Rows* gradient, float gradient_scale);
@@ -51,11 +52,11 @@ void cross_entropy_gradients(Rows logits, LogitType type, int64_t N, int64_t V,
                              const CrossEntropyOptions& options, const float* grad_losses,
                              int64_t grad_losses_stride, const float* grad_lse, Rows gradient);
 
-// The first row whose label is neither in [0, V) nor ignore_index; -1 if there is none.
-int64_t first_bad_label(const int64_t* targets, int64_t N, int64_t V, int64_t ignore_index);
-
-// How many labels are not ignore_index.
-int64_t count_labels(const int64_t* targets, int64_t N, int64_t ignore_index);
+struct LabelCheck {
+  int64_t first_bad;  // the first row whose label is neither in [0, V) nor ignore_index, or -1
+  int64_t count;      // labels that are not ignore_index, up to that row
+};
+LabelCheck check_labels(const int64_t* targets, int64_t N, int64_t V, int64_t ignore_index);
 
 // The sum in fp64, first to last.
 double ordered_sum(const float* values, int64_t n);

@@ -27,9 +27,7 @@ def cross_entropy_losses(
     kind: str,
     targets: npt.NDArray[np.int64],  # (N,)
     ignore_index: int,
-    label_smoothing: float,
-    softcap: float,  # 0: none
-    z_loss: float,
+    numbers: list[float],  # the options after it, in the order of Options; None is 0
     all_lse: bool,
     losses: npt.NDArray[np.float32],  # (N,), written
     lse: npt.NDArray[np.float32],  # (N,), written
@@ -43,9 +41,7 @@ def cross_entropy_gradients(
     targets: npt.NDArray[np.int64],  # (N,)
     stats: npt.NDArray[np.float64],  # (N, 2)
     ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    z_loss: float,
+    numbers: list[float],
     grad_losses: npt.NDArray[np.float32],  # (N,) or ()
     grad_lse: npt.NDArray[np.float32] | None,  # (N,)
     gradient: np.ndarray,  # (N, V), written; may be logits

@@ -14,13 +14,15 @@ every launch can go into a CUDA graph. With TRITON_INTERPRET=1 all of it runs on
 Shapes: N rows, V vocabulary.
 """
 
+import threading
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .arguments import Options
+from .cross_entropy_op import Options, bad_label
 
 _ROCM = torch.version.hip is not None
 
@@ -214,7 +216,8 @@ def row_gradients_kernel(
 def denominator_scale_kernel(
     targets, num_items, scale, bad_label, N, V, ignore_index, kind, BLOCK: tl.constexpr
 ):
-    """1 / what the losses' sum is divided by. kind 0: 1, kind 1: rows that count, 2: num_items."""
+    """1 / what the losses' sum is divided by. kind 0: 1, kind 1: rows that count, 2: num_items.
+    1 if no row counts: whatever num_items, the loss of none is 0 and not NaN."""
     counts = tl.zeros([BLOCK], tl.int64)
     none = 0x7FFFFFFFFFFFFFFF
     first = tl.full([BLOCK], none, tl.int64)
@@ -224,10 +227,12 @@ def denominator_scale_kernel(
         counts += (y != ignore_index).to(tl.int64)
         bad = (y != ignore_index) & ((y < 0) | (y >= V))
         first = tl.minimum(first, tl.where(bad, rows.to(tl.int64), none))
-    items = tl.maximum(tl.sum(counts), 1).to(tl.float64)
+    count = tl.sum(counts)
+    items = count.to(tl.float64)
     if kind == 2:
         items = tl.load(num_items).to(tl.float64)
-    tl.store(scale, tl.where(kind == 0, 1.0, 1.0 / items).to(tl.float32))
+    items = tl.where((kind == 0) | (count == 0), 1.0, items)
+    tl.store(scale, (1.0 / items).to(tl.float32))
     row = tl.min(first)
     if row < none and tl.load(bad_label) < 0:  # the first one stays until it is read
         tl.store(bad_label + 1, tl.load(targets + row))
@@ -261,17 +266,31 @@ def scale_kernel(x, factor, units, programs, UNIT: tl.constexpr, BLOCK: tl.const
             block += programs
 
 
-STATS_COLUMNS = 0  # row_gradients needs nothing of a row besides its lse
-
 # One int64[4] a device: the first bad label's row, or -1; its value; V; ignore_index. It is made at
-# the first launch and kept: launches captured in a CUDA graph (after a warm-up) write to it, too.
+# the first launch and kept: launches captured in a CUDA graph write to it, too.
 _bad_labels: dict[torch.device, Tensor] = {}
 
 
 def _bad_label_buffer(device: torch.device) -> Tensor:
     if device not in _bad_labels:
-        with torch.inference_mode(False):  # check_labels may write to it outside inference mode
-            _bad_labels[device] = torch.full((4,), -1, dtype=torch.int64, device=device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the first loss on {device} cannot be captured in a CUDA graph: compute one "
+                f"outside of a capture first"
+            )
+
+        def make() -> None:
+            buffer = torch.full((4,), -1, dtype=torch.int64, device=device)
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # it is this thread's own stream
+            _bad_labels[device] = buffer
+
+        # In a thread of its own: torch.compile's warm-up of a CUDA graph takes what this one
+        # allocates from the graph's pool, where it would not stay. Inference mode and modes that
+        # change factories are this thread's, too.
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
     return _bad_labels[device]
 
 
@@ -281,8 +300,12 @@ def check_labels() -> None:
         row, value, V, ignore_index = buffer.tolist()
         if row >= 0:
             buffer.fill_(-1)
-            allowed = f"labels must lie in [0, {V}) or be ignore_index ({ignore_index})"
-            raise ValueError(f"targets (flattened) [{row}] = {value}: {allowed}")
+            raise bad_label(f" (flattened) [{row}]", value, V, ignore_index)
+
+
+def empty_saved(N: int, device: torch.device) -> Tensor:
+    """(N,) fp32: the lse."""
+    return torch.empty((N,), dtype=torch.float32, device=device)
 
 
 def denominator_scale(
@@ -293,7 +316,7 @@ def denominator_scale(
     mean: bool,
 ) -> Tensor:
     """What the losses' sum is multiplied by, () fp32: 1, or for the mean 1 / num_items or, without
-    that, 1 / (rows not ignored, at least 1). Notes labels out of range for check_labels."""
+    that, 1 / (rows not ignored); 1 if no row counts. Notes labels out of range for check_labels."""
     scale = torch.empty((), dtype=torch.float32, device=targets.device)
     kind = 0 if not mean else 1 if num_items is None else 2
     items, bad_label = targets if kind < 2 else num_items, _bad_label_buffer(targets.device)
@@ -339,9 +362,9 @@ def row_losses(
     all_lse: bool = False,  # the lse is computed of ignored rows, too, whether asked for or not
     gradient_scale: Tensor | None = None,  # () fp32 on the same device
     out: Tensor | None = None,  # like logits; may be logits
-    stats: Tensor | None = None,  # not needed here
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(losses (N,) fp32, lse (N,) fp32, gradient of gradient_scale * losses.sum() or None).
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(losses (N,) fp32, lse (N,) fp32, the same for row_gradients, gradient of gradient_scale *
+    losses.sum() or None).
 
     The gradient goes to `out` or a new (N, V) tensor. Raises where logits and out do not fit.
     """
@@ -358,28 +381,27 @@ def row_losses(
                 logits, targets.contiguous(), losses, lse, written, scale,
                 GRADIENT=wanted, **arguments,
             )  # fmt: skip
-    return losses, lse, out if wanted else None
+    # Two tensors if both leave the op, whose results must not share memory.
+    return losses, lse.clone() if all_lse else lse, lse, out if wanted else None
 
 
 def row_gradients(
     logits: Tensor,  # (N, V) as in row_losses
     targets: Tensor,  # (N,) int64
-    lse: Tensor,  # (N,) fp32, contiguous, from row_losses
+    saved: Tensor,  # (N,) fp32, contiguous, from row_losses: the lse
     grad_losses: Tensor | None,  # (N,) or () fp32; None: 0
     grad_lse: Tensor | None,  # (N,) or () fp32; None: 0
     options: Options,
     out: Tensor,  # like logits; may be logits
-    *,
-    stats: Tensor | None = None,  # not needed here
 ) -> None:
     """The gradient of sum(grad_losses * losses) + sum(grad_lse * lse) for the logits, to `out`."""
     arguments = _row_arguments(logits, out, options)
-    given = [lse if g is None else g for g in (grad_losses, grad_lse)]
+    given = [saved if g is None else g for g in (grad_losses, grad_lse)]
     strides = [-1 if g is None else g.stride(0) if g.dim() else 0 for g in (grad_losses, grad_lse)]
     if logits.shape[0]:
         with torch.cuda.device_of(logits):
             row_gradients_kernel[(logits.shape[0],)](
-                logits, targets.contiguous(), lse, *given, out,
+                logits, targets.contiguous(), saved, *given, out,
                 loss_stride=strides[0], lse_stride=strides[1], **arguments,
             )  # fmt: skip
 

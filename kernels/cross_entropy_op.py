@@ -1,60 +1,215 @@
-"""Cross-entropy as an op of torch's dispatcher: schema, shapes, autograd formula; no kernel.
+"""Cross-entropy as an op of torch's dispatcher: options, checks, schema, shapes, autograd formula.
 
-The kernels come from outside, one set for each device type, so that the formula stands here once
-for all of them. Imports torch and siblings only.
+The kernels come from outside, a module for each device type, so that the formula stands here once
+for all of them. Imports torch only.
 
 Shapes: N = any leading dimensions, V vocabulary.
 """
 
+import inspect
+import math
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .arguments import Options, check_labels_fit, check_options
+# --- Options ---
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the loss of a row depends on besides its logits and its label.
+
+    A new option is a field here and its check in LossOptions; a term in ops/cross_entropy.py
+    (reference, torch's path), kernels/cross_entropy.py and csrc/cross_entropy.inc; a field of
+    csrc/cross_entropy.h, in the same order. Signatures, schemas and bindings follow from the field.
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    z_loss: float = 0.0
+
+    @property
+    def numbers(self) -> list[float]:
+        """All but ignore_index, None as 0."""
+        return [float(getattr(self, name) or 0.0) for name in _OF_ROWS[1:]]
+
+
+@dataclass(frozen=True)
+class LossOptions(Options):
+    """The options that every loss takes, checked: ValueError if they do not fit together."""
+
+    reduction: str = "mean"
+    num_items: Tensor | float | None = None
+    return_lse: bool = False
+
+    def __post_init__(self):
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: it must lie in [0, 1]")
+        if self.softcap is not None and not 0.0 < self.softcap < math.inf:
+            raise ValueError(f"softcap={self.softcap}: it must be positive, or None for no cap")
+        if not 0.0 <= self.z_loss < math.inf:
+            raise ValueError(f"z_loss={self.z_loss}: it must be 0 (none) or positive")
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction={self.reduction!r}: it must be 'mean', 'sum' or 'none'")
+        items = self.num_items
+        if items is not None and self.reduction != "mean":
+            raise ValueError(
+                f"num_items replaces the mean's denominator; reduction is {self.reduction!r}"
+            )
+        # A tensor's value is not read: that would wait for the device.
+        if isinstance(items, Tensor):
+            if items.numel() != 1:
+                raise ValueError(f"num_items has shape {tuple(items.shape)}: it must be one number")
+        elif items is not None and not items > 0:
+            raise ValueError(f"num_items={items}: it must be positive")
+
+    @property
+    def of_rows(self) -> tuple:
+        """The fields of Options, as the ops take them."""
+        return tuple(getattr(self, name) for name in _OF_ROWS)
+
+    def items_on(self, device: torch.device) -> Tensor | None:
+        """num_items as a 0-d tensor on `device`."""
+        if self.num_items is None:
+            return None
+        if isinstance(self.num_items, Tensor):
+            return self.num_items.detach().to(device).reshape(())
+        # Not torch.full: by it a compiled graph would have the number as a constant.
+        return torch.ones((), dtype=torch.float32, device=device) * self.num_items
+
+
+_OF_ROWS = tuple(field.name for field in fields(Options))
+_SCHEMA_TYPES = {int: "int", float: "float", float | None: "float?"}
+OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[f.type]} {f.name}" for f in fields(Options))
+
+
+def shows_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets help() name what `function` takes as **options."""
+    own = inspect.signature(function)
+    shown = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = [p.name for p in shown]
+    shown += [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default)
+        for f in fields(LossOptions)
+        if f.name not in names
+    ]
+    function.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function
+
+
+# --- Checks ---
+
+
+def check_rows(name: str, rows: Tensor, V: int, targets: Tensor) -> None:
+    """`rows` (..., anything) must be floating-point, `targets` integers of the leading shape."""
+    if not rows.dim() or rows.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, {name} {tuple(rows.shape)}: targets must "
+            f"have the shape of {name} without its last dimension"
+        )
+    if V == 0:
+        raise ValueError(f"{name} has shape {tuple(rows.shape)} and the vocabulary no entry: V = 0")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise TypeError(f"targets has dtype {targets.dtype}: it must hold integer labels")
+    if not rows.is_floating_point():
+        raise TypeError(f"{name} has dtype {rows.dtype}: it must be a floating-point dtype")
+
+
+def bad_label(position: str, value: int, V: int, ignore_index: int) -> ValueError:
+    """The error of a label out of range at `position`, as "[3, 1]"."""
+    return ValueError(
+        f"targets{position} = {value}: labels must lie in [0, {V}) or be ignore_index "
+        f"({ignore_index})"
+    )
+
+
+def is_dtensor(x: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def refuse_dtensor(name: str, x: Tensor) -> None:
+    if type(x) is not Tensor and is_dtensor(x):
+        raise TypeError(
+            f"{name} is a DTensor {x.placements}: the kernels see one device; pass "  # type: ignore[attr-defined]
+            f"{name}.full_tensor(), or {name}.to_local() if each rank has rows of its own"
+        )
+
+
+def refuse_transforms(name: str, *inputs: Tensor | None) -> None:
+    """RuntimeError under torch.func's transforms, and for tangents of forward-mode AD."""
+    tangents = forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    )
+    if tangents or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"{name} has a reverse-mode derivative only, and no batching rule: use impl='torch' "
+            f"under torch.func.grad, vmap, jvp and forward-mode AD"
+        )
+
+
+def refuse_other_backwards(name: str, *gradients: Tensor | None) -> None:
+    """RuntimeError if backward is to be differentiated itself, or runs for a batch of gradients."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} has no second derivative (create_graph=True): use impl='torch' for one"
+        )
+    if any(g is not None and "Batched" in str(torch._C._dispatch_keys(g)) for g in gradients):
+        raise RuntimeError(
+            f"{name} takes one upstream gradient at a time (is_grads_batched=True): use "
+            f"impl='torch' for a batch of them"
+        )
+
+
+# --- The op ---
 
 
 class RowKernels(Protocol):
-    """What a device must bring: functions over rows, none of which waits for the device.
+    """What the kernels' module of a device brings: functions over rows, that do not wait for it.
 
     logits, gradients: (N, V), rows any distance apart, elements of a row adjacent; targets: (N,)
-    int64; losses, lse: (N,) fp32. stats: (N, STATS_COLUMNS) fp64, what row_gradients needs besides
-    the lse, of which alone a gradient cannot be computed: of logits near 1e4 its rounding to fp32
-    would be an error of 1e-3 in every probability.
+    int64; losses, lse: (N,) fp32. saved: (N, ...), what row_gradients needs of each row; only the
+    kernels know what is in it.
     """
 
-    STATS_COLUMNS: int
+    def empty_saved(self, N: int, device: torch.device) -> Tensor:
+        """`saved` of N rows, not filled."""
 
     def denominator_scale(
         self, targets: Tensor, V: int, ignore_index: int, num_items: Tensor | None, mean: bool
     ) -> Tensor:
-        """0-d fp32: 1 / (num_items, or the labels that count), 1 unless `mean`; checks labels."""
+        """0-d fp32: 1 / (num_items, or the labels that count), 1 unless `mean` or if no label
+        counts; checks labels, which may have any shape."""
 
     def row_losses(
         self,
         logits: Tensor,
-        targets: Tensor,
+        targets: Tensor,  # checked
         options: Options,
         *,
         all_lse: bool = False,  # also of ignored rows
         gradient_scale: Tensor | None = None,  # 0-d: also the gradient of scale * sum of losses
         out: Tensor | None = None,  # into this, which may be the logits
-        stats: Tensor | None = None,  # written; None: not wanted
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(losses, lse, gradient or None)"""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(losses, lse, saved, gradient or None)"""
 
     def row_gradients(
         self,
         logits: Tensor,
         targets: Tensor,
-        lse: Tensor,
+        saved: Tensor,  # by row_losses, which made no gradient
         grad_losses: Tensor | None,  # (N,), or 0-d for all rows
         grad_lse: Tensor | None,  # (N,)
         options: Options,
         out: Tensor,  # may be the logits
-        *,
-        stats: Tensor,  # as row_losses wrote them when it made no gradient
     ) -> None:
         """Gradient of the logits for given gradients of losses and lse."""
 
@@ -62,163 +217,126 @@ class RowKernels(Protocol):
         """scale * sum of the losses, 0-d fp32, in a fixed order."""
 
     def scale_in_place(self, x: Tensor, factor: Tensor) -> None:
-        """x *= factor (0-d), without touching x where it is 1."""
+        """x *= factor (0-d), without touching x if it is 1."""
 
 
 def define_cross_entropy(
-    namespace: str, row_kernels: dict[str, Callable[[], RowKernels]]
-) -> Callable[..., Any]:
-    """Registers `namespace::cross_entropy` and what its backward needs; returns the loss function.
+    namespace: str,
+    device_types: tuple[str, ...],
+    row_kernels: Callable[[torch.device], RowKernels],  # loads them when they are first needed
+) -> tuple[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]]:
+    """Registers ops of `namespace`; returns (loss function, gradient * factor).
 
-    row_kernels: for each device type what loads its kernels, called when they are first needed.
-    The function takes (logits, targets, *, ...) as `cross_entropy_loss` does, less `impl`.
+    The function takes (logits, targets, checked options, inplace).
     """
-    # Of a released version: a schema is not changed without another name. Compiled graphs that
-    # torch caches on disk call ops by name, and outlive an upgrade.
-    device_types = tuple(row_kernels)
-    options_schema = "int ignore_index, float label_smoothing, float? softcap, float z_loss"
 
-    @torch.library.custom_op(
-        f"{namespace}::cross_entropy",
-        mutates_args=(),
-        device_types=device_types,
-        schema=f"(Tensor logits, Tensor targets, Tensor? num_items, {options_schema}, "
-        "str reduction, bool all_lse, bool with_gradient, bool inplace) "
-        "-> (Tensor loss, Tensor lse, Tensor stats, Tensor scale, Tensor gradient)",
+    # After release, rename an op whenever its schema changes: compiled graphs that torch caches on
+    # disk call ops by name, and outlive an upgrade.
+    def op(name: str, schema: str, mutates: tuple[str, ...] = ()):
+        return torch.library.custom_op(
+            f"{namespace}::{name}", mutates_args=mutates, device_types=device_types, schema=schema
+        )
+
+    @op(
+        "cross_entropy_loss",
+        "(Tensor logits, Tensor targets, Tensor? num_items, str reduction, bool return_lse, "
+        f"bool with_gradient, bool inplace, {OPTIONS_SCHEMA}) "
+        "-> (Tensor loss, Tensor lse, Tensor saved, Tensor scale, Tensor gradient)",
     )
     def forward(
-        logits, targets, num_items, ignore_index, label_smoothing, softcap, z_loss, reduction,
-        all_lse, with_gradient, inplace,
-    ):  # fmt: skip
-        # inplace is for backward alone.
-        kernels = row_kernels[logits.device.type]()
-        options = Options(ignore_index, label_smoothing, softcap, z_loss)
-        V = logits.shape[-1]
-        scale = kernels.denominator_scale(targets, V, ignore_index, num_items, reduction == "mean")
-        stats = torch.empty(
-            (targets.numel(), kernels.STATS_COLUMNS), dtype=torch.float64, device=logits.device
+        logits, targets, num_items, reduction, return_lse, with_gradient, inplace, *options
+    ):  # inplace is for backward alone
+        kernels, options = row_kernels(logits.device), Options(*options)
+        scale = kernels.denominator_scale(
+            targets, logits.shape[-1], options.ignore_index, num_items, reduction == "mean"
         )
-        losses, lse, gradient = kernels.row_losses(
+        losses, lse, saved, gradient = kernels.row_losses(
             as_rows(logits),
             targets.reshape(-1).contiguous(),
             options,
-            all_lse=all_lse,
+            all_lse=return_lse,
             gradient_scale=scale if with_gradient else None,
-            stats=stats,
         )
-        if reduction == "none":
-            loss = losses.view(targets.shape)
-        else:
-            loss = kernels.sum_rows(losses, scale)
-        gradient = logits.new_empty(0) if gradient is None else gradient.view(logits.shape)
-        return loss, lse.view(targets.shape), stats, scale, gradient
+        return (
+            losses.view(targets.shape) if reduction == "none" else kernels.sum_rows(losses, scale),
+            lse.view(targets.shape) if return_lse else lse.new_empty(0),
+            saved,
+            scale,
+            logits.new_empty(0) if gradient is None else gradient.view(logits.shape),
+        )
 
     @forward.register_fake
-    def _(
-        logits, targets, num_items, ignore_index, label_smoothing, softcap, z_loss, reduction,
-        all_lse, with_gradient, inplace,
-    ):  # fmt: skip
-        def fp32(shape):
-            return torch.empty(shape, dtype=torch.float32, device=logits.device)
-
+    def _(logits, targets, num_items, reduction, return_lse, with_gradient, *rest):
         return (
-            fp32(targets.shape if reduction == "none" else ()),
-            fp32(targets.shape),
-            torch.empty(
-                (targets.numel(), row_kernels[logits.device.type]().STATS_COLUMNS),
-                dtype=torch.float64,
-                device=logits.device,
-            ),
-            fp32(()),
+            fp32(targets.shape if reduction == "none" else (), logits.device),
+            fp32(targets.shape if return_lse else 0, logits.device),
+            row_kernels(logits.device).empty_saved(targets.numel(), logits.device),
+            fp32((), logits.device),
             logits.new_empty(logits.shape if with_gradient else 0),
         )
 
-    backward_schema = (
-        "Tensor targets, Tensor lse, Tensor stats, Tensor? grad_losses, Tensor? grad_lse, "
-        + options_schema
-    )
-
-    @torch.library.custom_op(
-        f"{namespace}::cross_entropy_backward",
-        mutates_args=(),
-        device_types=device_types,
-        schema=f"(Tensor logits, {backward_schema}) -> Tensor",
-    )
-    def backward(
-        logits, targets, lse, stats, grad_losses, grad_lse, ignore_index, label_smoothing, softcap,
-        z_loss,
-    ):  # fmt: skip
-        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        row_kernels[logits.device.type]().row_gradients(
-            as_rows(logits),
+    def write_gradient(logits, targets, saved, grad_losses, grad_lse, options, out):
+        row_kernels(logits.device).row_gradients(
+            logits,
             targets.reshape(-1).contiguous(),
-            lse.reshape(-1),
+            saved,
             flat(grad_losses),
             flat(grad_lse),
-            Options(ignore_index, label_smoothing, softcap, z_loss),
-            as_rows(gradient),
-            stats=stats,
+            Options(*options),
+            out,
         )
+
+    gradient_schema = (
+        "Tensor targets, Tensor saved, Tensor? grad_losses, Tensor? grad_lse, " + OPTIONS_SCHEMA
+    )
+
+    @op("cross_entropy_gradient", f"(Tensor logits, {gradient_schema}) -> Tensor")
+    def gradient_of(logits, targets, saved, grad_losses, grad_lse, *options):
+        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        rows = as_rows(logits)
+        write_gradient(rows, targets, saved, grad_losses, grad_lse, options, as_rows(gradient))
         return gradient
 
-    @backward.register_fake
+    @gradient_of.register_fake
     def _(logits, *rest):
         return logits.new_empty(logits.shape)
 
-    @torch.library.custom_op(
-        f"{namespace}::cross_entropy_backward_",
-        mutates_args=("logits",),
-        device_types=device_types,
-        schema=f"(Tensor(a!) logits, {backward_schema}) -> ()",
-    )
-    def backward_(
-        logits, targets, lse, stats, grad_losses, grad_lse, ignore_index, label_smoothing, softcap,
-        z_loss,
-    ):  # fmt: skip
-        rows = as_rows(logits)  # a copy where the rows cannot be viewed as one matrix
-        row_kernels[logits.device.type]().row_gradients(
-            rows,
-            targets.reshape(-1).contiguous(),
-            lse.reshape(-1),
-            flat(grad_losses),
-            flat(grad_lse),
-            Options(ignore_index, label_smoothing, softcap, z_loss),
-            rows,
-            stats=stats,
-        )
+    @op("cross_entropy_gradient_", f"(Tensor(a!) logits, {gradient_schema}) -> ()", ("logits",))
+    def gradient_over(logits, targets, saved, grad_losses, grad_lse, *options):
+        rows = as_rows(logits)  # a copy if the rows cannot be viewed as one matrix
+        write_gradient(rows, targets, saved, grad_losses, grad_lse, options, rows)
         if rows.data_ptr() != logits.data_ptr():
             logits.copy_(rows.view(logits.shape))
 
-    @backward_.register_fake
-    def _(logits, *rest):
-        return None
-
-    @torch.library.custom_op(
-        f"{namespace}::scale_",
-        mutates_args=("x",),
-        device_types=device_types,
-        schema="(Tensor(a!) x, Tensor factor) -> ()",
-    )
+    @op("scale_", "(Tensor(a!) x, Tensor factor) -> ()", ("x",))
     def scale_(x, factor):
-        row_kernels[x.device.type]().scale_in_place(x, factor)
+        row_kernels(x.device).scale_in_place(x, factor)
 
-    @scale_.register_fake
-    def _(x, factor):
-        return None
+    for mutating in (gradient_over, scale_):
+        mutating.register_fake(lambda *arguments: None)
+
+    def times(gradient: Tensor, factor: Tensor) -> Tensor:
+        """gradient * factor (0-d), in fp32. In its own memory if no later backward can want it."""
+        if torch.compiler.is_compiling() or type(gradient) is not Tensor:
+            return (gradient.float() * factor).to(gradient.dtype)  # one loop, once it is compiled
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            gradient = gradient.clone()
+        scale_(gradient, factor)
+        return gradient
 
     def setup_context(ctx, inputs, output):
-        logits, targets, _, *ctx.options, ctx.reduction, _, ctx.with_gradient, ctx.inplace = inputs
-        _, lse, stats, scale, gradient = output
+        logits, targets, _, ctx.reduction, _, ctx.with_gradient, ctx.inplace, *ctx.options = inputs
+        _, _, saved, scale, gradient = output
         ctx.overwritten = False
-        ctx.mark_non_differentiable(stats, scale, gradient)
+        ctx.mark_non_differentiable(saved, scale, gradient)
         ctx.set_materialize_grads(False)
         if ctx.with_gradient:
             ctx.save_for_backward(gradient)
         else:
-            ctx.save_for_backward(logits, targets, lse, stats, scale)
+            ctx.save_for_backward(logits, targets, saved, scale)
 
-    def backward_formula(ctx, grad_loss, grad_lse, *_):
-        refuse_second_derivative("cross_entropy_loss")
+    def backward(ctx, grad_loss, grad_lse, *_):
+        refuse_other_backwards("cross_entropy_loss", grad_loss, grad_lse)
         if ctx.overwritten:
             raise RuntimeError(
                 "backward through cross_entropy_loss(inplace=True) a second time: the first one "
@@ -228,74 +346,48 @@ def define_cross_entropy(
         if grad_loss is None and grad_lse is None:
             return None, *none
         if ctx.with_gradient:
-            (gradient,) = ctx.saved_tensors
-            return times(scale_, gradient, grad_loss), *none
-        logits, targets, lse, stats, scale = ctx.saved_tensors
+            return times(ctx.saved_tensors[0], grad_loss), *none
+        logits, targets, saved, scale = ctx.saved_tensors
         if grad_loss is not None and ctx.reduction != "none":
             grad_loss = grad_loss * scale
-        arguments = targets, lse.detach(), stats, grad_loss, grad_lse, *ctx.options
+        arguments = targets, saved, grad_loss, grad_lse, *ctx.options
         if not ctx.inplace:
-            return backward(logits, *arguments), *none
+            return gradient_of(logits, *arguments), *none
         ctx.overwritten = not torch.compiler.is_compiling()
         gradient = logits.detach()
-        backward_(gradient, *arguments)
+        gradient_over(gradient, *arguments)
         return gradient, *none
 
-    forward.register_autograd(backward_formula, setup_context=setup_context)
+    forward.register_autograd(backward, setup_context=setup_context)
 
-    def cross_entropy_loss(
-        logits: Tensor,
-        targets: Tensor,
-        *,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        reduction: str = "mean",
-        num_items: Tensor | float | None = None,
-        return_lse: bool = False,
-        inplace: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Mean (or sum, or per-row) cross-entropy, in nats, fp32.
-
-        logits: (..., V) fp32, bf16 or fp16; targets: (...) integers in [0, V), or ignore_index.
-        Ignored rows count for nothing; of none left, loss and gradients are 0. num_items replaces
-        the mean's denominator. return_lse: (loss, lse), lse (...) after softcap, differentiable.
-        inplace allows backward to overwrite the logits; a second backward then raises.
-        Raises ValueError and TypeError for arguments that do not fit. On a GPU a label out of range
-        makes the loss NaN, and check_labels() raises.
-        """
-        check_labels_fit(logits.shape, logits.shape[-1] if logits.dim() else 0, targets)
-        check_options(label_smoothing, softcap, z_loss, reduction, num_items)
+    def loss_of(logits: Tensor, targets: Tensor, options: LossOptions, inplace: bool):
         if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(
                 f"logits has dtype {logits.dtype}: it must be float32, bfloat16 or float16"
             )
-        if logits.device.type not in row_kernels:
-            raise ValueError(
-                f"logits is on {logits.device}: there are kernels for {', '.join(row_kernels)}"
-            )
-        # Before any comparison: in a narrower dtype V and ignore_index would wrap around.
-        targets = targets.long()
-        num_items = as_tensor(num_items, logits.device)
-        options = (ignore_index, label_smoothing, softcap, z_loss)
-        needs_gradient = logits.requires_grad and torch.is_grad_enabled()
-        # With the gradient at once the logits are read once. Of no use where the upstream gradient
-        # is one per row, nor in a compiled graph, which would multiply it by what is nearly
-        # always 1 in a second pass over memory.
+        if not torch.compiler.is_compiling():
+            refuse_transforms("cross_entropy_loss", logits)
+        # With the gradient at once the logits are read once. Of no use if the upstream gradient is
+        # one per row, nor in a compiled graph, which would multiply it by what is nearly always 1
+        # in a second pass over memory; and in float16 a gradient of 1 / num_items vanishes before
+        # a GradScaler's factor comes.
         with_gradient = (
-            needs_gradient
+            logits.requires_grad
+            and torch.is_grad_enabled()
             and not inplace
-            and reduction != "none"
-            and not return_lse
+            and options.reduction != "none"
+            and not options.return_lse
+            and logits.dtype != torch.float16
             and not torch.compiler.is_compiling()
         )
+        # Labels in int64 before any comparison: in a narrower dtype V and ignore_index would wrap.
         loss, lse, *_ = forward(
-            logits, targets, num_items, *options, reduction, return_lse, with_gradient, inplace
-        )
-        return (loss, lse) if return_lse else loss
+            logits, targets.long(), options.items_on(logits.device), options.reduction,
+            options.return_lse, with_gradient, inplace, *options.of_rows,
+        )  # fmt: skip
+        return (loss, lse) if options.return_lse else loss
 
-    return cross_entropy_loss
+    return loss_of, times
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -304,42 +396,12 @@ def as_rows(logits: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def as_tensor(num_items: Tensor | float | None, device: torch.device) -> Tensor | None:
-    """num_items as a 0-d tensor on `device`."""
-    if num_items is None:
-        return None
-    if isinstance(num_items, Tensor):
-        return num_items.detach().to(device)
-    return torch.full((), num_items, dtype=torch.float32, device=device)
-
-
-def refuse_second_derivative(name: str) -> None:
-    """RuntimeError where backward runs to be differentiated itself (create_graph=True)."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{name} has no second derivative (create_graph=True): use impl='torch' for one"
-        )
-
-
-def times(scale_: Callable[[Tensor, Tensor], None], gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor (0-d). Into its own memory where no later backward can want it again."""
-    traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
-    if traced or _graph_is_kept():
-        return gradient * factor.to(gradient.dtype)
-    scale_(gradient, factor)
-    return gradient
-
-
-def _graph_is_kept() -> bool:
-    """Was the backward that runs now called with retain_graph? True where torch does not tell."""
-    try:
-        return torch._C._autograd._get_current_graph_task_keep_graph()
-    except AttributeError:
-        return True
-
-
 def flat(x: Tensor | None) -> Tensor | None:
     """(N,) or 0-d fp32."""
     if x is None:
         return None
     return (x if x.dim() == 0 else x.reshape(-1)).float().contiguous()
+
+
+def fp32(shape, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)

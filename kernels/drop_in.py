@@ -7,20 +7,49 @@ of this folder in another project and fastlm itself do not meet.
 import os
 
 import torch
+from torch import Tensor
 
 from . import adamw as _adamw
 from . import cross_entropy as _row_kernels
-from .cross_entropy_op import define_cross_entropy
+from .cross_entropy_op import (
+    LossOptions,
+    check_rows,
+    define_cross_entropy,
+    refuse_dtensor,
+    shows_options,
+)
 from .optimizer import FusedAdamW, StepKernels
 
 _device_types = ["cuda"]  # ROCm's, too
 if os.environ.get("TRITON_INTERPRET") == "1":
     _device_types.append("cpu")
 
-cross_entropy_loss = define_cross_entropy(
-    (__package__ or "kernels").replace(".", "_"),
-    {device_type: lambda: _row_kernels for device_type in _device_types},
+_loss_of, _ = define_cross_entropy(
+    (__package__ or "kernels").replace(".", "_"), tuple(_device_types), lambda device: _row_kernels
 )
+
+
+@shows_options
+def cross_entropy_loss(
+    logits: Tensor, targets: Tensor, *, inplace: bool = False, **options
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mean (or sum, or per-row) cross-entropy, in nats, fp32.
+
+    logits: (..., V) fp32, bf16 or fp16; targets: (...) integers in [0, V), or ignore_index.
+    Ignored rows count for nothing; of none left, loss and gradients are 0. num_items replaces the
+    mean's denominator. return_lse: (loss, lse), lse (...) after softcap, differentiable.
+    inplace allows backward to overwrite the logits; a second backward then raises.
+    Raises ValueError and TypeError for arguments that do not fit. On a GPU a label out of range
+    makes the loss NaN, and check_labels() raises.
+    """
+    checked = LossOptions(**options)
+    refuse_dtensor("logits", logits)
+    check_rows("logits", logits, logits.shape[-1] if logits.dim() else 0, targets)
+    if logits.device.type not in _device_types:
+        raise ValueError(
+            f"logits is on {logits.device}: there are kernels for {', '.join(_device_types)}"
+        )
+    return _loss_of(logits, targets, checked, inplace)
 
 
 class AdamW(FusedAdamW):

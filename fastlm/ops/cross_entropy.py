@@ -7,49 +7,45 @@ With l = softcap(logits) in fp32 and lse = log(sum_v exp(l_v)), the loss of a ro
 softcap(x) = c * tanh(x / c) is Gemma 2's (arXiv:2408.00118 §2), z_loss PaLM's
 (arXiv:2204.02311 §5), label smoothing that of torch.nn.functional.cross_entropy.
 
-The op of torch's dispatcher, fastlm::cross_entropy, is defined in kernels/cross_entropy_op.py.
+The op of torch's dispatcher and the options: kernels/cross_entropy_op.py.
 Shapes: N = any leading dimensions, V vocabulary.
 """
 
 import sys
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.kernels.arguments import check_labels_fit, check_options
-from fastlm.kernels.cross_entropy_op import define_cross_entropy
+from fastlm.kernels.cross_entropy_op import (
+    LossOptions,
+    bad_label,
+    check_rows,
+    define_cross_entropy,
+    refuse_dtensor,
+    shows_options,
+)
 from fastlm.ops.dispatch import implementation, resolve_implementation
 
-_op = define_cross_entropy(
-    "fastlm",
-    {
-        device_type: partial(implementation, "cross_entropy", impl, device_type)
-        for device_type, impl in (("cpu", "cpp"), ("cuda", "triton"))
-    },
-)
+row_kernels = cache(partial(implementation, "cross_entropy", "auto"))  # the module for a device
+_loss_of, times = define_cross_entropy("fastlm", ("cpu", "cuda"), row_kernels)
 
 
+@shows_options
 def cross_entropy_loss(
     logits: Tensor,  # (..., V) fp32, bf16 or fp16; fp64 runs impl "torch"
     targets: Tensor,  # (...) integer labels in [0, V), or ignore_index
     *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    num_items: Tensor | float | None = None,
-    return_lse: bool = False,
     inplace: bool = False,
     impl: str = "auto",
+    **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mean (or sum, or per-row) cross-entropy of `targets` under softmax(`logits`), in nats.
 
     Rows labelled `ignore_index` count for nothing; when every row is, the loss is 0 and so are the
-    gradients. `num_items` (a number or 0-d tensor) replaces the mean's denominator, the count of
-    rows not ignored: the total over all micro-batches, for gradient accumulation. With
+    gradients. `num_items` (a number or one-element tensor) replaces the mean's denominator, the
+    count of rows not ignored: the total over all micro-batches, for gradient accumulation. With
     `return_lse`, (loss, lse): lse is (...), fp32 and differentiable.
 
     `inplace` allows backward to overwrite the logits with their gradient, which saves their size in
@@ -61,27 +57,12 @@ def cross_entropy_loss(
     names its position; on a GPU, which is not waited for, the loss is NaN and
     `fastlm.check_labels()` raises. There is no second derivative, except with impl="torch".
     """
-    check_labels_fit(logits.shape, logits.shape[-1] if logits.dim() else 0, targets)
-    check_options(label_smoothing, softcap, z_loss, reduction, num_items)
-    if not logits.is_floating_point():
-        raise TypeError(f"logits has dtype {logits.dtype}: it must be a floating-point dtype")
-    impl = resolve_implementation("cross_entropy", impl, logits.device, logits.dtype)
-    options = dict(
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        softcap=softcap,
-        z_loss=z_loss,
-        reduction=reduction,
-        num_items=num_items,
-        return_lse=return_lse,
-    )
-    if impl == "torch":
-        return _torch_cross_entropy(logits, targets, **options)
-    if impl == "triton" and logits.device.type == "cpu":  # Triton's interpreter
-        from fastlm.kernels import cross_entropy_loss as interpreted
-
-        return interpreted(logits, targets, inplace=inplace, **options)
-    return _op(logits, targets, inplace=inplace, **options)
+    checked = LossOptions(**options)
+    refuse_dtensor("logits", logits)
+    check_rows("logits", logits, logits.shape[-1] if logits.dim() else 0, targets)
+    if resolve_implementation("cross_entropy", impl, logits.device, logits.dtype) == "torch":
+        return _torch_cross_entropy(logits, targets, checked)
+    return _loss_of(logits, targets, checked, inplace)
 
 
 def check_labels() -> None:
@@ -96,99 +77,82 @@ def check_labels() -> None:
 
 
 def _torch_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    z_loss: float,
-    reduction: str,
-    num_items: Tensor | float | None,
-    return_lse: bool,
+    logits: Tensor, targets: Tensor, o: LossOptions
 ) -> Tensor | tuple[Tensor, Tensor]:
     """By PyTorch's own functions: on devices without a kernel, in fp64, for second derivatives."""
     # Before any comparison: in a narrower dtype V and ignore_index would wrap around.
     targets = targets.long()
     V = logits.shape[-1]
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_label_range(targets, V, ignore_index)
+        _check_label_range(targets, V, o.ignore_index)
     rows = logits.reshape(targets.numel(), V)
     rows = rows if rows.dtype == torch.float64 else rows.float()
     labels = targets.reshape(-1)
-    if softcap is not None:
-        rows = softcap * torch.tanh(rows / softcap)
+    if o.softcap is not None:
+        rows = o.softcap * torch.tanh(rows / o.softcap)
 
     lse = None
-    if z_loss or return_lse:
+    if o.z_loss or o.return_lse:
         lse = torch.logsumexp(rows, dim=-1)
     # "sum" and our own division: torch's "mean" is NaN when every row is ignored.
     loss = F.cross_entropy(
         rows,
         labels,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction="none" if z_loss or reduction == "none" else "sum",
+        ignore_index=o.ignore_index,
+        label_smoothing=o.label_smoothing,
+        reduction="none" if o.z_loss or o.reduction == "none" else "sum",
     )
-    if z_loss:
+    if o.z_loss:
         # Not a product with the mask: an ignored row's lse may be infinite.
-        loss = loss + z_loss * torch.where(labels != ignore_index, lse.square(), 0.0)
-    loss = loss.view(targets.shape) if reduction == "none" else loss.sum()
-    if reduction == "mean":
-        items = _count_valid(labels, ignore_index) if num_items is None else num_items
-        loss = (loss / items).to(rows.dtype)  # an fp64 num_items would widen it
-    return (loss, lse.view(targets.shape)) if return_lse else loss
+        loss = loss + o.z_loss * torch.where(labels != o.ignore_index, lse.square(), 0.0)
+    loss = loss.view(targets.shape) if o.reduction == "none" else loss.sum()
+    if o.reduction == "mean":
+        loss = (loss / _items(labels, o)).to(rows.dtype)  # an fp64 num_items would widen it
+    return (loss, lse.view(targets.shape)) if o.return_lse else loss
 
 
 def cross_entropy_loss_reference(
     logits: Tensor,  # (..., V)
     targets: Tensor,  # (...)
-    *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    num_items: Tensor | float | None = None,
-    return_lse: bool = False,
+    **options,  # of cross_entropy_loss
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The formula above, step by step: what every implementation is tested against.
 
     In fp64 for fp64 logits, else in fp32.
     """
+    o = LossOptions(**options)
     x = logits if logits.dtype == torch.float64 else logits.float()
-    if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
+    if o.softcap is not None:
+        x = o.softcap * torch.tanh(x / o.softcap)
     largest = x.max(dim=-1, keepdim=True).values
     lse = (x - largest).exp().sum(dim=-1).log() + largest.squeeze(-1)
 
     targets = targets.long()
-    valid = targets != ignore_index
+    valid = targets != o.ignore_index
     labels = torch.where(valid, targets, 0)
     target_logit = torch.take_along_dim(x, labels.unsqueeze(-1), dim=-1).squeeze(-1)
     loss = lse - target_logit
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (lse - x.mean(dim=-1))
-    loss = loss + z_loss * lse.square()
+    if o.label_smoothing:
+        loss = (1 - o.label_smoothing) * loss + o.label_smoothing * (lse - x.mean(dim=-1))
+    loss = loss + o.z_loss * lse.square()
     loss = torch.where(valid, loss, 0.0)
 
-    if reduction != "none":
+    if o.reduction != "none":
         loss = loss.sum()
-    if reduction == "mean":
-        loss = loss / (_count_valid(targets, ignore_index) if num_items is None else num_items)
-    return (loss, lse) if return_lse else loss
+    if o.reduction == "mean":
+        loss = loss / _items(targets, o)
+    return (loss, lse) if o.return_lse else loss
 
 
-def _count_valid(labels: Tensor, ignore_index: int) -> Tensor:
-    """Rows not ignored, at least 1 so that the loss of none is 0 and not NaN."""
-    return (labels != ignore_index).sum().clamp(min=1)
+def _items(labels: Tensor, o: LossOptions) -> Tensor:
+    """The mean's denominator; 1 if no row counts, so that the loss of none is 0 and not NaN."""
+    count = (labels != o.ignore_index).sum()
+    items = o.items_on(labels.device)
+    return count.clamp(min=1) if items is None else torch.where(count == 0, 1, items)
 
 
 def _check_label_range(targets: Tensor, V: int, ignore_index: int) -> None:
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
     if wrong.any():
         position = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(
-            f"targets{list(position)} = {int(targets[position])}: labels must lie in [0, {V}) "
-            f"or be ignore_index ({ignore_index})"
-        )
+        raise bad_label(str(list(position)), int(targets[position]), V, ignore_index)

@@ -4,18 +4,41 @@ Device-agnostic: matmuls of torch around the row kernels of either device.
 Shapes: N rows, D model width, V vocabulary, R rows of a chunk.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fastlm.extension import extension
-from fastlm.kernels.arguments import Options
-from fastlm.kernels.cross_entropy_op import RowKernels
+from fastlm.kernels.cross_entropy_op import Options, RowKernels, fp32
 
-# Vocabulary rows whose gradient one matmul makes on the CPU, which cannot write fp32 from 16-bit
-# operands: few enough that the 16-bit product is still in the cache when it is added in fp32.
+# Bytes of a chunk's scratch by default: six chunks at Llama 3's head (V = 128256, D = 4096) and
+# 8192 rows in bf16, less than a quarter of the logits. Fewer, larger chunks would be little faster.
+_SCRATCH = 480 << 20
+# But no less than this: each chunk reads the weight and adds to all of its gradient.
+_LEAST_ROWS = 1024
+# Chunks are multiples of this: matmuls want it, and slices of targets stay aligned.
+_ROWS = 256
+# Vocabulary rows whose gradient one matmul makes if it cannot write fp32 from 16-bit operands: few
+# enough that the 16-bit product is still in the cache when it is added in fp32.
 _SLICE = 2048
-# Columns whose bias gradient is summed at a time there: torch widens 16-bit terms in memory first.
+# Columns whose bias gradient is summed at a time on the CPU: torch widens 16-bit terms in memory.
 _COLUMNS = 256
+
+
+@dataclass(frozen=True)
+class LinearCrossEntropyPlan:
+    """How linear_cross_entropy_loss splits its work. Bytes beyond inputs and returned gradients."""
+
+    rows_per_chunk: int  # whose logits exist at a time
+    chunks: int
+    scratch_bytes: int  # of a chunk: its logits and what goes with them
+    weight_bytes: int  # whatever the chunks: the weight's cast, the fp32 sum of its gradient
+
+    @property
+    def extra_bytes(self) -> int:
+        return self.scratch_bytes + self.weight_bytes
 
 
 class Head:
@@ -24,76 +47,105 @@ class Head:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         self.weight, self.bias, self.dtype = weight, bias, dtype
         self.V, self.D = weight.shape
-        self.sliced = weight.device.type == "cpu" and dtype != torch.float32
+        self.on_cpu = weight.device.type == "cpu"
 
-    def fixed_bytes(self, chunks: int) -> int:
-        """Extra memory whatever the chunks' size."""
-        size = self.dtype.itemsize
-        total = self.V * self.D * size if self.weight.dtype != self.dtype else 0
+    @property
+    def sliced(self) -> bool:
+        """Can torch not write fp32 from 16-bit operands? True on CPUs, up to torch 2.14."""
+        return self.on_cpu and self.dtype != torch.float32
+
+    def plan(self, N: int, budget: int | None) -> LinearCrossEntropyPlan:
+        """Everything in one chunk if that fits. budget: for scratch and weight together; None: a
+        default for the scratch alone. ValueError, naming the least, for a budget too small."""
+        if budget is None:
+            most = max(_SCRATCH // self._row_bytes() // _ROWS * _ROWS, _LEAST_ROWS)
+        elif self._plan(N, 1).extra_bytes <= budget:
+            most = N
+        else:
+            most = (budget - self._plan(0, 2).extra_bytes) // self._row_bytes()
+            most = most // _ROWS * _ROWS if most >= _ROWS else most
+            if most < 1:
+                least, whole = self._plan(1, 2), self._plan(N, 1)
+                raise ValueError(
+                    f"memory_budget={budget}: it must be at least "
+                    f"{min(least.extra_bytes, whole.extra_bytes):,} bytes, {least.weight_bytes:,} "
+                    f"of them for the weight; one chunk takes {whole.extra_bytes:,}, and None "
+                    f"chooses chunks of {min(N, self.plan(N, None).rows_per_chunk):,} rows"
+                )
+        if most >= N:
+            return self._plan(N, min(N, 1))
+        chunks = -(-N // most)
+        rows = -(-N // chunks)  # chunks of one size
+        if most >= _ROWS:
+            rows = -(-rows // _ROWS) * _ROWS
+        return self._plan(rows, -(-N // rows))
+
+    def _plan(self, rows: int, chunks: int) -> LinearCrossEntropyPlan:
+        size, elements = self.dtype.itemsize, self.V * self.D
+        weight = elements * size if self.weight.dtype != self.dtype else 0
         # The fp32 sum of the weight's gradient, unless that is what is returned, or one product.
         if self.weight.dtype != torch.float32 and (chunks > 1 or self.weight.dtype != self.dtype):
-            total += 4 * self.V * self.D
-        if self.sliced:
-            total += min(_SLICE, self.V) * self.D * size
+            weight += 4 * elements
         if self.bias is not None:
-            total += 8 * self.V  # cast, and the fp32 gradient
-        return total
+            weight += 8 * self.V  # cast, and the fp32 gradient
+        scratch = rows * self._row_bytes()
+        if self.sliced:
+            scratch += min(_SLICE, self.V) * self.D * size
+        return LinearCrossEntropyPlan(rows, chunks, scratch, weight)
 
-    def bytes_per_row(self) -> int:
-        """Extra memory for each row of a chunk: logits, hidden and its gradient, row results."""
+    def _row_bytes(self) -> int:
+        """For each row of a chunk: logits, hidden and its gradient, row results."""
         total = (self.V + 2 * self.D) * self.dtype.itemsize + 4 * self.D + 64
-        return total + 4 * _COLUMNS if self.bias is not None and self.sliced else total
+        if self.sliced and self.dtype == torch.float16:
+            total += 4 * (self.D + min(_SLICE, self.V))  # what fp32 products read
+        return total + 4 * _COLUMNS if self.bias is not None and self.on_cpu else total
 
 
 def head_losses(
     kernels: RowKernels,
     hidden: Tensor,  # (N, D)
     head: Head,
-    targets: Tensor,  # (N,) int64
+    targets: Tensor,  # (N,) int64, checked
     options: Options,
     *,
     all_lse: bool,
     gradient_scale: Tensor | None,  # 0-d fp32; None: no gradients
     wanted: list[bool],  # the gradients of hidden, weight, bias
-    rows_per_chunk: int,
+    memory_budget: int | None,
     num_valid: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    """(losses, lse: (N,) fp32, stats, gradients of gradient_scale * sum of losses).
+    """(losses (N,), lse (N,) if all_lse, the kernels' `saved` if there is no gradient_scale,
+    gradients of gradient_scale * sum of losses); what is not asked for has no rows.
 
-    Ignored rows are left out where all_lse does not ask for them and their number is known.
+    Ignored rows are left out if all_lse does not ask for them and their number is known.
     """
-    hidden = hidden.detach()
     N, device = targets.numel(), hidden.device
-    losses = torch.zeros(N, device=device)
-    lse = torch.zeros(N, device=device)
-    stats = torch.zeros(N, kernels.STATS_COLUMNS, dtype=torch.float64, device=device)
-    if gradient_scale is None:
-        wanted = [False] * 3
+    losses = fp32(N, device).zero_()
+    lse = fp32(N if all_lse else 0, device)
+    saved = kernels.empty_saved(N if gradient_scale is None else 0, device).zero_()
     kept = None if all_lse else _rows_that_count(targets, options.ignore_index, num_valid)
-    chunks = chunks_of(kept, N, rows_per_chunk)
-    sums = GradientSums(head, hidden, wanted, len(chunks))
-    compute = LogitsOf(head, min(rows_per_chunk, N))
-    for rows in chunks:
-        x, y = _take(hidden, rows).to(head.dtype), _take(targets, rows)
-        logits = compute(x)
-        row_stats = stats.new_empty(len(y), kernels.STATS_COLUMNS)
-        losses[rows], lse[rows], _ = kernels.row_losses(
+    chunks = Chunks(head, hidden, kept, memory_budget)
+    sums = GradientSums(chunks, wanted if gradient_scale is not None else [False] * 3)
+    for rows, x, logits in chunks:
+        losses[rows], row_lse, row_saved, gradient = kernels.row_losses(
             logits,
-            y,
+            _take(targets, rows),
             options,
             all_lse=all_lse,
-            gradient_scale=gradient_scale if any(wanted) else None,
-            out=logits if any(wanted) else None,
-            stats=row_stats,
+            gradient_scale=gradient_scale,
+            out=logits,
         )
-        stats[rows] = row_stats
-        if any(wanted):
-            sums.add(rows, x, compute.weight, logits)
+        if all_lse:
+            lse[rows] = row_lse
+        if gradient is None:
+            saved[rows] = row_saved
+        else:
+            sums.add(rows, x, gradient)
     if num_valid is not None and device.type != "cpu":
         # Rows left out because the number was too small: seen without waiting for the device.
         counted = (targets != options.ignore_index).sum()
         losses = torch.where(counted == num_valid, losses, torch.nan)
-    return losses, lse, stats, sums.results()
+    return losses, lse, saved, sums.results()
 
 
 def head_gradients(
@@ -101,104 +153,106 @@ def head_gradients(
     hidden: Tensor,  # (N, D)
     head: Head,
     targets: Tensor,  # (N,) int64
-    lse: Tensor,  # (N,) fp32
-    stats: Tensor,  # (N, STATS_COLUMNS) fp64
+    saved: Tensor,  # (N, ...), by head_losses
     grad_losses: Tensor | None,  # (N,) or 0-d fp32
     grad_lse: Tensor | None,  # (N,) fp32
     options: Options,
     *,
     wanted: list[bool],
-    rows_per_chunk: int,
+    memory_budget: int | None,
 ) -> list[Tensor | None]:
     """Gradients of hidden, weight and bias; the logits are computed again."""
-    hidden = hidden.detach()
     kept = None
     if grad_lse is None:
         kept = _rows_that_count(targets, options.ignore_index, None)
-    chunks = chunks_of(kept, targets.numel(), rows_per_chunk)
-    sums = GradientSums(head, hidden, wanted, len(chunks))
-    compute = LogitsOf(head, min(rows_per_chunk, targets.numel()))
-    for rows in chunks:
-        x = _take(hidden, rows).to(head.dtype)
-        logits = compute(x)
+    chunks = Chunks(head, hidden, kept, memory_budget)
+    sums = GradientSums(chunks, wanted)
+    for rows, x, logits in chunks:
         kernels.row_gradients(
             logits,
             _take(targets, rows),
-            _take(lse, rows),
+            _take(saved, rows),
             _of_rows(grad_losses, rows),
             _of_rows(grad_lse, rows),
             options,
             logits,
-            stats=_take(stats, rows),
         )
-        sums.add(rows, x, compute.weight, logits)
+        sums.add(rows, x, logits)
     return sums.results()
 
 
-class LogitsOf:
-    """Computes logits, those of every chunk in the same memory."""
+class Chunks:
+    """Iterates over (rows, their hidden states (R, D), their logits (R, V)); the logits of every
+    chunk have the same memory. rows: a slice of all N, or a piece of the indices `kept`."""
 
-    def __init__(self, head: Head, most_rows: int):
+    def __init__(self, head: Head, hidden: Tensor, kept: Tensor | None, memory_budget: int | None):
+        self.head, self.hidden, self.kept = head, hidden.detach(), kept
         self.weight = head.weight.detach().to(head.dtype)
         self.bias = None if head.bias is None else head.bias.detach().to(head.dtype)
-        self._memory = self.weight.new_empty(most_rows, head.V)
+        self.rows_per_chunk = head.plan(len(hidden), memory_budget).rows_per_chunk
+        count = len(hidden if kept is None else kept)
+        starts = range(0, count, max(self.rows_per_chunk, 1))
+        self.bounds = [slice(i, min(i + self.rows_per_chunk, count)) for i in starts]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: (R, D) -> (R, V), valid until the next call."""
-        out = self._memory[: len(x)]
-        if self.bias is None:
-            return torch.mm(x, self.weight.t(), out=out)
-        return torch.addmm(self.bias, x, self.weight.t(), out=out)
+    def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
+        memory = self.weight.new_empty(self.rows_per_chunk, self.head.V)
+        for bound in self.bounds:
+            rows = bound if self.kept is None else self.kept[bound]
+            x = _take(self.hidden, rows).to(self.head.dtype)
+            logits = memory[: len(x)]
+            if self.bias is None:
+                torch.mm(x, self.weight.t(), out=logits)
+            else:
+                torch.addmm(self.bias, x, self.weight.t(), out=logits)
+            yield rows, x, logits
 
 
 class GradientSums:
     """Gradients of hidden (N, D), weight (V, D) and bias (V,), summed over chunks in fp32."""
 
-    def __init__(self, head: Head, hidden: Tensor, wanted: list[bool], chunks: int):
-        self.head, self.chunks = head, chunks
-        self.first = True
-        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
+    def __init__(self, chunks: Chunks, wanted: list[bool]):
+        self.head, self.chunks, self.first = chunks.head, chunks, True
+        self.hidden = torch.zeros_like(chunks.hidden) if wanted[0] else None
         self.weight_wanted = wanted[1]
         self.weight: Tensor | None = None  # the sum so far
-        self.bias = hidden.new_zeros(head.V, dtype=torch.float32) if wanted[2] else None
+        self.bias = fp32(self.head.V, chunks.hidden.device).zero_() if wanted[2] else None
 
-    def add(self, rows: slice | Tensor, x: Tensor, weight: Tensor, grad_logits: Tensor) -> None:
-        """x: (R, D), weight: (V, D), grad_logits: (R, V), all in the head's dtype."""
+    def add(self, rows: slice | Tensor, x: Tensor, grad_logits: Tensor) -> None:
+        """x: (R, D), grad_logits: (R, V), both in the head's dtype."""
         if self.hidden is not None:
-            self.hidden[rows] = torch.mm(grad_logits, weight).to(self.hidden.dtype)
+            self.hidden[rows] = torch.mm(grad_logits, self.chunks.weight).to(self.hidden.dtype)
         if self.bias is not None:
-            width = _COLUMNS if self.head.sliced else self.head.V
+            width = _COLUMNS if self.head.on_cpu else self.head.V
             for begin in range(0, self.head.V, width):
                 columns = slice(begin, begin + width)
                 self.bias[columns] += grad_logits[:, columns].sum(0, dtype=torch.float32)
         if self.weight_wanted:
-            self._add_weight(x, grad_logits)
+            self._add_weight(x, grad_logits.t())
         self.first = False
 
     def _add_weight(self, x: Tensor, grad_logits: Tensor) -> None:
-        if self.chunks == 1 and x.dtype == self.head.weight.dtype:
-            self.weight = torch.mm(grad_logits.t(), x)  # summed in fp32 inside, rounded once
+        """x: (R, D), grad_logits: (V, R)."""
+        if len(self.chunks.bounds) == 1 and x.dtype == self.head.weight.dtype:
+            self.weight = torch.mm(grad_logits, x)  # summed in fp32 inside, rounded once
             return
         if self.weight is None:
-            self.weight = torch.empty(self.head.V, self.head.D, device=x.device)
+            self.weight = fp32((self.head.V, self.head.D), x.device)
         if x.dtype == torch.float32:
-            torch.addmm(
-                self.weight, grad_logits.t(), x, beta=0 if self.first else 1, out=self.weight
-            )
+            beta = 0 if self.first else 1
+            torch.addmm(self.weight, grad_logits, x, beta=beta, out=self.weight)
         elif self.head.sliced:
-            kind = str(x.dtype).removeprefix("torch.")
+            wide = x.float() if x.dtype == torch.float16 else None
             for begin in range(0, self.head.V, _SLICE):
-                part = torch.mm(grad_logits[:, begin : begin + _SLICE].t(), x)
-                extension().accumulate(
-                    self.weight[begin : begin + _SLICE].numpy(),
-                    part.view(torch.int16).numpy(),
-                    kind,
-                    self.first,
-                )
+                part, sum = (t[begin : begin + _SLICE] for t in (grad_logits, self.weight))
+                if wide is not None:  # a product in fp16 may overflow, or lose what is small
+                    torch.addmm(sum, part.float(), wide, beta=0 if self.first else 1, out=sum)
+                    continue
+                bits = torch.mm(part, x).view(torch.int16)
+                extension().accumulate(sum.numpy(), bits.numpy(), "bfloat16", self.first)
         elif self.first:
-            torch.mm(grad_logits.t(), x, out_dtype=torch.float32, out=self.weight)
+            torch.mm(grad_logits, x, out_dtype=torch.float32, out=self.weight)
         else:
-            torch.addmm(self.weight, grad_logits.t(), x, out_dtype=torch.float32, out=self.weight)
+            torch.addmm(self.weight, grad_logits, x, out_dtype=torch.float32, out=self.weight)
 
     def results(self) -> list[Tensor | None]:
         """In the parameters' own dtypes; zeros where no row counted."""
@@ -211,13 +265,6 @@ class GradientSums:
             None if weight is None else weight.to(self.head.weight.dtype),
             None if bias is None else bias.to(self.head.bias.dtype),
         ]
-
-
-def chunks_of(kept: Tensor | None, N: int, rows_per_chunk: int) -> list[slice | Tensor]:
-    """Rows of each chunk: slices of all N, or pieces of the indices `kept`."""
-    count = N if kept is None else len(kept)
-    bounds = [(i, min(i + rows_per_chunk, count)) for i in range(0, count, max(rows_per_chunk, 1))]
-    return [slice(*bound) if kept is None else kept[slice(*bound)] for bound in bounds]
 
 
 def _rows_that_count(targets: Tensor, ignore_index: int, num_valid: int | None) -> Tensor | None:

@@ -1,40 +1,42 @@
 """The output head and its cross-entropy in one op: linear_cross_entropy_loss.
 
 The loss is that of cross_entropy.py for logits = hidden @ weight.T + bias. The logits exist for a
-chunk of rows at a time, and become their own gradient in place; the gradients of hidden, weight and
-bias are computed with the loss, while the chunk is there, and kept for backward.
+chunk of rows at a time (head.py), and become their own gradient in place; the gradients of hidden,
+weight and bias are computed with the loss, while the chunk is there, and kept for backward.
 
 Shapes: N = any leading dimensions, D model width, V vocabulary.
 """
 
-from dataclasses import dataclass
+import sys
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastlm.kernels.arguments import Options, check_labels_fit, check_options
 from fastlm.kernels.cross_entropy_op import (
-    as_tensor,
+    OPTIONS_SCHEMA,
+    LossOptions,
+    Options,
+    check_rows,
     flat,
-    refuse_second_derivative,
+    fp32,
+    is_dtensor,
+    refuse_dtensor,
+    refuse_other_backwards,
+    refuse_transforms,
+    shows_options,
+)
+from fastlm.ops.cross_entropy import (
+    cross_entropy_loss,
+    cross_entropy_loss_reference,
+    row_kernels,
     times,
 )
-from fastlm.ops.cross_entropy import cross_entropy_loss, cross_entropy_loss_reference
-from fastlm.ops.dispatch import implementation, resolve_implementation
-from fastlm.ops.head import Head, head_gradients, head_losses
-
-DEFAULT_MEMORY_BUDGET = 1 << 30  # bytes
+from fastlm.ops.dispatch import resolve_implementation
+from fastlm.ops.head import Head, LinearCrossEntropyPlan, head_gradients, head_losses
 
 
-@dataclass(frozen=True)
-class LinearCrossEntropyPlan:
-    """How linear_cross_entropy_loss splits its work."""
-
-    rows_per_chunk: int  # whose logits exist at a time
-    chunks: int
-    extra_bytes: int  # of memory, beyond inputs, outputs and returned gradients
-
-
+@shows_options
 def linear_cross_entropy_loss(
     hidden: Tensor,  # (..., D) fp32, bf16 or fp16
     weight: Tensor,  # (V, D): the fp32 master, or of hidden's dtype
@@ -43,59 +45,58 @@ def linear_cross_entropy_loss(
     bias: Tensor | None = None,  # (V,)
     memory_budget: int | None = None,
     num_valid: int | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    num_items: Tensor | float | None = None,
-    return_lse: bool = False,
     impl: str = "auto",
+    **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """cross_entropy_loss(hidden @ weight.T + bias, targets, ...) without the memory for the logits.
 
     Options and results are those of `cross_entropy_loss`. The products are computed in autocast's
     dtype where autocast is on, else in hidden's. The weight is cast inside: pass the fp32 parameter
-    itself, then its gradient, summed over chunks in fp32, reaches it without rounding.
+    itself, then its gradient, summed over chunks in fp32, reaches it without rounding. In float16
+    the gradients are computed in backward, after a GradScaler's factor, from logits made again.
 
-    `memory_budget`: bytes of memory that may be used beyond inputs and returned gradients; default
-    1 GiB. Everything is one chunk where that fits; `linear_cross_entropy_plan` tells. Raises
-    ValueError, naming the least that works, for a budget that is too small.
+    A weight that is a DTensor (FSDP2's, sharded by itself) is gathered here, and its gradient is
+    averaged over the mesh, as data parallelism does it.
+
+    `memory_budget`: bytes that may be used beyond inputs and returned gradients. Raises ValueError,
+    naming the least that works, for one that is too small. Default: no bound for what the weight
+    takes (a cast, an fp32 gradient; both only if its dtype is another), and chunks whose scratch is
+    480 MiB, but no fewer than 1,024 rows. `linear_cross_entropy_plan` tells both.
 
     Ignored rows are left out of the products: on the CPU always; on a GPU, which is not waited for,
-    where `num_valid` says how many rows are not ignored (if it is wrong, the loss is NaN).
+    if `num_valid` says how many rows are not ignored (if it is wrong, the loss is NaN).
 
     The same errors as `cross_entropy_loss`; ValueError or TypeError for shapes or dtypes of weight
     and bias that do not fit. There is no second derivative, except with impl="torch".
     """
-    _check(hidden, weight, bias, targets, num_valid)
-    check_options(label_smoothing, softcap, z_loss, reduction, num_items)
+    checked = LossOptions(**options)
+    weight, bias = _whole(weight), _whole(bias)
+    _check(hidden, weight, bias, targets)
     dtype = _compute_dtype(hidden)
-    options = dict(
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        softcap=softcap,
-        z_loss=z_loss,
-    )
-    rest = dict(reduction=reduction, num_items=num_items, return_lse=return_lse)
     if resolve_implementation("linear_cross_entropy", impl, hidden.device, dtype) == "torch":
-        logits = torch.nn.functional.linear(
-            hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        )
-        return cross_entropy_loss(logits, targets, impl="torch", **options, **rest)
-    # Here, so that a budget that is too small is refused where it was given.
-    plan = _plan(hidden, weight, bias, dtype, memory_budget)
+        b = None if bias is None else bias.to(dtype)
+        logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), b)
+        return cross_entropy_loss(logits, targets, impl="torch", **options)
+    if not torch.compiler.is_compiling():
+        refuse_transforms("linear_cross_entropy_loss", hidden, weight, bias)
+        _register_flops()
     wanted = [
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
         for tensor in (hidden, weight, bias)
     ]
-    with_gradients = any(wanted) and reduction != "none" and not return_lse
-    num_items = as_tensor(num_items, hidden.device)
+    # In float16 a gradient of 1 / num_items vanishes before a GradScaler's factor comes.
+    with_gradients = (
+        any(wanted)
+        and checked.reduction != "none"
+        and not checked.return_lse
+        and dtype != torch.float16
+    )
     loss, lse, *_ = _forward(
-        hidden, weight, bias, targets.long(), num_items, *options.values(), reduction,
-        return_lse, dtype, wanted, with_gradients, plan.rows_per_chunk, num_valid,
+        hidden, weight, bias, targets.long(), checked.items_on(hidden.device), checked.reduction,
+        checked.return_lse, dtype, wanted, with_gradients, memory_budget, num_valid,
+        *checked.of_rows,
     )  # fmt: skip
-    return (loss, lse) if return_lse else loss
+    return (loss, lse) if checked.return_lse else loss
 
 
 def linear_cross_entropy_plan(
@@ -109,7 +110,8 @@ def linear_cross_entropy_plan(
 
     Raises ValueError, naming the least that works, for a budget that is too small.
     """
-    return _plan(hidden, weight, bias, _compute_dtype(hidden), memory_budget)
+    N = hidden.shape[:-1].numel()
+    return Head(weight, bias, _compute_dtype(hidden)).plan(N, memory_budget)
 
 
 def linear_cross_entropy_loss_reference(
@@ -127,41 +129,28 @@ def linear_cross_entropy_loss_reference(
     return cross_entropy_loss_reference(logits, targets, **options)
 
 
-def _plan(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, budget: int | None
-) -> LinearCrossEntropyPlan:
-    budget = DEFAULT_MEMORY_BUDGET if budget is None else budget
-    head = Head(weight, bias, dtype)
-    D = hidden.shape[-1]
-    N = hidden.numel() // D if D else 0
-
-    def extra_bytes(rows: int, chunks: int) -> int:
-        return head.fixed_bytes(chunks) + rows * head.bytes_per_row()
-
-    # Whole, or split: then a 16-bit weight's gradient needs an fp32 sum beside it.
-    if extra_bytes(N, 1) <= budget:
-        return LinearCrossEntropyPlan(N, 1 if N else 0, extra_bytes(N, 1))
-    rows = (budget - head.fixed_bytes(2)) // head.bytes_per_row()
-    if rows < 1:
-        raise ValueError(
-            f"memory_budget={budget}: it must be at least {extra_bytes(1, 2):,} bytes, and 256 "
-            f"rows or more for speed ({extra_bytes(256, 2):,})"
-        )
-    chunks = -(-N // rows)
-    rows = -(-N // chunks)  # chunks of one size
-    return LinearCrossEntropyPlan(rows, chunks, extra_bytes(rows, chunks))
-
-
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return hidden.dtype
+    # A plan can be asked for on "meta", which has no autocast.
+    if device_type == "meta" or hidden.dtype == torch.float64:
+        return hidden.dtype
+    autocast = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, num_valid: int | None
-) -> None:
+def _whole(parameter: Tensor | None) -> Tensor | None:
+    if parameter is None or not is_dtensor(parameter):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    # Each rank's gradient is that of its own rows' mean: not equal over ranks, as full_tensor()
+    # takes them to be, but to be averaged. Of ranks with the same rows the average is the same.
+    average = [Partial("avg")] * parameter.device_mesh.ndim  # type: ignore[attr-defined]
+    return parameter.full_tensor(grad_placements=average)  # type: ignore[attr-defined]
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
+    refuse_dtensor("hidden", hidden)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}: they must be "
@@ -171,109 +160,107 @@ def _check(
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}, not ({weight.shape[0]},) as weight has rows"
         )
-    check_labels_fit(hidden.shape, weight.shape[0], targets, what="hidden")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
+    check_rows("hidden", hidden, weight.shape[0], targets)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
             raise TypeError(f"{name} has dtype {tensor.dtype}: it must be a floating-point dtype")
-        if tensor is not None and tensor.dtype == torch.float64 != hidden.dtype:
+        if tensor.dtype == torch.float64 != hidden.dtype:
             raise TypeError(f"{name} has dtype float64, hidden {hidden.dtype}: both, or neither")
-        if tensor is not None and tensor.device != hidden.device:
+        if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
-    if num_valid is not None and not 0 <= num_valid <= targets.numel():
-        raise ValueError(f"num_valid={num_valid}: it must lie in [0, {targets.numel()}]")
 
 
-# --- The op of torch's dispatcher ---
-
-
-def _kernels(device: torch.device):
-    return implementation("linear_cross_entropy", "auto", device)
-
+# --- The op of torch's dispatcher. The chunks are planned inside, for no shape to enter Python. ---
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
-_OPTIONS = "int ignore_index, float label_smoothing, float? softcap, float z_loss"
-_HOW = "ScalarType dtype, bool[] wanted"
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 
-@torch.library.custom_op(
-    "fastlm::linear_cross_entropy",
-    mutates_args=(),
-    device_types=("cpu", "cuda"),
-    schema=f"({_INPUTS}, Tensor? num_items, {_OPTIONS}, str reduction, bool all_lse, {_HOW}, "
-    "bool with_gradients, int rows_per_chunk, int? num_valid) "
-    f"-> (Tensor loss, Tensor lse, Tensor stats, Tensor scale, {_GRADIENTS})",
+def _op(name: str, schema: str):
+    return torch.library.custom_op(
+        f"fastlm::{name}", mutates_args=(), device_types=("cpu", "cuda"), schema=schema
+    )
+
+
+@_op(
+    "linear_cross_entropy_loss",
+    f"({_INPUTS}, Tensor? num_items, str reduction, bool return_lse, ScalarType dtype, "
+    "bool[] wanted, bool with_gradients, SymInt? memory_budget, SymInt? num_valid, "
+    f"{OPTIONS_SCHEMA}) -> (Tensor loss, Tensor lse, Tensor saved, Tensor scale, {_GRADIENTS})",
 )
 def _forward(
-    hidden, weight, bias, targets, num_items, ignore_index, label_smoothing, softcap, z_loss,
-    reduction, all_lse, dtype, wanted, with_gradients, rows_per_chunk, num_valid,
+    hidden, weight, bias, targets, num_items, reduction, return_lse, dtype, wanted, with_gradients,
+    memory_budget, num_valid, *options,
 ):  # fmt: skip
-    kernels = _kernels(hidden.device)
+    N = targets.numel()
+    if num_valid is not None and not 0 <= num_valid <= N:
+        raise ValueError(f"num_valid={num_valid}: it must lie in [0, {N}]")
+    kernels, options = row_kernels(hidden.device), Options(*options)
     V = weight.shape[0]
-    scale = kernels.denominator_scale(targets, V, ignore_index, num_items, reduction == "mean")
-    losses, lse, stats, gradients = head_losses(
+    scale = kernels.denominator_scale(
+        targets, V, options.ignore_index, num_items, reduction == "mean"
+    )
+    losses, lse, saved, gradients = head_losses(
         kernels,
-        hidden.reshape(targets.numel(), hidden.shape[-1]),
+        hidden.reshape(N, hidden.shape[-1]),
         Head(weight, bias, dtype),
         targets.reshape(-1).contiguous(),
-        Options(ignore_index, label_smoothing, softcap, z_loss),
-        all_lse=all_lse,
+        options,
+        all_lse=return_lse,
         gradient_scale=scale if with_gradients else None,
         wanted=wanted,
-        rows_per_chunk=rows_per_chunk,
+        memory_budget=memory_budget,
         num_valid=num_valid,
     )
     loss = losses.view(targets.shape) if reduction == "none" else kernels.sum_rows(losses, scale)
-    return loss, lse.view(targets.shape), stats, scale, *_shaped(gradients, hidden)
+    lse = lse.view(targets.shape) if return_lse else lse
+    return loss, lse, saved, scale, *_shaped(gradients, hidden)
 
 
 @_forward.register_fake
 def _(
-    hidden, weight, bias, targets, num_items, ignore_index, label_smoothing, softcap, z_loss,
-    reduction, all_lse, dtype, wanted, with_gradients, rows_per_chunk, num_valid,
+    hidden, weight, bias, targets, num_items, reduction, return_lse, dtype, wanted, with_gradients,
+    *rest,
 ):  # fmt: skip
-    def empty(shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=hidden.device)
-
+    device = hidden.device
     return (
-        empty(targets.shape if reduction == "none" else ()),
-        empty(targets.shape),
-        empty((targets.numel(), _kernels(hidden.device).STATS_COLUMNS), torch.float64),
-        empty(()),
+        fp32(targets.shape if reduction == "none" else (), device),
+        fp32(targets.shape if return_lse else 0, device),
+        row_kernels(device).empty_saved(0 if with_gradients else targets.numel(), device),
+        fp32((), device),
         *_empty_gradients(hidden, weight, bias, [with_gradients and want for want in wanted]),
     )
 
 
-@torch.library.custom_op(
-    "fastlm::linear_cross_entropy_backward",
-    mutates_args=(),
-    device_types=("cpu", "cuda"),
-    schema=f"({_INPUTS}, Tensor lse, Tensor stats, Tensor? grad_losses, Tensor? grad_lse, "
-    f"{_OPTIONS}, {_HOW}, int rows_per_chunk) -> ({_GRADIENTS})",
+@_op(
+    "linear_cross_entropy_gradient",
+    f"({_INPUTS}, Tensor saved, Tensor? grad_losses, Tensor? grad_lse, ScalarType dtype, "
+    f"bool[] wanted, SymInt? memory_budget, {OPTIONS_SCHEMA}) -> ({_GRADIENTS})",
 )
-def _backward(
-    hidden, weight, bias, targets, lse, stats, grad_losses, grad_lse, ignore_index,
-    label_smoothing, softcap, z_loss, dtype, wanted, rows_per_chunk,
+def _gradient(
+    hidden, weight, bias, targets, saved, grad_losses, grad_lse, dtype, wanted, memory_budget,
+    *options,
 ):  # fmt: skip
     gradients = head_gradients(
-        _kernels(hidden.device),
+        row_kernels(hidden.device),
         hidden.reshape(targets.numel(), hidden.shape[-1]),
         Head(weight, bias, dtype),
         targets.reshape(-1).contiguous(),
-        lse.reshape(-1),
-        stats,
+        saved,
         flat(grad_losses),
         flat(grad_lse),
-        Options(ignore_index, label_smoothing, softcap, z_loss),
+        Options(*options),
         wanted=wanted,
-        rows_per_chunk=rows_per_chunk,
+        memory_budget=memory_budget,
     )
     return _shaped(gradients, hidden)
 
 
-@_backward.register_fake
-def _(hidden, weight, bias, targets, *rest):
-    return _empty_gradients(hidden, weight, bias, rest[-2])
+@_gradient.register_fake
+def _(hidden, weight, bias, targets, saved, grad_losses, grad_lse, dtype, wanted, *rest):
+    return _empty_gradients(hidden, weight, bias, wanted)
 
 
 def _shaped(gradients: list[Tensor | None], hidden: Tensor) -> tuple[Tensor, ...]:
@@ -293,37 +280,61 @@ def _empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, targets, _, *ctx.options = inputs[:9]
-    ctx.reduction, _, ctx.dtype, ctx.wanted, ctx.with_gradients, ctx.rows_per_chunk, _ = inputs[9:]
-    _, lse, stats, scale, *gradients = output
-    ctx.mark_non_differentiable(stats, scale, *gradients)
+    (
+        hidden, weight, bias, targets, _, ctx.reduction, _, ctx.dtype, ctx.wanted,
+        ctx.with_gradients, ctx.memory_budget, _, *ctx.options,
+    ) = inputs  # fmt: skip
+    _, _, saved, scale, *gradients = output
+    ctx.mark_non_differentiable(saved, scale, *gradients)
     ctx.set_materialize_grads(False)
     if ctx.with_gradients:
         ctx.save_for_backward(*gradients)
     else:
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, stats, scale)
+        ctx.save_for_backward(hidden, weight, bias, targets, saved, scale)
 
 
-def _backward_formula(ctx, grad_loss, grad_lse, *_):
-    refuse_second_derivative("linear_cross_entropy_loss")
-    none = (None,) * 13
+def _backward(ctx, grad_loss, grad_lse, *_):
+    refuse_other_backwards("linear_cross_entropy_loss", grad_loss, grad_lse)
+    none = (None,) * (len(ctx.options) + 9)
     if grad_loss is None and grad_lse is None:
         return None, None, None, *none
     if ctx.with_gradients:
         gradients = [
-            times(torch.ops.fastlm.scale_, gradient, grad_loss) if want else None
+            times(gradient, grad_loss) if want else None
             for gradient, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
         ]
         return *gradients, *none
-    hidden, weight, bias, targets, lse, stats, scale = ctx.saved_tensors
+    hidden, weight, bias, targets, saved, scale = ctx.saved_tensors
     if grad_loss is not None and ctx.reduction != "none":
         grad_loss = grad_loss * scale
-    gradients = _backward(
-        hidden, weight, bias, targets, lse.detach(), stats, grad_loss, grad_lse, *ctx.options,
-        ctx.dtype, ctx.wanted, ctx.rows_per_chunk,
+    gradients = _gradient(
+        hidden, weight, bias, targets, saved, grad_loss, grad_lse, ctx.dtype, ctx.wanted,
+        ctx.memory_budget, *ctx.options,
     )  # fmt: skip
     wanted = [g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
     return *wanted, *none
 
 
-_forward.register_autograd(_backward_formula, setup_context=_setup_context)
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- FlopCounterMode ---
+
+
+def _loss_flops(hidden, weight, *rest, out_val, **kwargs) -> int:
+    """Of the logits, and as much again for each of the gradients of hidden and weight."""
+    made = sum(gradient.dim() > 1 for gradient in out_val[-3:-1])
+    return (1 + made) * 2 * hidden.numel() * weight.shape[0]
+
+
+def _register_flops() -> None:
+    """If FlopCounterMode is loaded. Not at import: it would load Triton."""
+    module = sys.modules.get("torch.utils.flop_counter")
+    loss = torch.ops.fastlm.linear_cross_entropy_loss
+    if module is None or loss in module.flop_registry:
+        return
+    ops = [loss, torch.ops.fastlm.linear_cross_entropy_gradient]
+    module.register_flop_formula(ops, get_raw=True)(_loss_flops)
+    for mode in _get_current_dispatch_mode_stack():  # has a copy of what was registered before
+        if isinstance(mode, module._FlopCounterMode):
+            mode.counter.flop_registry.update({op: module.flop_registry[op] for op in ops})

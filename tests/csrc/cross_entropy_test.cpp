@@ -130,7 +130,7 @@ void check_case(const Case& c, const std::string& name) {
 
 template <class T>
 void test_type() {
-  const CrossEntropyOptions plain, capped{-100, 0, 5, 0}, all{3, 0.2f, 8, 0.02f};
+  const CrossEntropyOptions plain, capped{-100, 0, 5, 0}, all{3, 0.2, 8, 0.02};
   // One row and class; around the vectors of every instruction set; around a block of 2048.
   for (int64_t V : {1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 100, 2047, 2048, 2049, 4097}) {
     check_case<T>({3, V, 0, plain}, "plain");
@@ -189,11 +189,11 @@ void test_conversions() {
 
 void test_labels() {
   const std::vector<int64_t> targets = {0, 4, -100, 2, -1, 5};
-  check_equal(first_bad_label(targets.data(), 6, 5, -100), 4, "first_bad_label");
-  check_equal(first_bad_label(targets.data(), 4, 5, -100), -1, "first_bad_label of none");
-  check_equal(first_bad_label(targets.data(), 6, 6, -1), 2, "first_bad_label, another index");
-  check_equal(count_labels(targets.data(), 6, -100), 5, "count_labels");
-  check_equal(count_labels(targets.data(), 0, -100), 0, "count_labels of none");
+  check_equal(check_labels(targets.data(), 6, 5, -100).first_bad, 4, "first bad label");
+  check_equal(check_labels(targets.data(), 4, 5, -100).first_bad, -1, "no bad label");
+  check_equal(check_labels(targets.data(), 6, 6, -1).first_bad, 2, "another ignore_index");
+  check_equal(check_labels(targets.data(), 4, 5, -100).count, 3, "labels that count");
+  check_equal(check_labels(targets.data(), 0, 5, -100).count, 0, "no labels");
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
-"""linear_cross_entropy's chunks around the Triton launchers, as on a GPU, in Triton's interpreter.
+"""linear_cross_entropy_loss over the Triton kernels, as on a GPU, in Triton's interpreter.
 
 test_triton_cross_entropy.py runs this file, with TRITON_INTERPRET=1 and in a process of its own.
 """
 
 import os
+import threading
 
 import pytest
 import torch
@@ -12,39 +13,53 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from fastlm.kernels import cross_entropy as triton_kernels
-from fastlm.kernels.arguments import Options
 
-from fastlm.ops import cross_entropy_cpp
-from fastlm.ops.head import Head, head_gradients, head_losses
+from fastlm import linear_cross_entropy_loss, linear_cross_entropy_plan
+from fastlm.ops import cross_entropy_cpp, linear_cross_entropy
 
-OPTIONS = Options(label_smoothing=0.2, softcap=8.0, z_loss=0.02, ignore_index=0)
+OPTIONS = dict(label_smoothing=0.2, softcap=8.0, z_loss=0.02, ignore_index=0)
 
 
-@pytest.mark.parametrize("rows_per_chunk", [12, 5])
-@pytest.mark.parametrize("all_lse", [False, True])
-def test_head_over_these_kernels(all_lse, rows_per_chunk):
-    # linear_cross_entropy on a GPU: the same chunks around these launchers as around C++'s.
+@pytest.mark.parametrize("memory_budget", [None, 2_000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_the_same_chunks_around_either_kernels(return_lse, reduction, memory_budget, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(12, 8, generator=generator)
     weight = torch.randn(50, 8, generator=generator)
     targets = torch.randint(50, (12,), generator=generator)
-    targets[::3] = OPTIONS.ignore_index
-    arguments = (hidden, Head(weight, None, torch.float32), targets)
-    wanted = [True, True, False]
+    targets[::3] = OPTIONS["ignore_index"]
+    plan = linear_cross_entropy_plan(hidden, weight, memory_budget=memory_budget)
+    assert plan.chunks == (1 if memory_budget is None else 3)
     results = []
     for kernels in (triton_kernels, cross_entropy_cpp):
-        losses, lse, _, gradients = head_losses(
-            kernels, *arguments, OPTIONS, all_lse=all_lse, gradient_scale=torch.tensor(0.5),
-            wanted=wanted, rows_per_chunk=rows_per_chunk, num_valid=None,
+        monkeypatch.setattr(linear_cross_entropy, "row_kernels", lambda device, k=kernels: k)
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        got = linear_cross_entropy_loss(
+            *leaves, targets, reduction=reduction, return_lse=return_lse,
+            memory_budget=memory_budget, **OPTIONS,
         )  # fmt: skip
-        _, _, stats, _ = head_losses(
-            kernels, *arguments, OPTIONS, all_lse=all_lse, gradient_scale=None,
-            wanted=wanted, rows_per_chunk=rows_per_chunk, num_valid=None,
-        )  # fmt: skip
-        after = head_gradients(
-            kernels, *arguments, lse, stats, torch.full((12,), 0.5), lse if all_lse else None,
-            OPTIONS, wanted=wanted, rows_per_chunk=rows_per_chunk,
-        )  # fmt: skip
-        kept = slice(None) if all_lse else targets != OPTIONS.ignore_index
-        results.append((losses, lse[kept], *gradients[:2], *after[:2]))
+        loss, lse = got if return_lse else (got, torch.zeros(()))
+        (0.7 * loss.sum() + (lse * torch.arange(12)).sum()).backward()
+        results.append((loss, lse, *(leaf.grad for leaf in leaves)))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_label_state_is_made_outside_of_captures_and_pools(monkeypatch):
+    # By no allocation of this thread, whose allocations a CUDA graph's pool may take.
+    places, full = [], torch.full
+
+    def note(*arguments, **options):
+        places.append(threading.current_thread())
+        return full(*arguments, **options)
+
+    monkeypatch.setattr(triton_kernels, "_bad_labels", {})
+    monkeypatch.setattr(torch, "full", note)
+    triton_kernels.denominator_scale(torch.tensor([99]), 11, -100, None, True)
+    triton_kernels.denominator_scale(torch.tensor([1]), 11, -100, None, True)
+    assert len(places) == 1 and places[0] is not threading.current_thread()
+    with pytest.raises(ValueError, match=r"\[0\] = 99"):
+        triton_kernels.check_labels()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"first loss on cuda:3.*outside of a capture first"):
+        triton_kernels._bad_label_buffer(torch.device("cuda:3"))

@@ -15,7 +15,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from fastlm.kernels import configs
-from fastlm.kernels.arguments import Options
 from fastlm.kernels.cross_entropy import (
     check_labels,
     denominator_scale,
@@ -24,6 +23,7 @@ from fastlm.kernels.cross_entropy import (
     scale_in_place,
     sum_rows,
 )
+from fastlm.kernels.cross_entropy_op import Options
 
 # NumPy, which the interpreter computes with, warns of what is meant: -inf - -inf in idle lanes.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -99,26 +99,30 @@ def check(logits, targets, options=OPTIONS["defaults"], *, seed=1):
     before = logits.clone()
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand((), generator=generator) + 0.2
-    losses, lse, gradient = row_losses(logits, targets, options, gradient_scale=scale)
+    losses, lse, saved, gradient = row_losses(
+        logits, targets, options, all_lse=True, gradient_scale=scale
+    )
+    assert saved.data_ptr() != lse.data_ptr()
     zeros = torch.zeros(N)
     assert_right((losses, lse, gradient), logits, targets, options, scale.expand(N), zeros)
 
     again = row_losses(logits, targets, options)
     assert_bitwise_equal(again[0], losses)
     assert_bitwise_equal(again[1], lse)
-    assert again[2] is None
+    assert_bitwise_equal(again[2], saved)
+    assert again[3] is None
     assert_bitwise_equal(logits, before, "logits")
 
     grad_losses, grad_lse = torch.randn(2, N, generator=generator)
     out = torch.empty_like(logits)
-    row_gradients(logits, targets, lse, grad_losses, grad_lse, options, out)
+    row_gradients(logits, targets, saved, grad_losses, grad_lse, options, out)
     assert_right((losses, lse, out), logits, targets, options, grad_losses, grad_lse)
     assert_bitwise_equal(logits, before, "logits")
     # In place: the same bits.
     row_losses(before, targets, options, gradient_scale=scale, out=before)
     assert_bitwise_equal(before, gradient, "gradient in place")
     before.copy_(logits)
-    row_gradients(before, targets, lse, grad_losses, grad_lse, options, before)
+    row_gradients(before, targets, saved, grad_losses, grad_lse, options, before)
     assert_bitwise_equal(before, out, "gradient in place")
     return losses, lse, gradient
 
@@ -194,7 +198,7 @@ def test_minus_infinity(V, softcap, dtype):
     if softcap is None:
         assert losses[2] == 0 and (gradient[2] == 0).all()
         targets[0] = 5  # a label of probability 0
-        losses, _, gradient = row_losses(logits, targets, options, gradient_scale=torch.ones(()))
+        losses, _, _, gradient = row_losses(logits, targets, options, gradient_scale=torch.ones(()))
         assert losses[0] == torch.inf and gradient.isfinite().all()
 
 
@@ -206,7 +210,7 @@ def test_nan_is_not_hidden(V, softcap):
     logits[2, 3] = torch.nan
     logits[3] = torch.nan
     options = Options(softcap=softcap)
-    losses, lse, gradient = row_losses(logits, targets, options, gradient_scale=torch.ones(()))
+    losses, lse, _, gradient = row_losses(logits, targets, options, gradient_scale=torch.ones(()))
     nan = [False, False, True, True, False]
     assert losses.isnan().tolist() == nan and lse.isnan().tolist() == nan
     assert gradient.isnan().all(-1).tolist() == gradient.isnan().any(-1).tolist() == nan
@@ -224,7 +228,7 @@ def test_ignored_rows_may_hold_anything(name, V):
     logits[0], logits[1], logits[2] = torch.nan, torch.inf, -torch.inf
     logits[3, 1:] = -torch.inf
     one = torch.ones(())
-    losses, lse, gradient = row_losses(logits, targets, options, gradient_scale=one)
+    losses, lse, _, gradient = row_losses(logits, targets, options, gradient_scale=one)
     assert (losses[:5] == 0).all() and (gradient[:5] == 0).all()
     assert losses[5] > 0 and (gradient[5] != 0).any()
     for grad_lse in (None, torch.tensor([0.0, 0, 0, 1.0, 0, 0])):
@@ -240,7 +244,7 @@ def test_grad_losses_of_any_form():
     logits, targets = make(5, 100)
     options = OPTIONS["smoothing"]
     scale = torch.tensor(0.37)
-    _, lse, expected = row_losses(logits, targets, options, gradient_scale=scale)
+    _, lse, _, expected = row_losses(logits, targets, options, gradient_scale=scale)
     nothing = torch.zeros(5)
     every_other = torch.full((10,), 0.37)
     every_other[1::2] = torch.nan
@@ -256,7 +260,7 @@ def test_grad_losses_of_any_form():
 def test_no_rows():
     logits, targets = make(0, 9)
     one = torch.ones(())
-    losses, lse, gradient = row_losses(logits, targets, OPTIONS["together"], gradient_scale=one)
+    losses, lse, _, gradient = row_losses(logits, targets, OPTIONS["together"], gradient_scale=one)
     assert losses.shape == lse.shape == (0,) and gradient.shape == (0, 9)
     row_gradients(logits, targets, lse, losses, lse, OPTIONS["defaults"], gradient)
     assert sum_rows(losses, one) == 0
@@ -276,7 +280,7 @@ def test_denominator_and_sum(N):
     for items in (torch.tensor(7), torch.tensor(7.5), torch.tensor(7.5, dtype=torch.float64)):
         actual = denominator_scale(targets, 50, -100, items, True)
         assert actual.shape == () and actual.dtype == torch.float32
-        assert actual == torch.tensor(1 / items.item())
+        assert actual == torch.tensor(1 / items.item() if count else 1.0)
         assert denominator_scale(targets, 50, -100, items, False) == 1
     assert denominator_scale(torch.full_like(targets, -100), 50, -100, None, True) == 1
     losses = torch.randn(N, generator=generator)
@@ -299,12 +303,12 @@ def test_label_out_of_range(ignore_index, bad):
     other = targets.clone()
     other[0] = 999
     denominator_scale(other, 12, ignore_index, None, False)  # the first one noted stays
-    losses, lse, gradient = row_losses(logits, targets, options, gradient_scale=torch.ones(()))
+    losses, lse, _, gradient = row_losses(logits, targets, options, gradient_scale=torch.ones(()))
     good = [0, 1, 2, 4]
     assert losses[[3, 5]].isnan().all() and gradient[[3, 5]].isnan().all()
     assert_bitwise_equal(lse, expected[1])
     assert_bitwise_equal(losses[good], expected[0][good])
-    assert_bitwise_equal(gradient[good], expected[2][good])
+    assert_bitwise_equal(gradient[good], expected[3][good])
     out = torch.zeros_like(logits)
     row_gradients(logits, targets, lse, torch.ones(()), torch.ones(6), options, out)
     assert out[[3, 5]].isnan().all() and out[good].isfinite().all()
@@ -334,9 +338,9 @@ def test_rows_anywhere(V, dtype):
     wide = torch.full((8, V + 24), torch.nan, dtype=dtype)
     for view in (wide[:4, :V], wide[:4, 8 : V + 8], wide[::2, :V], wide[:4, 3 : V + 3]):
         view.copy_(logits)
-        losses, lse, gradient = row_losses(view, targets, options, gradient_scale=one)
+        losses, lse, _, gradient = row_losses(view, targets, options, gradient_scale=one)
         assert gradient.is_contiguous()
-        for actual, values in zip((losses, lse, gradient), expected, strict=True):
+        for actual, values in zip((losses, lse, lse, gradient), expected, strict=True):
             torch.testing.assert_close(actual, values, rtol=tolerance, atol=1e-9)
         outside = wide.isnan().sum()
         row_gradients(view, targets, lse, one, None, options, view)
@@ -354,14 +358,14 @@ def test_offsets_past_32_bits():
     logits.copy_(values)
     options = OPTIONS["defaults"]
     expected = row_losses(values, targets, options, gradient_scale=torch.ones(()))
-    losses, lse, _ = row_losses(
+    losses, lse, _, _ = row_losses(
         logits, targets, options, gradient_scale=torch.ones(()), out=logits
     )  # fmt: skip
     assert_bitwise_equal(losses, expected[0])
-    assert_bitwise_equal(logits, expected[2])
+    assert_bitwise_equal(logits, expected[3])
     logits.copy_(values)
     row_gradients(logits, targets, lse, torch.ones(()), None, options, logits)
-    assert_bitwise_equal(logits, expected[2])
+    assert_bitwise_equal(logits, expected[3])
     # A stride that is itself past 32 bits.
     assert 2 * stride > 2**31
     far = storage.as_strided((2, V), (2 * stride, 1))

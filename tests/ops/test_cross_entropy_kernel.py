@@ -268,19 +268,20 @@ def test_offsets_beyond_two_to_the_31():
 def test_opcheck(reduction):
     logits, targets = make((4, 33))
     logits.requires_grad_()
+    options = (-100, 0.1, 5.0, 0.01)
     for with_gradient in (False, reduction == "mean"):
         torch.library.opcheck(
-            torch.ops.fastlm.cross_entropy.default,
-            (logits, targets, None, -100, 0.1, 5.0, 0.01, reduction, True, with_gradient, False),
+            torch.ops.fastlm.cross_entropy_loss.default,
+            (logits, targets, None, reduction, True, with_gradient, False, *options),
         )
-    _, lse, stats, *_ = torch.ops.fastlm.cross_entropy(
-        logits.detach(), targets, None, -100, 0.1, 5.0, 0.01, reduction, True, False, False
+    _, _, saved, *_ = torch.ops.fastlm.cross_entropy_loss(
+        logits.detach(), targets, None, reduction, True, False, False, *options
     )
     weights = torch.rand(4) if reduction == "none" else torch.tensor(0.5)
-    arguments = (targets, lse, stats, weights, torch.rand(4), -100, 0.1, 5.0, 0.01)
+    arguments = (targets, saved, weights, torch.rand(4), *options)
     x = logits.detach()
-    torch.library.opcheck(torch.ops.fastlm.cross_entropy_backward.default, (x, *arguments))
-    torch.library.opcheck(torch.ops.fastlm.cross_entropy_backward_.default, (x, *arguments))
+    torch.library.opcheck(torch.ops.fastlm.cross_entropy_gradient.default, (x, *arguments))
+    torch.library.opcheck(torch.ops.fastlm.cross_entropy_gradient_.default, (x, *arguments))
     torch.library.opcheck(torch.ops.fastlm.scale_.default, (x, torch.tensor(2.0)))
 
 

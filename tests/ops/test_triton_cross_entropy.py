@@ -26,7 +26,7 @@ def test_launchers_in_the_interpreter():
 
 def test_cross_entropy_loss_in_the_interpreter():
     passed, summary = run_interpreted(
-        "ops", "test_cross_entropy.py", "test_cross_entropy_kernel.py"
+        "ops", "test_cross_entropy.py", "test_cross_entropy_kernel.py", "test_loss_clients.py"
     )
     assert passed >= 190, summary
 
