@@ -24,7 +24,7 @@ from fastlm.errors import (
     UserError,
 )
 from fastlm.evaluate import evaluate_model_loss, validate
-from fastlm.hardware import select_device
+from fastlm.hardware import keep_freed_memory, select_device
 from fastlm.model import TransformerLM, count_parameters
 from fastlm.ops.cross_entropy import check_labels, cross_entropy_loss
 from fastlm.ops.dispatch import active_implementation
@@ -74,6 +74,7 @@ __all__ = [
     "gather_batch",
     "get_batch",
     "get_cosine_schedule_with_warmup",
+    "keep_freed_memory",
     "linear_cross_entropy_loss",
     "linear_cross_entropy_plan",
     "load_checkpoint",

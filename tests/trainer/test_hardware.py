@@ -165,8 +165,8 @@ def test_keep_freed_memory_keeps_it():
     counts = {}
     for how in ("default", "keep"):
         # Large pages would hide the faults of the default.
-        told, count = tell("count_page_faults", how, env={"THP_MEM_ALLOC_ENABLE": "0"})
-        assert told == {"default": "None", "keep": "True"}[how]
+        *told, count = tell("count_page_faults", how, env={"THP_MEM_ALLOC_ENABLE": "0"})
+        assert told == (["True", "True"] if how == "keep" else [])  # told twice
         counts[how] = int(count)
     if counts["default"] < 1000:
         pytest.skip("this machine's kernel or allocator does not fault pages one by one")
