@@ -22,65 +22,8 @@ FASTLM_INLINE uint64_t beyond_int32(Token token) {
   return (static_cast<uint64_t>(token) + (uint64_t{1} << 31)) >> 32;
 }
 
-// Widens n tokens. Returns nonzero if a token did not fit (possible for 32- and 64-bit tokens in
-// int32 output only, elsewhere the check compiles to nothing).
-template <class Token, class Output>
-FASTLM_INLINE uint64_t widen_body(const Token* __restrict tokens, int64_t n,
-                                  Output* __restrict output) {
-  uint64_t lost = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    output[i] = static_cast<Output>(tokens[i]);
-    if constexpr (!fits<Token, Output>) lost |= beyond_int32(tokens[i]);
-  }
-  return lost;
-}
-
-// Does any of n tokens lie outside [0, vocab_size)? Written as a reduction without an early exit,
-// so that it vectorises; a negative token is a huge unsigned one.
-template <class Token>
-FASTLM_INLINE bool any_out_of_range_body(const Token* tokens, int64_t n, uint64_t vocab_size) {
-  using Unsigned = std::make_unsigned_t<Token>;
-  Unsigned largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, static_cast<Unsigned>(tokens[i]));
-  return largest >= vocab_size;
-}
-
-#if FASTLM_X86
-template <class Token, class Output>
-FASTLM_TARGET_AVX2 uint64_t widen_avx2(const Token* tokens, int64_t n, Output* output) {
-  return widen_body(tokens, n, output);
-}
-template <class Token, class Output>
-FASTLM_TARGET_AVX512 uint64_t widen_avx512(const Token* tokens, int64_t n, Output* output) {
-  return widen_body(tokens, n, output);
-}
-template <class Token>
-FASTLM_TARGET_AVX2 bool any_out_of_range_avx2(const Token* tokens, int64_t n, uint64_t limit) {
-  return any_out_of_range_body(tokens, n, limit);
-}
-template <class Token>
-FASTLM_TARGET_AVX512 bool any_out_of_range_avx512(const Token* tokens, int64_t n, uint64_t limit) {
-  return any_out_of_range_body(tokens, n, limit);
-}
-#endif
-
-template <class Token, class Output>
-uint64_t widen(const Token* tokens, int64_t n, Output* output) {
-#if FASTLM_X86
-  if (isa() == Isa::kAvx512) return widen_avx512(tokens, n, output);
-  if (isa() == Isa::kAvx2) return widen_avx2(tokens, n, output);
-#endif
-  return widen_body(tokens, n, output);
-}
-
-template <class Token>
-bool any_out_of_range(const Token* tokens, int64_t n, uint64_t limit) {
-#if FASTLM_X86
-  if (isa() == Isa::kAvx512) return any_out_of_range_avx512(tokens, n, limit);
-  if (isa() == Isa::kAvx2) return any_out_of_range_avx2(tokens, n, limit);
-#endif
-  return any_out_of_range_body(tokens, n, limit);
-}
+#define FASTLM_LOOPS "gather_batch.inc"
+#include "each_isa.inc"
 
 template <class Fn>
 auto with_token_type(TokenType type, const Fn& fn) {
@@ -106,20 +49,36 @@ template <class Token, class Output>
 int64_t gather(const std::vector<const Token*>& tokens, const std::vector<int64_t>& ends,
                const int64_t* starts, int64_t B, int64_t T, Output* x, Output* y) {
   std::atomic<int64_t> first_lost{kNone};
+  const auto segment_at = [&](int64_t position) {
+    return std::upper_bound(ends.begin(), ends.end(), position) - ends.begin();
+  };
+  const auto begin_of = [&](int64_t segment) { return segment == 0 ? 0 : ends[segment - 1]; };
+  // The windows lie anywhere: most of the time would go by waiting for their first lines and pages.
+  const auto prefetch = [&](int64_t row) {
+    constexpr int64_t kLine = 64, kMost = 32;  // the processor fetches the rest by itself
+    const int64_t segment = segment_at(starts[row]);
+    const Token* first = tokens[segment] + (starts[row] - begin_of(segment));
+    const int64_t n = std::min(ends[segment] - starts[row], T + 1);
+    const char* line = reinterpret_cast<const char*>(first);
+    const char* end = line + std::min<int64_t>(n * sizeof(Token), kMost * kLine);
+    for (; line < end; line += kLine) __builtin_prefetch(line);
+  };
   const auto rows = [&](int64_t row_begin, int64_t row_end) {
+    constexpr int64_t kAhead = 4;
+    for (int64_t row = row_begin; row < std::min(row_begin + kAhead, row_end); ++row) prefetch(row);
     for (int64_t row = row_begin; row < row_end; ++row) {
+      if (row + kAhead < row_end) prefetch(row + kAhead);
       // The window piece by piece, a piece a segment: [done, done + n) of its T + 1 tokens.
       const int64_t start = starts[row];
-      int64_t segment = std::upper_bound(ends.begin(), ends.end(), start) - ends.begin();
+      int64_t segment = segment_at(start);
       for (int64_t done = 0; done < T + 1; ++segment) {
-        const int64_t segment_begin = segment == 0 ? 0 : ends[segment - 1];
         const int64_t n = std::min(ends[segment] - (start + done), T + 1 - done);
         if (n == 0) continue;  // an empty segment
-        const Token* source = tokens[segment] + (start + done - segment_begin);
-        uint64_t lost = widen(source, std::min(n, T - done), x + row * T + done);
+        const Token* source = tokens[segment] + (start + done - begin_of(segment));
+        uint64_t lost = FASTLM_DISPATCH(widen(source, std::min(n, T - done), x + row * T + done));
         // y lacks the window's first token; the second pass over the piece hits the L1 cache.
         const int64_t skip = done == 0 ? 1 : 0;
-        lost |= widen(source + skip, n - skip, y + row * T + done - 1 + skip);
+        lost |= FASTLM_DISPATCH(widen(source + skip, n - skip, y + row * T + done - 1 + skip));
         if (lost) {
           for (int64_t i = 0; i < n; ++i) {
             if (beyond_int32(source[i])) {
@@ -175,7 +134,8 @@ int64_t first_out_of_range(const void* data, int64_t size, TokenType token_type,
         // A later block cannot hold the first one.
         if (block > first_block.load(std::memory_order_relaxed)) return;
         const int64_t offset = block * kBlock;
-        if (any_out_of_range(tokens + offset, std::min(kBlock, size - offset), limit)) {
+        if (FASTLM_DISPATCH(
+                any_out_of_range(tokens + offset, std::min(kBlock, size - offset), limit))) {
           atomic_min(first_block, block);
           return;
         }

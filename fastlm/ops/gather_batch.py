@@ -46,12 +46,23 @@ def gather_batch(
             f"starts must be a 1-D array of integers, got {starts.dtype} of shape {starts.shape}"
         )
     starts = np.ascontiguousarray(starts, dtype=np.int64)
+    return _gathered(token_segments(data), starts, context_len, device, dtype)
+
+
+def _gathered(
+    segments: list[np.ndarray],
+    starts: np.ndarray,  # (B,) int64
+    context_len: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     device = device if isinstance(device, torch.device) else select_device(device)
     shape = (len(starts), context_len)
     pinned = device.type == "cuda"
-    x = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-    y = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-    extension().gather_batch(token_segments(data), starts, x.numpy(), y.numpy())
+    # On the CPU whatever torch's default device is.
+    x = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned)
+    y = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned)
+    extension().gather_batch(segments, starts, x.numpy(), y.numpy())
     if device.type == "cpu":
         return x, y
     # Pinned blocks go back to the allocator, which reuses them only when the copy has ended.
@@ -90,8 +101,8 @@ def get_batch(
     segments = token_segments(data)
     tokens = sum(len(segment) for segment in segments)
     check_window_fits(tokens, context_len)
-    starts = torch.randint(tokens - context_len, (batch_size,), generator=generator)
-    return gather_batch(segments, starts.numpy(), context_len, select_device(device))
+    starts = torch.randint(tokens - context_len, (batch_size,), generator=generator, device="cpu")
+    return _gathered(segments, starts.numpy(), context_len, device, torch.int64)
 
 
 def token_segments(data: TokenSource) -> list[np.ndarray]:

@@ -273,6 +273,21 @@ def test_generators():
     assert torch.equal(draw(), first)
 
 
+def test_torchs_defaults_change_nothing():
+    tokens = tokens_of("uint16", 500)
+    expected = get_batch(tokens, 4, 8, "cpu", generator=torch.Generator().manual_seed(1))
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        got = get_batch(tokens, 4, 8, "cpu", generator=torch.Generator("cpu").manual_seed(1))
+        get_batch(tokens, 4, 8, "cpu")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("n, context_len", [(7, 7), (0, 1), (1, 1), (3, 100)])
 def test_data_too_short(n, context_len):
     message = rf"data holds {n} tokens; context_len={context_len} needs at least {context_len + 1}"
