@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+from command_server import commands
 from prepared_data import decoded_documents, quiet, write_files
 
 from fastlm import corpus
@@ -182,36 +182,17 @@ def test_the_second_of_two_uses_the_firsts(library, monkeypatch):
     assert sorted(documents(directory)) == sorted({**MODULES, **PACKAGED}.values())
 
 
-_CONCURRENT = """
-import sys, sysconfig
-from fastlm import corpus
-sysconfig.get_paths = lambda: {"stdlib": sys.argv[1]}
-corpus.MIN_BYTES = 1000
-print("ready", flush=True)
-sys.stdin.readline()
-print(corpus.default_corpus(300, log=lambda line: None))
-"""
-
-
 def test_processes_at_once(library):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _CONCURRENT, str(library)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    started = [
+        commands().start([str(library)], library, call="command_programs:prepare_corpus")
         for _ in range(2)
     ]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    places = {process.communicate()[0].strip() for process in processes}
-    assert [process.returncode for process in processes] == [0, 0]
-    (directory,) = map(Path, places)
+    for command in started:
+        command.until("ready")
+    (library / "go").touch()
+    results = [command.wait() for command in started]
+    assert [result.returncode for result in results] == [0, 0], results
+    (directory,) = {Path(result.stdout.splitlines()[-1]) for result in results}
     assert os.listdir(directory.parent) == [directory.name]
     assert sorted(documents(directory)) == sorted({**MODULES, **PACKAGED}.values())
 

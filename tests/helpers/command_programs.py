@@ -147,3 +147,18 @@ def prepare_and_tell_growth(argv: list[str]) -> int:
     code = main(argv)
     print(peak() - before)
     return code
+
+
+def prepare_corpus(argv: list[str]) -> None:
+    """Prepares the library in argv[0] as the default corpus, once a file `go` is there."""
+    import sysconfig
+
+    from fastlm import corpus
+
+    library = argv[0]
+    sysconfig.get_paths = lambda: {"stdlib": library}
+    corpus.MIN_BYTES = 1000
+    print("ready", flush=True)
+    while not os.path.exists(os.path.join(library, "go")):
+        time.sleep(0.001)
+    print(corpus.default_corpus(300, log=lambda line: None))
