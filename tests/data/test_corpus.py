@@ -183,10 +183,9 @@ def test_the_second_of_two_uses_the_firsts(library, monkeypatch):
 
 
 def test_processes_at_once(library):
-    started = [
-        commands().start([str(library)], library, call="command_programs:prepare_corpus")
-        for _ in range(2)
-    ]
+    cache = {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
+    call = "command_programs:prepare_corpus"
+    started = [commands().start([str(library)], library, call=call, env=cache) for _ in range(2)]
     for command in started:
         command.until("ready")
     (library / "go").touch()
