@@ -1,7 +1,7 @@
 """csrc/: its C++ tests with and without sanitizers, and the instruction sets seen from Python.
 
 The C++ tests (tests/csrc/) are built by the CMakeLists.txt that builds the extension. What the
-extension itself is built with, no sanitizer, is tested through Python, in test_gather_batch.py and
+extension itself is built with, no sanitizer, is tested through Python, in test_gather_batch_threads.py and
 test_cross_entropy*.py.
 """
 

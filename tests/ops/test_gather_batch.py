@@ -4,49 +4,19 @@ B batch, T context length, n tokens. The C++ tests (test_csrc.py) cover the kern
 """
 
 import math
-import multiprocessing
-import sys
-import threading
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from batches import assert_equals_reference, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastlm
 from fastlm import DeviceError, TokenDataset, gather_batch, get_batch, load_token_dataset
 from fastlm.extension import extension
-from fastlm.ops.gather_batch import gather_batch_reference
 
 DTYPES = ["uint8", "uint16", "uint32", "int32", "int64"]
-ISAS = ["portable", "avx2", "avx512"]
-
-
-def tokens_of(dtype: str, n: int, seed: int = 0) -> np.ndarray:
-    """(n,) random tokens from all that fit int32 and the dtype, the first and the last included."""
-    limit = min(np.iinfo(dtype).max, 2**31 - 1)
-    tokens = np.random.default_rng(seed).integers(0, limit, n, endpoint=True).astype(dtype)
-    tokens[:2] = [0, limit]
-    return tokens
-
-
-def assert_equals_reference(batch, tokens, starts, context_len, dtype=torch.int64):
-    x, y = batch
-    true_x, true_y = gather_batch_reference(tokens, starts, context_len)
-    assert x.dtype == y.dtype == dtype
-    assert x.is_contiguous() and y.is_contiguous()
-    assert torch.equal(x.long(), true_x) and torch.equal(y.long(), true_y)
-
-
-@pytest.fixture
-def restored():
-    """Gives back the instruction set and the number of threads."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    extension().force_isa(None)
 
 
 @pytest.mark.parametrize("output", [torch.int64, torch.int32], ids=str)
@@ -330,124 +300,6 @@ def test_batches_on_a_gpu():
     for i, (x, y) in enumerate(batches):  # pinned blocks that were reused too early would show
         assert x.is_cuda and y.is_cuda
         assert_equals_reference((x.cpu(), y.cpu()), tokens, [i, 4000 - i], 900)
-
-
-# Threads and instruction sets
-
-
-def large_batch():
-    """Tokens and starts enough for several threads: a part is 16 K tokens at least."""
-    tokens = tokens_of("uint16", 50_000)
-    starts = np.random.default_rng(1).integers(0, 50_000 - 1024, 128)
-    return tokens, starts, 1024
-
-
-def test_threads_and_instruction_sets_do_not_change_the_result(restored):
-    tokens, starts, context_len = large_batch()
-    scanned = np.tile(tokens, 20) % 1000
-    scanned[[777_777, 900_000]] = 1000
-    tested = []
-    for isa in ISAS:
-        try:
-            extension().force_isa(isa)
-        except ValueError:
-            continue  # not on this machine
-        assert extension().isa() == isa
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            batch = gather_batch(tokens, starts, context_len)
-            assert_equals_reference(batch, tokens, starts, context_len)
-            assert extension().first_out_of_range(scanned, 1000) == 777_777
-            tested.append((isa, threads))
-    assert len(tested) >= 4
-
-
-def test_torch_sets_the_number_of_threads(restored):
-    if not extension().THREADS_ARE_OPENMPS:
-        pytest.skip("built without OpenMP")
-    for threads in (1, 3, 2):
-        torch.set_num_threads(threads)
-        assert extension().max_threads() == threads
-
-
-def test_the_gil_is_released():
-    # With a switch interval of 100 s the other thread can run between the two lines marked (*) only
-    # if the call itself releases the GIL. The call takes some 20 ms; should the machine wake the
-    # other thread later than that, it gets another chance.
-    segments = [tokens_of("uint16", 100_000)]
-    starts = np.random.default_rng(1).integers(0, 90_000, 4096)
-    x, y = np.empty((4096, 1024), dtype=np.int64), np.empty((4096, 1024), dtype=np.int64)
-    call, interval = extension().gather_batch, sys.getswitchinterval()
-    progress = []
-    try:
-        for _ in range(50):
-            gate = threading.Lock()
-            gate.acquire()
-            thread = threading.Thread(
-                target=lambda gate=gate: gate.acquire() and progress.append(1)
-            )
-            thread.start()
-            sys.setswitchinterval(100)
-            gate.release()  # (*)
-            call(segments, starts, x, y)
-            done = bool(progress)  # (*)
-            sys.setswitchinterval(interval)
-            thread.join()
-            if done:
-                return
-            progress.clear()
-    finally:
-        sys.setswitchinterval(interval)
-    raise AssertionError("no other Python thread ran during 50 calls")
-
-
-def test_concurrent_calls():
-    tokens, starts, context_len = large_batch()
-    expected = gather_batch_reference(tokens, starts, context_len)
-    wrong = []
-
-    def caller():
-        for _ in range(10):
-            x, y = gather_batch(tokens, starts, context_len)
-            if not (torch.equal(x, expected[0]) and torch.equal(y, expected[1])):
-                wrong.append(1)
-
-    threads = [threading.Thread(target=caller) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def in_a_child(tokens, starts, context_len, expected_x) -> None:
-    x, _ = fastlm.gather_batch(tokens, starts, context_len)
-    right = np.array_equal(x.numpy(), expected_x)
-    scanned = extension().first_out_of_range(np.tile(tokens, 40), 65536)
-    sys.exit(0 if right and scanned == -1 else 1)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fork() after threads is Linux's")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_works_in_a_forked_child(restored):
-    # As in a DataLoader's worker: the parent's threads do not exist there, waiting for them hangs.
-    torch.set_num_threads(4)
-    tokens, starts, context_len = large_batch()
-    x, _ = gather_batch(tokens, starts, context_len)  # the pool exists now
-    child = multiprocessing.get_context("fork").Process(
-        target=in_a_child, args=(tokens, starts, context_len, x.numpy())
-    )
-    child.start()
-    child.join(timeout=60)
-    hung = child.exitcode is None
-    if hung:
-        child.kill()
-        child.join()
-    assert not hung, "the child hung"
-    assert child.exitcode == 0
-    assert_equals_reference(
-        gather_batch(tokens, starts, context_len), tokens, starts, context_len
-    )  # and the parent goes on
 
 
 def test_a_wrong_batch_is_rejected():
