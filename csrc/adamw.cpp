@@ -5,58 +5,66 @@
 #include <type_traits>
 #include <vector>
 
-#include "simd_double.h"
-
 namespace fastlm {
 namespace {
 
 struct Split {};
 
-// What the elements of a tensor have in common. The step size s = lr / (1 - beta1^t) is divided
-// out of the denominator, whose constants are then root_scale and eps:
-// s m / (sqrt(v) / sqrt(1 - beta2^t) + eps) = m / (sqrt(v) root_scale + eps)
+// What the elements of a tensor have in common.
 struct Scalars {
-  double decay, beta1, beta2, root_scale, eps;
-  double grad_to_mean;        // (1 - beta1) factor
-  double square_to_variance;  // (1 - beta2) factor^2
-  bool still;                 // so small a step size that 1 / s overflows: nothing is subtracted
+  double decay, beta1, beta2, factor;
+  double step_size;   // lr / (1 - beta1^t)
+  double root_scale;  // 1 / sqrt(1 - beta2^t)
+  double eps;
 };
 
 Scalars scalars_at(const AdamWOptions& o, double t, double factor) {
-  Scalars s;
-  s.decay = 1 - o.lr * o.weight_decay;
-  s.beta1 = o.beta1, s.beta2 = o.beta2;
-  s.grad_to_mean = (1 - o.beta1) * factor;
-  s.square_to_variance = (1 - o.beta2) * factor * factor;
-  const double step_size = o.lr / (1 - std::pow(o.beta1, t));
-  s.root_scale = 1 / (step_size * std::sqrt(1 - std::pow(o.beta2, t)));
-  s.eps = o.eps / step_size;
-  s.still = std::abs(step_size) < 1e-200;
-  return s;
+  return {1 - o.lr * o.weight_decay,
+          o.beta1,
+          o.beta2,
+          factor,
+          o.lr / (1 - std::pow(o.beta1, t)),
+          1 / std::sqrt(1 - std::pow(o.beta2, t)),
+          o.eps};
 }
+
+FASTLM_INLINE float single(double x) { return static_cast<float>(x); }
 
 #define FASTLM_LOOPS "adamw.inc"
 #include "each_isa.inc"
 
-// Calls fn(P{}, G{}, M{}) with the types of a row.
-template <class Fn>
-void with_types(FloatType param, FloatType grad, const Fn& fn) {
-  const auto with_grad = [&](auto p) {
-    switch (grad) {
-      case FloatType::kFloat32: return fn(p, float{}, float{});
-      case FloatType::kBfloat16: return fn(p, Bfloat16{}, float{});
-      case FloatType::kFloat16: return fn(p, Float16{}, float{});
-      case FloatType::kFloat64:
-      case FloatType::kSplit: return;  // refused by the caller
-    }
-  };
-  switch (param) {
-    case FloatType::kFloat32: return with_grad(float{});
-    case FloatType::kBfloat16: return with_grad(Bfloat16{});
-    case FloatType::kFloat16: return with_grad(Float16{});
-    case FloatType::kSplit: return with_grad(Split{});
-    case FloatType::kFloat64: return fn(double{}, double{}, double{});
+// An fp64 parameter, with gradient and moments of fp64.
+void update_doubles(const TensorPointers& pointers, int64_t begin, int64_t end, const Scalars& s) {
+  double* p = pointer<double>(pointers.param);
+  const double* g = pointer<const double>(pointers.grad);
+  double *m = pointer<double>(pointers.exp_avg), *v = pointer<double>(pointers.exp_avg_sq);
+  for (int64_t i = begin; i < end; ++i) {
+    const double grad = s.factor * g[i];
+    m[i] = s.beta1 * m[i] + (1 - s.beta1) * grad;
+    v[i] = s.beta2 * v[i] + (1 - s.beta2) * grad * grad;
+    p[i] = s.decay * p[i] - s.step_size * (m[i] / (std::sqrt(v[i]) * s.root_scale + s.eps));
   }
+}
+
+void update_chunk(const TensorList& tensors, const Chunk& chunk, const Scalars& s) {
+  const auto [row, begin, end] = chunk;
+  const TensorPointers& pointers = tensors.pointers[row];
+  const FloatType param = tensors.param_type(row);
+  if (param == FloatType::kFloat64) return update_doubles(pointers, begin, end, s);
+  with_float_type(tensors.grad_type(row), [&, begin = begin, end = end](auto g) {
+    using G = decltype(g);
+    if constexpr (!std::is_same_v<G, double>) {  // refused by the caller
+      if (param == FloatType::kSplit) {
+        FASTLM_DISPATCH(update_part<Split, G>(pointers, begin, end, s));
+      }
+      with_float_type(param, [&](auto p) {
+        using P = decltype(p);
+        if constexpr (!std::is_same_v<P, double>) {
+          FASTLM_DISPATCH(update_part<P, G>(pointers, begin, end, s));
+        }
+      });
+    }
+  });
 }
 
 }  // namespace
@@ -64,27 +72,20 @@ void with_types(FloatType param, FloatType grad, const Fn& fn) {
 void adamw(const TensorList& tensors, const int64_t* groups, const AdamWOptions* options,
            double factor) {
   std::vector<Scalars> scalars(tensors.n);
+  float last = 0;
   for (int64_t row = 0; row < tensors.n; ++row) {
     float* step = pointer<float>(tensors.pointers[row].step);
     *step += 1;
-    const float before = row > 0 ? *pointer<float>(tensors.pointers[row - 1].step) : 0;
     // Most often the same as of the row before, and powers take time.
-    if (row > 0 && groups[row] == groups[row - 1] && *step == before) {
+    if (row > 0 && groups[row] == groups[row - 1] && *step == last) {
       scalars[row] = scalars[row - 1];
     } else {
       scalars[row] = scalars_at(options[groups[row]], *step, factor);
     }
+    last = *step;
   }
-  Chunks(tensors).for_each([&](int64_t, const Chunk& chunk) {
-    with_types(tensors.param_type(chunk.row), tensors.grad_type(chunk.row),
-               [&](auto p, auto g, auto m) {
-                 using P = decltype(p);
-                 using G = decltype(g);
-                 using M = decltype(m);
-                 FASTLM_DISPATCH(update_part<P, G, M>(tensors.pointers[chunk.row], chunk.begin,
-                                                      chunk.end, scalars[chunk.row]));
-               });
-  });
+  Chunks(tensors).for_each(
+      [&](int64_t, const Chunk& chunk) { update_chunk(tensors, chunk, scalars[chunk.row]); });
 }
 
 }  // namespace fastlm

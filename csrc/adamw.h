@@ -13,9 +13,10 @@ struct AdamWOptions {
 };
 
 // One update, with gradients times `factor`, of every tensor by the options of its group, and its
-// step counter + 1 (formula: fastlm/ops/adamw.py). Moments are fp32, of fp64 parameters fp64.
-// Computed in fp64: what is stored differs from the formula by the rounding to its own type.
-// A gradient may have any type but kSplit; an fp64 one goes with an fp64 parameter.
+// step counter + 1 (formula: fastlm/ops/adamw.py). Computed in fp32, with moments of fp32: each of
+// m, v and p is rounded once at its own size, and constants are as good as fp64's. A gradient may
+// have any type but kSplit; fp64 gradients go with fp64 parameters, whose moments and arithmetic
+// are fp64, too.
 void adamw(const TensorList& tensors, const int64_t* groups, const AdamWOptions* options,
            double factor);
 

@@ -28,8 +28,8 @@ const int64_t* integers(const Integers& array, py::ssize_t size, const char* nam
   return array.data();
 }
 
-// kernels/tensor_table.py's columns. The addresses are the caller's word: it read them from tensors
-// that it keeps.
+// The columns of kernels/collect.py's TensorTable. The addresses are the caller's word: it read
+// them from tensors that it keeps.
 TensorList list_of(const Integers& pointers, const Integers& numel, const Integers& types) {
   static_assert(sizeof(TensorPointers) == 6 * sizeof(int64_t));
   const py::ssize_t n = numel.size();
@@ -89,209 +89,179 @@ void adamw_checked(const Integers& pointers, const Integers& numel, const Intege
   adamw(tensors, group, rows, factor);
 }
 
-// What a tensor's memory has to be for a table to hold.
-struct Place {
-  static constexpr int kDims = 4;  // tensors of more are not watched
-
-  int64_t address;
-  int64_t shape[kDims] = {}, strides[kDims] = {};
-  int32_t device_type, device_id, ndim;
-  uint8_t type_code, type_bits;
-
-  Place() = default;
-  explicit Place(const DLTensor& t)
-      : address(t.address()),
-        device_type(t.device_type),
-        device_id(t.device_id),
-        ndim(t.ndim),
-        type_code(t.type_code),
-        type_bits(t.type_bits) {
-    for (int i = 0; i < std::min(ndim, kDims); ++i) {
-      shape[i] = t.shape[i];
-      strides[i] = t.strides ? t.strides[i] : -1;
-    }
-  }
-  // The same but for the address.
-  bool same_kind(const Place& o) const {
-    return device_type == o.device_type && device_id == o.device_id && ndim == o.ndim &&
-           ndim <= kDims && type_code == o.type_code && type_bits == o.type_bits &&
-           std::equal(shape, shape + kDims, o.shape) &&
-           std::equal(strides, strides + kDims, o.strides);
-  }
-};
-
-// Finds out whether a table still describes the optimizer's parameters, gradients and state, and
-// writes the gradients' new addresses into it: fastlm.kernels.table_watch.TableWatch, whose checks
-// take several milliseconds for 2,000 tensors. For torch.Tensor and torch.nn.Parameter themselves.
-class TableWatch {
+// Reads the table of one step where nothing is unusual: what fastlm.kernels.collect.collect_step
+// does in Python.
+class TableReader {
  public:
-  // tensor_type: torch.Tensor. param_groups, state: the optimizer's. rows: for each parameter,
-  // group by group, its row in `pointers`, or -1 where it has no gradient.
-  TableWatch(py::handle tensor_type, py::list param_groups, py::dict state, const Integers& rows,
-             Integers pointers)
-      : tensor_type_(py::reinterpret_borrow<py::object>(tensor_type)),
-        param_groups_(std::move(param_groups)),
-        state_(std::move(state)),
-        pointers_(std::move(pointers)) {
-    const py::capsule capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+  // tensor_class, parameter_class: torch.Tensor and torch.nn.Parameter. state: the optimizer's.
+  TableReader(py::handle tensor_class, py::handle parameter_class, const py::dict& state,
+              bool split)
+      : tensor_class_(tensor_class),
+        parameter_class_(parameter_class),
+        state_(state),
+        split_(split) {
+    const py::capsule capsule = tensor_class.attr("__dlpack_c_exchange_api__");
     const auto* exchange = capsule.get_pointer<DLExchange>();
     if (exchange->major != 1 || !exchange->view) {
       throw py::type_error("torch has another version of DLPack's interface");
     }
     view_ = exchange->view;
-    py::ssize_t i = 0;
-    for (py::handle group : param_groups_) {
-      for (py::handle param : py::list(group["params"])) {
-        if (i >= rows.size()) throw py::value_error("rows is too short");
-        const int64_t row = rows.at(i++);
-        params_.push_back({py::reinterpret_borrow<py::object>(param), row, {}, {}});
-        if (row < 0) continue;
-        if (6 * row >= pointers_.size()) throw py::value_error("rows exceeds pointers");
-        params_.back().own = Place(viewed(param.ptr()));
-        params_.back().grad = Place(viewed(grad_of(param.ptr()).ptr()));
-      }
-    }
-    for (auto [param, values] : state_) {
-      State entry{py::reinterpret_borrow<py::object>(param),
-                  py::reinterpret_borrow<py::object>(values),
-                  {}};
-      for (int k = 0; k < kKeys; ++k) {
-        PyObject* value = PyDict_GetItem(values.ptr(), keys_[k].ptr());
-        if (!value) continue;
-        entry.values[k] = {py::reinterpret_borrow<py::object>(value), Place(viewed(value))};
-      }
-      states_.push_back(std::move(entry));
-    }
   }
 
-  // For Python's garbage collector: all that is held.
-  int traverse(visitproc visit, void* arg) const {
-    for (const Param& param : params_) Py_VISIT(param.object.ptr());
-    for (const State& state : states_) {
-      Py_VISIT(state.param.ptr());
-      Py_VISIT(state.entry.ptr());
-      for (const Value& value : state.values) Py_VISIT(value.object.ptr());
+  // False, with nothing to be used, if there is something for collect_step to do or to refuse.
+  bool read(const py::list& groups) {
+    for (py::ssize_t group = 0; group < PyList_GET_SIZE(groups.ptr()); ++group) {
+      PyObject* params = PyDict_GetItemString(PyList_GET_ITEM(groups.ptr(), group), "params");
+      if (!params || !PyList_Check(params)) return false;
+      for (py::ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+        // Getting a gradient may run the garbage collector, so the list may change.
+        const auto param = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params, i));
+        const py::object grad = grad_of(param.ptr());
+        if (grad.is_none()) continue;
+        PyObject* const entry = state_of(param.ptr());
+        if (!entry || !PyDict_Check(entry)) return false;
+        columns_[kParam].append(param), columns_[kGrad].append(grad);
+        for (int column = kMean; column < kColumns; ++column) {
+          PyObject* const value = PyDict_GetItemWithError(entry, keys_[column].ptr());
+          columns_[column].append(value ? py::handle(value) : py::none());
+        }
+        groups_.push_back(group), indices_.push_back(i);
+      }
     }
-    Py_VISIT(param_groups_.ptr());
-    Py_VISIT(state_.ptr());
-    return 0;
-  }
-  void clear() {
-    params_.clear(), states_.clear();
-    param_groups_ = py::list(), state_ = py::dict();
+    n_ = static_cast<py::ssize_t>(groups_.size());
+    rows_.resize(n_), pointers_.resize(kColumns * n_), numel_.resize(n_), types_.resize(2 * n_);
+    // Column by column: tensors made one after the other lie so in memory, most often.
+    for (int column = 0; column < kColumns; ++column) {
+      for (py::ssize_t row = 0; row < n_; ++row) {
+        if (!read_tensor(row, column)) {
+          PyErr_Clear();  // torch's, of a tensor without memory
+          return false;
+        }
+      }
+    }
+    return n_ > 0;
   }
 
-  // "same", "moved" (gradients have new addresses, which `pointers` now holds), or "stale": the
-  // table has to be built anew.
-  const char* refresh() {
-    bool moved = false;
-    return params_hold(moved) && states_hold() ? (moved ? "moved" : "same") : "stale";
+  py::tuple table() const {
+    py::list held;
+    for (const py::list& column : columns_) held.append(column);
+    return py::make_tuple(Integers({n_, py::ssize_t{kColumns}}, pointers_.data()),
+                          Integers(n_, numel_.data()),
+                          Integers({n_, py::ssize_t{2}}, types_.data()),
+                          Integers(n_, groups_.data()), Integers(n_, indices_.data()), held);
   }
 
  private:
-  static constexpr int kKeys = 4;
-  struct Param {
-    py::object object;
-    int64_t row;
-    Place own, grad;  // as far as there is a gradient
-  };
-  struct Value {
-    py::object object;  // none where the state lacks the key
-    Place place;
-  };
-  struct State {
-    py::object param, entry;
-    Value values[kKeys];
+  enum Column { kParam, kGrad, kMean, kSquare, kRest, kStep, kColumns };
+  struct Row {
+    int32_t ndim;
+    size_t shape;  // where it starts in shapes_
   };
 
-  DLTensor viewed(PyObject* tensor) const {
-    DLTensor result;
-    if (view_(tensor, &result) != 0) throw py::error_already_set();
-    return result;
+  // Writes the address into the table. False if the tensor is of another class, device, type or
+  // shape than the row's parameter demands, or not in C's order.
+  bool read_tensor(py::ssize_t row, int column) {
+    PyObject* const tensor = PyList_GET_ITEM(columns_[column].ptr(), row);
+    FloatType& param_type = reinterpret_cast<FloatType&>(types_[2 * row]);
+    if (column == kRest) {
+      if (!split_ || param_type != FloatType::kBfloat16) return true;
+      param_type = FloatType::kSplit;
+    }
+    const PyTypeObject* const type = Py_TYPE(tensor);
+    const bool plain =
+        type == as_type(tensor_class_) || (column == kParam && type == as_type(parameter_class_));
+    DLTensor t;
+    if (!plain || view_(tensor, &t) != 0) return false;
+    int64_t numel = 1;
+    for (int i = t.ndim; i-- > 0; numel *= t.shape[i]) {
+      if (t.strides && t.shape[i] != 1 && t.strides[i] != numel) return false;
+    }
+    const FloatType own = float_type(t);
+    if (column == kParam) {
+      if (row == 0) device_type_ = t.device_type, device_id_ = t.device_id;
+      rows_[row] = {t.ndim, shapes_.size()};
+      shapes_.insert(shapes_.end(), t.shape, t.shape + t.ndim);
+      numel_[row] = numel;
+      param_type = own;
+    } else if (column == kStep) {
+      if (own != FloatType::kFloat32 || numel != 1) return false;
+    } else if (t.ndim != rows_[row].ndim ||
+               !std::equal(t.shape, t.shape + t.ndim, shapes_.begin() + rows_[row].shape)) {
+      return false;
+    }
+    const bool wide = param_type == FloatType::kFloat64;
+    if (column == kParam || column == kGrad) {
+      if (own == FloatType::kSplit || (own == FloatType::kFloat64) != wide) return false;
+      types_[2 * row + column] = static_cast<int64_t>(own);
+    } else if (column == kRest) {
+      if (t.type_code != 0 || t.type_bits != 16) return false;
+    } else if (column != kStep && own != (wide ? FloatType::kFloat64 : FloatType::kFloat32)) {
+      return false;
+    }
+    pointers_[kColumns * row + column] = t.address();
+    return t.device_type == device_type_ && t.device_id == device_id_ &&
+           (numel == 0 || t.address());
   }
 
-  // param.grad, by torch's own getter where the attribute is a plain one.
+  // param.grad, by torch's own getter if the attribute is a plain one.
   py::object grad_of(PyObject* param) const {
-    PyObject* value = grad_getter_ ? grad_getter_->get(param, grad_getter_->closure)
-                                   : PyObject_GetAttrString(param, "grad");
+    PyObject* const value = getter_ && PyObject_TypeCheck(param, as_type(tensor_class_))
+                                ? getter_->get(param, getter_->closure)
+                                : PyObject_GetAttrString(param, "grad");
     if (!value) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(value);
   }
 
-  bool params_hold(bool& moved) {
-    int64_t* pointers = pointers_.mutable_data();
-    size_t i = 0;
-    for (py::handle group : param_groups_) {
-      PyObject* list = PyDict_GetItemString(group.ptr(), "params");
-      if (!list || !PyList_Check(list)) return false;
-      for (py::ssize_t k = 0; k < PyList_GET_SIZE(list); ++k, ++i) {
-        if (i == params_.size() || PyList_GET_ITEM(list, k) != params_[i].object.ptr())
-          return false;
-        const Param& param = params_[i];
-        const py::object grad = grad_of(param.object.ptr());
-        if (param.row < 0) {
-          if (!grad.is_none()) return false;
-          continue;
-        }
-        if (Py_TYPE(grad.ptr()) != reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) {
-          return false;
-        }
-        const Place own(viewed(param.object.ptr()));
-        const Place now(viewed(grad.ptr()));
-        if (own.address != param.own.address || !own.same_kind(param.own) ||
-            !now.same_kind(param.grad)) {
-          return false;
-        }
-        int64_t& address = pointers[6 * param.row + 1];  // after the parameter's
-        moved |= now.address != address;
-        address = now.address;
-      }
+  // Its state, borrowed; null if it has none. Parameters most often come in the state's order, and
+  // the hash of a tensor is a function in Python.
+  PyObject* state_of(PyObject* param) {
+    if (!next_param_ && !PyDict_Next(state_.ptr(), &position_, &next_param_, &next_entry_)) {
+      next_param_ = nullptr;
     }
-    return i == params_.size();
+    if (next_param_ == param) {
+      next_param_ = nullptr;
+      return next_entry_;
+    }
+    return PyDict_GetItemWithError(state_.ptr(), param);
   }
 
-  bool states_hold() const {
-    PyObject *param, *entry;
-    Py_ssize_t position = 0;
-    for (const State& state : states_) {
-      if (!PyDict_Next(state_.ptr(), &position, &param, &entry) || param != state.param.ptr() ||
-          entry != state.entry.ptr()) {
-        return false;
-      }
-      for (int k = 0; k < kKeys; ++k) {
-        const Value& value = state.values[k];
-        if (value.object && PyDict_GetItem(entry, keys_[k].ptr()) != value.object.ptr()) {
-          return false;
-        }
-      }
-    }
-    if (PyDict_Next(state_.ptr(), &position, &param, &entry)) return false;
-    // Key by key: tensors made one after the other lie so in memory, most often.
-    for (int k = 0; k < kKeys; ++k) {
-      for (const State& state : states_) {
-        const Value& value = state.values[k];
-        if (!value.object) continue;
-        const Place now(viewed(value.object.ptr()));
-        if (now.address != value.place.address || !now.same_kind(value.place)) return false;
-      }
-    }
-    return true;
+  // kSplit for what is no floating-point type of a table.
+  static FloatType float_type(const DLTensor& t) {
+    if (t.type_code == 4 && t.type_bits == 16) return FloatType::kBfloat16;
+    if (t.type_code == 2 && t.type_bits == 32) return FloatType::kFloat32;
+    if (t.type_code == 2 && t.type_bits == 16) return FloatType::kFloat16;
+    if (t.type_code == 2 && t.type_bits == 64) return FloatType::kFloat64;
+    return FloatType::kSplit;
+  }
+  static PyTypeObject* as_type(py::handle type) {
+    return reinterpret_cast<PyTypeObject*>(type.ptr());
   }
 
-  py::object tensor_type_;
-  py::list param_groups_;
+  py::handle tensor_class_, parameter_class_;
   py::dict state_;
-  Integers pointers_;
+  bool split_;
   int (*view_)(void*, DLTensor*);
-  py::object grad_attribute_ = tensor_type_.attr("grad");
-  PyGetSetDef* grad_getter_ =
-      Py_TYPE(grad_attribute_.ptr()) == &PyGetSetDescr_Type
-          ? reinterpret_cast<PyGetSetDescrObject*>(grad_attribute_.ptr())->d_getset
-          : nullptr;
-  const py::str keys_[kKeys] = {"exp_avg", "exp_avg_sq", "step", "remainder"};
-  std::vector<Param> params_;
-  std::vector<State> states_;
+  py::object grad_ = tensor_class_.attr("grad");
+  PyGetSetDef* getter_ = Py_TYPE(grad_.ptr()) == &PyGetSetDescr_Type
+                             ? reinterpret_cast<PyGetSetDescrObject*>(grad_.ptr())->d_getset
+                             : nullptr;
+  const py::str keys_[kColumns] = {"", "", "exp_avg", "exp_avg_sq", "remainder", "step"};
+  Py_ssize_t position_ = 0;
+  PyObject *next_param_ = nullptr, *next_entry_ = nullptr;
+  py::list columns_[kColumns];
+  py::ssize_t n_ = 0;
+  int32_t device_type_ = 0, device_id_ = 0;
+  std::vector<Row> rows_;
+  std::vector<int64_t> shapes_, pointers_, numel_, types_, groups_, indices_;
 };
+
+// (pointers, numel, types, groups, indices in groups, the tensors column by column, to be held as
+// long as the pointers are used); None if the table has to be built by collect_step.
+py::object read_table(py::handle tensor_class, py::handle parameter_class, const py::list& groups,
+                      const py::dict& state, bool split) {
+  TableReader reader(tensor_class, parameter_class, state, split);
+  return reader.read(groups) ? py::object(reader.table()) : py::none();
+}
 
 }  // namespace
 
@@ -304,26 +274,8 @@ void bind_optimizer(py::module_& m) {
   m.def("adamw", &adamw_checked, py::arg("pointers").noconvert(), py::arg("numel").noconvert(),
         py::arg("types").noconvert(), py::arg("groups").noconvert(), py::arg("options").noconvert(),
         py::arg("factor"));
-  const auto collected = py::custom_type_setup([](PyHeapTypeObject* heap_type) {
-    PyTypeObject* type = &heap_type->ht_type;
-    type->tp_flags |= Py_TPFLAGS_HAVE_GC;
-    type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
-      Py_VISIT(Py_TYPE(self));
-      if (!py::detail::is_holder_constructed(self)) return 0;
-      return py::cast<const TableWatch&>(py::handle(self)).traverse(visit, arg);
-    };
-    type->tp_clear = [](PyObject* self) {
-      if (py::detail::is_holder_constructed(self)) {
-        py::cast<TableWatch&>(py::handle(self)).clear();
-      }
-      return 0;
-    };
-  });
-  py::class_<TableWatch>(m, "TableWatch", collected)
-      .def(py::init<py::handle, py::list, py::dict, const Integers&, Integers>(),
-           py::arg("tensor_type"), py::arg("param_groups"), py::arg("state"),
-           py::arg("rows").noconvert(), py::arg("pointers").noconvert())
-      .def("refresh", &TableWatch::refresh);
+  m.def("read_table", &read_table, py::arg("tensor_class"), py::arg("parameter_class"),
+        py::arg("param_groups"), py::arg("state"), py::arg("split"));
 }
 
 }  // namespace fastlm

@@ -2,27 +2,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
-
-#include "simd_double.h"
 
 namespace fastlm {
 namespace {
 
+FASTLM_INLINE double to_double(double x) { return x; }
+template <class T>
+FASTLM_INLINE double to_double(T x) {
+  return static_cast<double>(to_float(x));
+}
+
 #define FASTLM_LOOPS "clip_grad_norm.inc"
 #include "each_isa.inc"
-
-// Calls fn(T{}) with the element type of a gradient.
-template <class Fn>
-void with_type(FloatType type, const Fn& fn) {
-  switch (type) {
-    case FloatType::kFloat32: return fn(float{});
-    case FloatType::kBfloat16: return fn(Bfloat16{});
-    case FloatType::kFloat16: return fn(Float16{});
-    case FloatType::kFloat64: return fn(double{});
-    case FloatType::kSplit: return;  // no gradient is
-  }
-}
 
 }  // namespace
 
@@ -30,7 +23,7 @@ int64_t sum_squares(const TensorList& tensors, const int64_t* classes, double* s
   const Chunks chunks(tensors);
   std::vector<double> parts(chunks.size());
   chunks.for_each([&](int64_t i, const Chunk& chunk) {
-    with_type(tensors.grad_type(chunk.row), [&](auto t) {
+    with_float_type(tensors.grad_type(chunk.row), [&](auto t) {
       const auto* grad = pointer<const decltype(t)>(tensors.pointers[chunk.row].grad);
       parts[i] = FASTLM_DISPATCH(squares_of(grad + chunk.begin, chunk.end - chunk.begin));
     });
@@ -45,7 +38,7 @@ int64_t sum_squares(const TensorList& tensors, const int64_t* classes, double* s
 
 void scale_gradients(const TensorList& tensors, double factor) {
   Chunks(tensors).for_each([&](int64_t, const Chunk& chunk) {
-    with_type(tensors.grad_type(chunk.row), [&](auto t) {
+    with_float_type(tensors.grad_type(chunk.row), [&](auto t) {
       auto* grad = pointer<decltype(t)>(tensors.pointers[chunk.row].grad);
       FASTLM_DISPATCH(scale_part(grad + chunk.begin, chunk.end - chunk.begin, factor));
     });

@@ -13,7 +13,7 @@ namespace fastlm {
 // not finite, or -1.
 int64_t sum_squares(const TensorList& tensors, const int64_t* classes, double* sums);
 
-// gradient *= factor, computed in fp64.
+// gradient *= factor, in fp32 (of fp64 gradients in fp64).
 void scale_gradients(const TensorList& tensors, double factor);
 
 }  // namespace fastlm

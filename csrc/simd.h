@@ -1,5 +1,6 @@
 // One interface over the instruction sets' vectors of fp32, for kernels written once.
-// defines: Bfloat16, Float16, to_float, from_float, PortableSimd; simd_x86.h: Avx2Simd, Avx512Simd
+// defines: Bfloat16, Float16, to_float, from_float, joined, split, PortableSimd; simd_x86.h:
+// Avx2Simd, Avx512Simd
 //
 // A kernel's loops stand in a file that is included once for each instruction set, with
 // FASTLM_SIMD naming one of the structs below and FASTLM_TARGET the matching target attribute:
@@ -70,6 +71,17 @@ FASTLM_INLINE Float16 from_float<Float16>(float x) {
   return {static_cast<uint16_t>(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13))};
 }
 
+// An fp32 value in two halves: its upper 16 bits, rounded to the nearest, are a bf16; adding
+// `rest`, sign-extended, to the bits of that bf16 gives the bits of the fp32 back. NaN must be a
+// quiet one.
+FASTLM_INLINE float joined(Bfloat16 high, int16_t rest) {
+  return from_bits((static_cast<uint32_t>(high.bits) << 16) + static_cast<uint32_t>(rest));
+}
+FASTLM_INLINE void split(float x, Bfloat16& high, int16_t& rest) {
+  high.bits = static_cast<uint16_t>((to_bits(x) + 0x8000) >> 16);
+  rest = static_cast<int16_t>(to_bits(x) & 0xffff);
+}
+
 // Plain C++, for the compiler to map on what every CPU of the architecture has (SSE2, NEON).
 struct PortableSimd {
   static constexpr int kLanes = 8;
@@ -86,7 +98,19 @@ struct PortableSimd {
   static FASTLM_INLINE F sub(F a, F b) { FASTLM_EACH(a.lane[i] - b.lane[i]); }
   static FASTLM_INLINE F mul(F a, F b) { FASTLM_EACH(a.lane[i] * b.lane[i]); }
   static FASTLM_INLINE F div(F a, F b) { FASTLM_EACH(a.lane[i] / b.lane[i]); }
-  static FASTLM_INLINE F fma(F a, F b, F c) { FASTLM_EACH(a.lane[i] * b.lane[i] + c.lane[i]); }
+  // Rounded once, as the other instruction sets do it (without an fma, all but once: in fp64).
+  static FASTLM_INLINE F fma(F a, F b, F c) {
+#ifdef __FP_FAST_FMAF
+    FASTLM_EACH(std::fma(a.lane[i], b.lane[i], c.lane[i]));
+#else
+    FASTLM_EACH(static_cast<float>(static_cast<double>(a.lane[i]) * b.lane[i] + c.lane[i]));
+#endif
+  }
+  static FASTLM_INLINE F sqrt(F a) { FASTLM_EACH(std::sqrt(a.lane[i])); }
+  // NaN becomes the one that can be rounded to bf16 or split.
+  static FASTLM_INLINE F quiet(F a) {
+    FASTLM_EACH(a.lane[i] == a.lane[i] ? a.lane[i] : from_bits(0x7fc00000));
+  }
   // The second operand where either is NaN, as x86 does it.
   static FASTLM_INLINE F max(F a, F b) {
     FASTLM_EACH(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]);
@@ -148,6 +172,12 @@ struct PortableSimd {
   template <class T>
   static FASTLM_INLINE F load_first(const T* p, int n, float rest) {
     FASTLM_EACH(i < n ? to_float(p[i]) : rest);
+  }
+  static FASTLM_INLINE F load_split(const Bfloat16* p, const int16_t* rest) {
+    FASTLM_EACH(joined(p[i], rest[i]));
+  }
+  static FASTLM_INLINE void store_split(Bfloat16* p, int16_t* rest, F a) {
+    for (int i = 0; i < kLanes; ++i) split(a.lane[i], p[i], rest[i]);
   }
   template <class T>
   static FASTLM_INLINE void store(T* p, F a) {

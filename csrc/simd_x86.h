@@ -24,6 +24,10 @@ struct Avx2Simd {
   FASTLM_FN F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   FASTLM_FN F div(F a, F b) { return _mm256_div_ps(a, b); }
   FASTLM_FN F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  FASTLM_FN F sqrt(F a) { return _mm256_sqrt_ps(a); }
+  FASTLM_FN F quiet(F a) {
+    return _mm256_blendv_ps(a, set(NAN), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  }
   FASTLM_FN F max(F a, F b) { return _mm256_max_ps(a, b); }
   FASTLM_FN F abs(F a) { return _mm256_andnot_ps(set(-0.0f), a); }
   FASTLM_FN F copy_sign(F a, F sign) {
@@ -67,6 +71,16 @@ struct Avx2Simd {
   }
   FASTLM_FN F load(const Float16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  FASTLM_FN F load_split(const Bfloat16* p, const int16_t* rest) {
+    const __m256i low =
+        _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rest)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(load(p)), low));
+  }
+  FASTLM_FN void store_split(Bfloat16* p, int16_t* rest, F a) {
+    alignas(32) float lanes[kLanes];
+    _mm256_store_ps(lanes, a);
+    for (int i = 0; i < kLanes; ++i) split(lanes[i], p[i], rest[i]);
   }
   template <class T>
   FASTLM_FN F load_first(const T* p, int n, float rest) {
@@ -177,6 +191,10 @@ struct Avx512Simd {
   FASTLM_FN F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   FASTLM_FN F div(F a, F b) { return _mm512_div_ps(a, b); }
   FASTLM_FN F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  FASTLM_FN F sqrt(F a) { return _mm512_sqrt_ps(a); }
+  FASTLM_FN F quiet(F a) {
+    return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), set(NAN));
+  }
   FASTLM_FN F max(F a, F b) { return _mm512_max_ps(a, b); }
   FASTLM_FN F abs(F a) { return _mm512_abs_ps(a); }
   FASTLM_FN F copy_sign(F a, F sign) {
@@ -210,6 +228,17 @@ struct Avx512Simd {
   template <class T>
   FASTLM_FN F load(const T* p) {
     return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
+  }
+  FASTLM_FN F load_split(const Bfloat16* p, const int16_t* rest) {
+    const __m512i low =
+        _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rest)));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(load(p)), low));
+  }
+  FASTLM_FN void store_split(Bfloat16* p, int16_t* rest, F a) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i high = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x8000)), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rest), _mm512_cvtepi32_epi16(bits));
   }
   FASTLM_FN F load_first(const float* p, int n, float rest) {
     return _mm512_mask_loadu_ps(set(rest), mask(n), p);

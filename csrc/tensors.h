@@ -1,18 +1,15 @@
 // Many tensors as one table, and its division among threads.
-// defines: FloatType, TensorPointers, TensorList, Chunk, Chunks
+// defines: TensorPointers, TensorList, Chunk, Chunks
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "float_type.h"
 #include "parallel.h"
 
 namespace fastlm {
-
-// The numbers are those of kernels/tensor_table.py. kSplit: a bf16 parameter with the rest of its
-// fp32 value beside it (simd_double.h).
-enum class FloatType : int64_t { kFloat32, kBfloat16, kFloat16, kFloat64, kSplit };
 
 // A row of the table: addresses, 0 for what a tensor lacks.
 struct TensorPointers {

@@ -55,7 +55,7 @@ def accumulate(
     first: bool,  # sum = part, else sum += part
 ) -> None: ...
 
-# Tables of n tensors, as fastlm.kernels.tensor_table.TensorTable has them: pointers (n, 6), numel
+# Tables of n tensors, as fastlm.kernels.collect.TensorTable has them: pointers (n, 6), numel
 # (n,), types (n, 2).
 def sum_squares(
     pointers: npt.NDArray[np.int64],
@@ -78,18 +78,13 @@ def adamw(
     options: npt.NDArray[np.float64],  # (groups, 5): lr, beta1, beta2, eps, weight_decay
     factor: float,  # of the gradients
 ) -> None: ...
-
-class TableWatch:  # as fastlm.kernels.table_watch.TableWatch
-    def __init__(
-        self,
-        tensor_type: type[Tensor],
-        param_groups: list[dict],
-        state: dict[Tensor, Any],
-        rows: npt.NDArray[np.int64],
-        pointers: npt.NDArray[np.int64],
-    ) -> None: ...
-    def refresh(self) -> str: ...
-
+def read_table(
+    tensor_class: type[Tensor],
+    parameter_class: type[Tensor],
+    param_groups: list[dict],
+    state: dict[Tensor, Any],
+    split: bool,
+) -> Any: ...  # (pointers, numel, types, groups, indices, tensors by column) or None
 def max_threads() -> int: ...
 def isa() -> str: ...
 def force_isa(name: str | None) -> None: ...

@@ -30,9 +30,7 @@ from . import configs
 from . import device_table as tables
 from .clip_grad_norm import scale_gradients as scale_gradients
 from .clip_grad_norm import square_sums as square_sums
-from .tensor_table import GradientSums, StepOptions, TensorTable
-
-takes_tensors = False  # with this the module is what optimizer.StepKernels says
+from .collect import GradientSums, StepOptions, TensorTable
 
 # A row's constants, fp64, in the order of the formula, and the numbers of a group.
 _BETA1, _C1, _BETA2, _C2, _C, _DECAY, _LR, _UNBIAS, _EPS, _CONSTANTS = (

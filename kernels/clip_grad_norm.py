@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import configs
 from . import device_table as tables
-from .tensor_table import GradientSums, TensorTable
+from .collect import GradientSums, TensorTable
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def scale_gradients_kernel(
             _scale(address, start, size, f, G, False, BLOCK)
 
 
-def square_sums(table: TensorTable, *, by_class: bool = True) -> GradientSums:
+def square_sums(table: TensorTable) -> GradientSums:
     """Sums of squares of the gradients, (num_classes,) fp64: together the norm's square."""
     on, pointers = tables.on_device(table)
     sums = torch.empty(on.num_chunks, dtype=torch.float64, device=table.device)

@@ -1,10 +1,11 @@
 """From parameters, gradients and optimizer state to the tables of pointers that the kernels take.
 
 Here everything unusual is made usual, or refused: views with gaps, gradients of other strides than
-their parameter's, DTensors, parameters without a gradient, on several devices, of several dtypes.
-Imports torch and siblings only.
+their parameter's, DTensors (of which the local parts are taken), parameters on several devices, of
+several dtypes. Tables are made for one step and not kept. Imports torch and siblings only.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,26 +13,85 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import shards
-from .tensor_table import CODE, SPLIT, TensorTable
+# The codes of element types in a table, those of csrc/float_type.h. SPLIT: a bfloat16 parameter
+# whose fp32 master's lower 16 bits lie in an int16 tensor beside it (the column REMAINDER).
+FLOAT32, BFLOAT16, FLOAT16, FLOAT64, SPLIT = range(5)
+CODE = {
+    torch.float32: FLOAT32,
+    torch.bfloat16: BFLOAT16,
+    torch.float16: FLOAT16,
+    torch.float64: FLOAT64,
+}
+
+# The columns of `pointers`.
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, STEP = range(6)
+
+
+@dataclass(eq=False)
+class TensorTable:
+    """n parameters on one device with their gradients and optimizer state, all dense in memory.
+
+    Element i of a gradient, of the moments and of the remainder belongs to element i of the
+    parameter's memory. Moments are float32, of float64 parameters float64; the step counter is one
+    float32. All columns are int64 on the CPU.
+    """
+
+    device: torch.device
+    pointers: Tensor  # (n, 6); 0 for what a row lacks
+    numel: Tensor  # (n,)
+    kinds: Tensor  # (n, 2): codes of parameter and gradient
+    groups: Tensor  # (n,): index of the parameter's param_group
+    classes: Tensor  # (n,): which sum of squares the gradient goes into
+    num_classes: int
+    # Lives on from step to step: what a kernel module keeps of the tables on this device.
+    cache: dict
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        """Of the gradients' norm: float64 if one of the gradients is, else float32."""
+        return torch.float64 if (self.kinds[:, 1] == FLOAT64).any() else torch.float32
+
+
+@dataclass(eq=False)
+class GradientSums:
+    """Sums of squares of the gradients of a table, on its device.
+
+    bad: the first row of the table with a gradient that is not finite, -1 if there is none; valid
+    once the step that got these sums is done.
+    """
+
+    values: Tensor  # (num_classes,) float64: together they are the square of the global norm
+    bad: Tensor  # 0-d int64
+
+
+@dataclass(frozen=True, eq=False)
+class StepOptions:
+    """What one step of AdamW does besides reading the table."""
+
+    # One row a param_group: lr (a float, or a 0-d or one-element tensor on the table's device,
+    # which is read on the device), beta1, beta2, eps, weight_decay.
+    hyper: Sequence[tuple[float | Tensor, float, float, float, float]]
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    # What a torch.amp.GradScaler hands over: gradients are to be divided by grad_scale; nothing is
+    # to change if found_inf is not 0. One-element float32 tensors on the table's device.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
 
 @dataclass(eq=False)
 class Collected:
     tables: list[TensorTable] = field(default_factory=list)  # one a device
-    positions: list[list[tuple[int, int]]] = field(default_factory=list)  # of each row of a table
-    classes: list[Any] = field(default_factory=list)  # shards.sum_class of each sum of squares
-    rows: list[int] = field(default_factory=list)  # of every parameter, -1: it has no gradient
-    updated: list[Tensor] = field(default_factory=list)  # the parameters that have one
+    positions: list[Any] = field(default_factory=list)  # of each row of a table: (group, index)
+    classes: list[Any] = field(default_factory=list)  # sum_class of each sum of squares
+    updated: list[Tensor] = field(default_factory=list)  # the parameters that have a gradient
+    held: list[Any] = field(default_factory=list)  # what the pointers point into
     # Views with gaps and the dense copies that are updated in their place.
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    # Nothing had to be converted, all is on one device and of torch's own classes: the table holds
-    # as long as the same tensors stand in the same places.
-    plain: bool = True
 
     def class_of(self, tensor: Tensor) -> int:
         """Which sum of squares the gradient, or the gradient of the parameter, goes into."""
-        of_class = shards.sum_class(tensor)
+        of_class = sum_class(tensor)
         if of_class not in self.classes:
             self.classes.append(of_class)
         return self.classes.index(of_class)
@@ -45,50 +105,45 @@ class Collected:
         self.copies.append((local, copy))
         return copy
 
-
-def moment_dtype(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Do its elements fill a block of memory, in whatever order of dimensions?"""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    def write_back(self) -> None:
+        """Puts the dense copies' values into the views that they stand for."""
+        for view, copy in self.copies:
+            view.copy_(copy)
 
 
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Does the same index lead to the same place in memory?"""
-    strides = zip(a.stride(), b.stride(), a.shape, strict=True)
-    return a.shape == b.shape and all(x == y for x, y, size in strides if size > 1)
+class _Rows:
+    """Rows of one device's table."""
+
+    def __init__(self) -> None:
+        self.parts: list[list[Tensor | None]] = []
+        self.kinds: list[tuple[int, int]] = []
+        self.groups: list[int] = []
+        self.classes: list[int] = []
+        self.positions: list[tuple[int, int]] = []
 
 
-def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor`, or a copy of it, in the layout of `other`, which is dense."""
-    return tensor if same_layout(tensor, other) else torch.empty_like(other).copy_(tensor)
+def collect_step(
+    groups: Sequence[dict], state: Any, split: bool, caches: dict[torch.device, dict]
+) -> Collected:
+    """Tables of every parameter that has a gradient, with its state, which exists already.
 
-
-def collect_step(groups: Sequence[dict], state: Any, split: bool) -> Collected:
-    """Every parameter that has a gradient, with its state, which exists already."""
-    found = Collected()
-    builders: dict[torch.device, _Builder] = {}
+    `caches` gives each device's table its cache. There is a table, if of no rows, of the device of
+    the first parameter: of a norm over all ranks this rank may have no part.
+    """
+    found, devices = Collected(), {}
     for group, members in enumerate(groups):
         for index, param in enumerate(members["params"]):
-            if param.grad is None:
-                found.rows.append(-1)
+            # Of every parameter, in the same order on all ranks.
+            of_class = found.class_of(param)
+            rows = devices.setdefault(param.device, _Rows())
+            if (grad := param.grad) is None:
                 continue
             found.updated.append(param)
             what = position_name(groups, group, index)
-            check_gradient(param.grad, what)
+            check_gradient(grad, what)
             entry = state[param]
-            local = shards.local_part(param)
-            grad = shards.placed_like(param.grad, param, what)
+            local = local_part(param)
+            grad = _placed_like(grad, param, what)
             if grad.dtype != local.dtype and torch.float64 in (grad.dtype, local.dtype):
                 grad = grad.to(moment_dtype(local))
             if grad.shape != local.shape:
@@ -98,61 +153,74 @@ def collect_step(groups: Sequence[dict], state: Any, split: bool) -> Collected:
                 )
             if local.is_neg():
                 raise ValueError(f"{what} is a view that negates its memory: clone it")
-            grad = grad.resolve_neg()
             target = found.dense(local)
-            grad_in_place = laid_out_as(grad, target)
-            parts = [target, grad_in_place]
+            parts = [target, _laid_out_as(grad.resolve_neg(), target)]
             for name in ("exp_avg", "exp_avg_sq", "remainder"):
                 parts.append(_state_part(entry, name, param, target, split, what))
-            builder = builders.setdefault(local.device, _Builder(local.device))
-            found.rows.append(len(builder.parts))
-            kind = SPLIT if parts[4] is not None else CODE[local.dtype]
-            builder.add(
-                [*parts, _step_counter(entry, local.device)],
-                (kind, CODE[grad_in_place.dtype]),
-                group,
-                found.class_of(param),
-                (group, index),
+            parts.append(_step_counter(entry, local.device))
+            rows.parts.append(parts)
+            rows.kinds.append(
+                (CODE[local.dtype] if parts[4] is None else SPLIT, CODE[parts[1].dtype])
             )
-            # Classes, not isinstance: a subclass may do anything when it is asked for its memory.
-            found.plain &= (
-                type(param) in (Tensor, torch.nn.Parameter)
-                and grad_in_place is param.grad
-                and type(grad) is Tensor
-                and target is local
-                and param.dim() <= 4  # what the extension's watch has room for
-            )
-    found.plain &= len(builders) == 1
-    for builder in builders.values():
-        found.tables.append(builder.table(len(found.classes)))
-        found.positions.append(builder.positions)
-    return found
+            rows.groups.append(group)
+            rows.classes.append(of_class)
+            rows.positions.append((group, index))
+    return _tables(found, devices, caches)
 
 
-def collect_gradients(gradients: Iterable[Tensor]) -> Collected:
-    """Gradients alone, each once, to be summed and scaled in place."""
-    found = Collected()
-    builders: dict[torch.device, _Builder] = {}
-    for grad in {id(g): g for g in gradients}.values():
+def collect_gradients(params: Iterable[Tensor]) -> Collected:
+    """Tables of the parameters' gradients alone, each once, to be summed and scaled in place."""
+    found, devices, seen = Collected(), {}, set()
+    for param in params:
+        found.class_of(param)
+        if (grad := param.grad) is None or id(grad) in seen:
+            continue
+        seen.add(id(grad))
+        found.updated.append(grad)
         check_gradient(grad, "a parameter")
-        local = shards.local_part(grad)
-        target = found.dense(local)
-        builder = builders.setdefault(local.device, _Builder(local.device))
-        builder.add(
-            [None, target, None, None, None, None],
-            (CODE[target.dtype],) * 2,
-            0,
-            found.class_of(grad),
-            (0, 0),
+        target = found.dense(local_part(grad))
+        rows = devices.setdefault(target.device, _Rows())
+        rows.parts.append([None, target, None, None, None, None])
+        rows.kinds.append((CODE[target.dtype],) * 2)
+        rows.groups.append(0)
+        rows.classes.append(found.class_of(grad))
+    return _tables(found, devices, {})
+
+
+def _tables(found: Collected, devices: dict[torch.device, _Rows], caches: dict) -> Collected:
+    def column(values: list, *shape: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device="cpu").reshape(-1, *shape)
+
+    if any(rows.parts for rows in devices.values()):
+        devices = {device: rows for device, rows in devices.items() if rows.parts}
+    else:
+        devices = dict(list(devices.items())[:1])
+    for device, rows in devices.items():
+        pointers = [[0 if t is None else t.data_ptr() for t in row] for row in rows.parts]
+        for parts, addresses in zip(rows.parts, pointers, strict=True):
+            if 0 in addresses and any(
+                t is not None and t.numel() and not t.data_ptr() for t in parts
+            ):
+                classes = sorted({type(t).__name__ for t in parts if t is not None})
+                raise ValueError(
+                    f"a parameter, its gradient or its state on {device} has no memory of its own "
+                    f"({', '.join(classes)}): it cannot be updated"
+                )
+        found.held.append(rows.parts)
+        found.positions.append(rows.positions)
+        found.tables.append(
+            TensorTable(
+                device=device,
+                pointers=column(pointers, 6),
+                numel=column([row[GRAD].numel() for row in rows.parts]),
+                kinds=column(rows.kinds, 2),
+                groups=column(rows.groups),
+                classes=column(rows.classes),
+                num_classes=len(found.classes),
+                cache=caches.setdefault(device, {}),
+            )
         )
-    found.tables = [builder.table(len(found.classes)) for builder in builders.values()]
     return found
-
-
-def write_back(found: Collected) -> None:
-    """Puts the dense copies' values into the views that they stand for."""
-    for view, copy in found.copies:
-        view.copy_(copy)
 
 
 def position_name(groups: Sequence[dict], group: int, index: int) -> str:
@@ -177,6 +245,34 @@ def check_gradient(grad: Tensor, what: str) -> None:
         )
 
 
+def moment_dtype(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Do its elements fill a block of memory, in whatever order of dimensions?"""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Does the same index lead to the same place in memory?"""
+    strides = zip(a.stride(), b.stride(), a.shape, strict=True)
+    return a.shape == b.shape and all(x == y for x, y, size in strides if size > 1)
+
+
+def _laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor`, or a copy of it, in the layout of `other`, which is dense."""
+    return tensor if _same_layout(tensor, other) else torch.empty_like(other).copy_(tensor)
+
+
 def _state_part(
     entry: dict, name: str, param: Tensor, target: Tensor, split: bool, what: str
 ) -> Tensor | None:
@@ -188,15 +284,15 @@ def _state_part(
         dtype = torch.int16
     if name not in entry:
         raise ValueError(f"the state of {what} has no {name!r}")
-    value = shards.local_part(entry[name])
+    value = local_part(entry[name])
     if value.dtype != dtype or value.device != target.device or value.shape != target.shape:
         raise ValueError(
             f"{name} of {what} is {tuple(value.shape)} {value.dtype} on {value.device}; it must be "
             f"{tuple(target.shape)} {dtype} on {target.device}"
         )
-    if not same_layout(value, target):
+    if not _same_layout(value, target):
         value = torch.empty_like(target, dtype=dtype).copy_(value)
-        entry[name] = shards.like(value, param)
+        entry[name] = placed_as(value, param)
     return value
 
 
@@ -209,43 +305,61 @@ def _step_counter(entry: dict, device: torch.device) -> Tensor:
     return step
 
 
-class _Builder:
-    """Rows of one device's table."""
+# DTensors (FSDP2, tensor parallelism): whoever makes the first has loaded their module
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.parts: list[list[Tensor | None]] = []
-        self.kinds: list[tuple[int, int]] = []
-        self.groups: list[int] = []
-        self.classes: list[int] = []
-        self.positions: list[tuple[int, int]] = []
 
-    def add(self, parts, kinds, group, of_class, position) -> None:
-        if any(t is not None and t.numel() and not t.data_ptr() for t in parts):
-            classes = sorted({type(t).__name__ for t in parts if t is not None})
-            raise ValueError(
-                f"a parameter, its gradient or its state on {self.device} has no memory of its own "
-                f"({', '.join(classes)}): it cannot be updated"
-            )
-        self.parts.append(parts)
-        self.kinds.append(kinds)
-        self.groups.append(group)
-        self.classes.append(of_class)
-        self.positions.append(position)
+def is_dtensor(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
-    def table(self, num_classes: int) -> TensorTable:
-        def column(values: list) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device="cpu")
 
-        return TensorTable(
-            device=self.device,
-            pointers=column(
-                [[0 if t is None else t.data_ptr() for t in row] for row in self.parts]
-            ),
-            numel=column([row[1].numel() for row in self.parts]),
-            kinds=column(self.kinds),
-            groups=column(self.groups),
-            classes=column(self.classes),
-            num_classes=num_classes,
-            keep=[tuple(row) for row in self.parts],
+def local_part(tensor: Tensor) -> Tensor:
+    """The tensor's memory on this rank: of an ordinary tensor, itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def placed_as(local: Tensor, tensor: Tensor) -> Tensor:
+    """`local` as the local part of a tensor that is distributed as `tensor` is."""
+    if not is_dtensor(tensor):
+        return local
+    return type(tensor).from_local(  # type: ignore[attr-defined]
+        local, tensor.device_mesh, tensor.placements, run_check=False,  # type: ignore[attr-defined]
+        shape=tensor.shape, stride=tensor.stride(),
+    )  # fmt: skip
+
+
+def _placed_like(grad: Tensor, param: Tensor, what: str) -> Tensor:
+    """The gradient's part that belongs to the local part of `param`. ValueError if none does."""
+    if is_dtensor(param) != is_dtensor(grad):
+        kinds = "a DTensor", "an ordinary tensor"
+        own, other = kinds if is_dtensor(param) else kinds[::-1]
+        raise ValueError(f"{what} is {own} and its gradient {other}")
+    if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        # A sum still outstanding (Partial) is done here, too.
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return local_part(grad)
+
+
+def sum_class(tensor: Tensor) -> tuple[Any, tuple[int, ...]] | None:
+    """(mesh, its dimensions that hold different parts of `tensor`), None if all is here."""
+    if not is_dtensor(tensor):
+        return None
+    placements = tensor.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"a gradient has the placements {placements}: sum it over its mesh first "
+            f"(grad.redistribute)"
         )
+    split = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
+    return (tensor.device_mesh, split) if split else None  # type: ignore[attr-defined]
+
+
+def add_over_ranks(sums: Tensor, classes: list) -> Tensor:
+    """sums: (num_classes,), local sums. The same sums over all ranks that hold parts."""
+    sums = sums.clone()
+    for i, of_class in enumerate(classes):
+        if of_class is not None:
+            mesh, dimensions = of_class
+            for dimension in dimensions:
+                torch.distributed.all_reduce(sums[i : i + 1], group=mesh.get_group(dimension))
+    return sums

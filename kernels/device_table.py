@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tensor_table as codes
+from . import collect as codes
+from .collect import TensorTable
 from .configs import OPTIMIZER_CHUNK
-from .tensor_table import TensorTable
 
 ROCM = torch.version.hip is not None
 

@@ -5,6 +5,7 @@ of this folder in another project and fastlm itself do not meet.
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .cross_entropy_op import (
     refuse_dtensor,
     shows_options,
 )
-from .optimizer import FusedAdamW, StepKernels
+from .optimizer import FusedAdamW
 
 _device_types = ["cuda"]  # ROCm's, too
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -73,7 +74,7 @@ class AdamW(FusedAdamW):
     """
 
     @staticmethod
-    def kernels_for(device: torch.device, impl: str) -> StepKernels:
+    def kernels_for(device: torch.device, impl: str) -> Any:
         if impl not in ("auto", "triton"):
             raise ValueError(f"impl={impl!r}: there are Triton kernels only")
         if device.type not in _device_types:

@@ -4,14 +4,13 @@ Imports torch and siblings only. fastlm.AdamW runs it on CPUs and GPUs, drop_in.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import shards
-from .collect import Collected, collect_step, write_back
+from .collect import CODE, Collected, GradientSums, StepOptions, add_over_ranks, collect_step
 from .optimizer_state import (
     checked_state_dict,
     has_remainder,
@@ -20,38 +19,54 @@ from .optimizer_state import (
     split_into,
     unwrap_loaded,
 )
-from .table_watch import TableWatch
-from .tensor_table import CODE, GRAD, GradientSums, StepOptions, TensorTable
 
 _TORCHS_CHOICES = ("foreach", "fused", "capturable")  # among its implementations: no matter here
 _REFUSED = ("amsgrad", "maximize", "differentiable")
 
 
-class StepKernels(Protocol):
-    """What there is for a device; kernels/adamw.py and kernels/clip_grad_norm.py say how."""
-
-    takes_tensors: bool  # from table.keep, where others take pointers: tables are used once
-
-    def square_sums(self, table: TensorTable, *, by_class: bool = False) -> GradientSums: ...
-
-    def step(
-        self, table: TensorTable, options: StepOptions, sums: GradientSums | None
-    ) -> Tensor | None: ...
-
-
 class ParameterPosition(NamedTuple):
     group: int  # of param_groups
     index: int  # in the group
-    name: str | None  # where the optimizer was given named_parameters()
+    name: str | None  # if the optimizer was given named_parameters()
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW's mathematics, groups, hooks and state dicts, without its step.
+    """torch.optim.AdamW with the defaults of GPT training, clipping, and skipping of bad steps.
 
-    A subclass says where the kernels are (`kernels_for`).
+    The mathematics and the state dict are torch.optim.AdamW's (formula: fastlm/ops/adamw.py); state
+    dicts load both ways. One kernel updates all tensors, in fp32 with constants of fp64: over long
+    runs its error is at most that of torch's for-loop. Moments are float32, also of bfloat16 and
+    float16 parameters (float64 of float64 ones). Defaults that differ from torch's: betas
+    (0.9, 0.95), weight_decay 0.
+
+    max_grad_norm: the gradients enter the step clipped to this global L2 norm: over all groups and,
+        for DTensors, over all ranks. The gradients themselves stay as they are; no host sync. All
+        parameters must be on one device. With FSDP1 or ZeroRedundancyOptimizer, which give each
+        rank a part as a tensor of its own, clip outside. Lightning's Trainer refuses its own
+        gradient_clip_val with this class, as with torch's fused=True: set max_grad_norm instead.
+    skip_nonfinite: a step whose norm is NaN or infinite leaves parameters, moments and step counter
+        as they were. Default: on if max_grad_norm is set.
+    param_precision: "split" keeps, beside each bfloat16 parameter, the lower 16 bits of its float32
+        value (int16, `state[p]["remainder"]`): a run has the bits of a float32 run with the same
+        gradients, in 2 + 2 bytes. `master_weights()` are those float32 values.
+    impl: "auto", "cpp" (CPU), "triton" (CUDA, ROCm) or "torch": torch.optim.AdamW's own step, with
+        its moments; clipping then changes the gradients, and the norm is read on the host. Other
+        devices run "torch". Arguments that choose among torch's implementations (fused, foreach,
+        capturable) are accepted and do nothing.
+
+    After a step with a norm, `last_grad_norm` is the norm before clipping: a 0-d tensor on the
+    device, so that reading it, and nothing else, waits for the device; `first_nonfinite()` tells
+    whose gradient made it NaN or infinite.
+
+    lr may be a tensor, which is read on its device: a CUDA graph's replay sees it change. Take one
+    step before the capture, or it raises; other hyperparameters keep the values of the capture.
+    DTensors cannot be captured.
     """
 
     last_grad_norm: Tensor | None = None
+    # As torch's constructor says for fused=True: a GradScaler then hands its scale and found_inf to
+    # the step, which it would otherwise read on the host.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -73,29 +88,30 @@ class FusedAdamW(torch.optim.AdamW):
             max_grad_norm = float(max_grad_norm)
         if param_precision not in ("native", "split"):
             raise ValueError(f"param_precision={param_precision!r}: it must be 'native' or 'split'")
-        for name, value in torch_options.items():
+        for name in torch_options:
             if name not in (*_TORCHS_CHOICES, *_REFUSED):
                 raise TypeError(f"AdamW has no argument {name!r}")
-            if name in _REFUSED and value:
-                raise ValueError(f"{name}={value} is not supported; torch.optim.AdamW has it")
+        _check_options(torch_options)
         if skip_nonfinite is None:
             skip_nonfinite = max_grad_norm is not None
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
         self.param_precision, self._impl = param_precision, impl
-        self._forget_tables()
+        self._forget()
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        # As torch's constructor says for fused=True: a GradScaler then hands its scale and its
-        # found_inf to the step, where it would otherwise read them on the host.
-        self._step_supports_amp_scaling = True
 
     # What subclasses say
 
     @staticmethod
-    def kernels_for(device: torch.device, impl: str) -> StepKernels:
-        """The kernels for tensors on `device`; ValueError where there are none."""
+    def kernels_for(device: torch.device, impl: str) -> Any:
+        """The module with the kernels for tensors on `device`; ValueError if there are none.
+
+        Its functions are square_sums, step and scale_gradients (kernels/adamw.py).
+        """
         raise NotImplementedError
 
-    new_watch: Callable[..., Any] = TableWatch  # or what has its interface
+    def _read_tables(self) -> Collected | None:
+        """What collect_step returns, by a faster way; None if this needs collect_step."""
+        return None
 
     # Parameters and state
 
@@ -112,7 +128,6 @@ class FusedAdamW(torch.optim.AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._forget_tables()
         try:
             self._check_last_group()
         except (TypeError, ValueError):
@@ -121,28 +136,17 @@ class FusedAdamW(torch.optim.AdamW):
 
     def _check_last_group(self) -> None:
         group = self.param_groups[-1]
-        for option in _REFUSED:
-            if group.get(option):
-                raise ValueError(f"{option}={group[option]} is not supported")
+        _check_options(group)
         for option in ("max_grad_norm", "skip_nonfinite", "param_precision", "impl"):
             if option in group:
-                raise ValueError(f"{option} is the optimizer's, not a group's: pass it to AdamW")
+                raise ValueError(
+                    f"{option} is the optimizer's, not a group's: pass it to AdamW "
+                    f"beside the groups (ZeroRedundancyOptimizer puts its arguments into groups; "
+                    f"its ranks hold parts of the parameters: clip before its step)"
+                )
         for param in group["params"]:
-            shape = tuple(param.shape)
-            if param.dtype not in CODE:
-                raise TypeError(
-                    f"a parameter (shape {shape}) has dtype {param.dtype}: it must be float32, "
-                    f"bfloat16, float16 or float64"
-                )
-            if self._split and param.dtype == torch.float16:
-                raise TypeError(
-                    f'param_precision="split" takes bfloat16 parameters (and full ones), not '
-                    f"float16 (shape {shape})"
-                )
-            overlaps = zip(param.stride(), param.shape, strict=True)
-            if any(stride == 0 and size > 1 for stride, size in overlaps):
-                raise ValueError(f"a parameter (shape {shape}) overlaps itself: it was expanded")
             self.kernels_for(param.device, self._impl)
+            _check_parameter(param, self._split, self._takes_norm)
         if len({id(p) for p in group["params"]}) != len(group["params"]):
             raise ValueError("a parameter stands in its group twice: it would be updated twice")
         if self._takes_norm and len({p.device for p in self._params()}) > 1:
@@ -158,14 +162,13 @@ class FusedAdamW(torch.optim.AdamW):
 
     def _create_state(self, params: Sequence[Tensor]) -> None:
         new = [p for p in params if not self.state.get(p)]
-        for param, entry in zip(new, new_states(new, self._split), strict=True):
-            self.state[param] = entry
+        self.state.update(zip(new, new_states(new, self._split), strict=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class, of torch.optim.AdamW, or of the seeds' optimizers.
 
         Moments keep at least float32, whatever the parameters' dtype. ValueError, with nothing
-        changed, where the loaded values do not fit the dtype here.
+        changed, if the loaded values do not fit the dtype here.
         """
         # Last and first among the hooks, so that users' hooks see what torch would show them.
         before = self.register_load_state_dict_pre_hook(
@@ -183,18 +186,23 @@ class FusedAdamW(torch.optim.AdamW):
     def __getstate__(self) -> dict[str, Any]:
         # torch's holds groups, state and defaults only: a copy could not step.
         names = ("max_grad_norm", "skip_nonfinite", "param_precision", "_impl")
-        names += ("_step_supports_amp_scaling",)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget_tables()
+        self._forget()
+
+    def _forget(self) -> None:
+        # What kernel modules keep for a device from step to step (TensorTable.cache).
+        self._caches: dict[torch.device, dict] = {}
+        self._last_bad: Tensor | int = -1
+        self._last_positions: Sequence[tuple[int, int]] = []
 
     @torch.no_grad()
     def master_weights(self) -> list[Tensor]:
         """Every parameter, group by group, as exactly as the optimizer knows it.
 
-        Where param_precision="split" keeps a bf16 parameter's float32 master: that one, as a new
+        If param_precision="split" keeps a bf16 parameter's float32 master: that one, as a new
         tensor. Other parameters are themselves.
         """
         weights = []
@@ -236,43 +244,42 @@ class FusedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        collected = self._collect()
-        for table in collected.tables:
+        for group in self.param_groups:
+            _check_options(group)
+        self._update()
+        return loss
+
+    def _update(self) -> None:
+        # Read afresh at every step: whatever has become of parameters, gradients and state is seen.
+        collected = self._read_tables()
+        if collected is None:
+            self._create_state([p for p in self._params() if p.grad is not None])
+            collected = collect_step(self.param_groups, self.state, self._split, self._caches)
+        for table, positions in zip(collected.tables, collected.positions, strict=True):
             kernels = self.kernels_for(table.device, self._impl)
             sums = None
             if self._takes_norm:
-                sums = self._last_sums = self._square_sums(kernels, table, collected.classes)
-                self._last_positions = collected.positions[0]
+                sums = kernels.square_sums(table)
+                if any(of_class is not None for of_class in collected.classes):
+                    sums = GradientSums(add_over_ranks(sums.values, collected.classes), sums.bad)
+                self._last_bad, self._last_positions = sums.bad, positions
             norm = kernels.step(table, self._options(table.device), sums)
             if self._takes_norm:
                 self.last_grad_norm = norm
-        if self._takes_norm and not collected.tables:  # no gradient at all
-            device = next((p.device for p in self._params()), None)
-            zero = torch.zeros((), dtype=torch.float32, device=device)
-            self.last_grad_norm, self._last_sums = zero, None
-        write_back(collected)
+        collected.write_back()
         # A backward through the values from before must raise, as after torch's own steps.
         increment_version(collected.updated)
-        self._let_go_of_gradients(collected)
-        return loss
 
     def first_nonfinite(self) -> ParameterPosition | None:
         """The first parameter whose gradient held NaN or infinity in the last step, if there is
         one on this rank. Waits for the device."""
         if not self._takes_norm:
-            raise RuntimeError("gradients are looked at where max_grad_norm or skip_nonfinite is")
-        bad = -1 if self._last_sums is None else int(self._last_sums.bad)
-        if bad < 0:
+            raise RuntimeError("first_nonfinite() needs max_grad_norm or skip_nonfinite")
+        if (bad := int(self._last_bad)) < 0:
             return None
-        group, index = self._last_positions[bad]
+        group, index = map(int, self._last_positions[bad])
         names = self.param_groups[group].get("param_names")
         return ParameterPosition(group, index, names[index] if names else None)
-
-    def _square_sums(self, kernels: StepKernels, table: TensorTable, classes: list) -> GradientSums:
-        if all(of_class is None for of_class in classes):
-            return kernels.square_sums(table)
-        sums = kernels.square_sums(table, by_class=True)
-        return GradientSums(shards.add_over_ranks(sums.values, classes), sums.bad)
 
     def _options(self, device: torch.device) -> StepOptions:
         hyper = []
@@ -290,33 +297,34 @@ class FusedAdamW(torch.optim.AdamW):
             scaler[name] = None if value is None else value.to(device, non_blocking=True)
         return StepOptions(hyper, self.max_grad_norm, self.skip_nonfinite, **scaler)
 
-    # Tables, which are kept from step to step where nothing but the gradients' places changes
 
-    def _forget_tables(self) -> None:
-        self._collected: Collected | None = None
-        self._watch: Any = None
-        self._last_sums: GradientSums | None = None
-        self._last_positions: list[tuple[int, int]] = []
+def _check_options(options: dict[str, Any]) -> None:
+    for name in _REFUSED:
+        if options.get(name):
+            raise ValueError(f"{name}={options[name]} is not supported; torch.optim.AdamW has it")
 
-    def _collect(self) -> Collected:
-        if self._watch is not None:
-            groups, state = self._watched
-            unreplaced = groups is self.param_groups and state is self.state
-            if unreplaced and self._watch.refresh() != "stale":
-                return self._collected
-        self._create_state([p for p in self._params() if p.grad is not None])
-        self._collected, self._watch = None, None
-        collected = collect_step(self.param_groups, self.state, self._split)
-        if collected.plain and collected.tables:
-            (table,) = collected.tables
-            if self.kernels_for(table.device, self._impl).takes_tensors:
-                return collected
-            self._collected = collected
-            self._watched = self.param_groups, self.state
-            self._watch = self.new_watch(*self._watched, collected.rows, table.pointers)
-        return collected
 
-    def _let_go_of_gradients(self, collected: Collected) -> None:
-        for table in collected.tables:
-            if self._collected is collected and table.keep and table.keep[0][GRAD] is not None:
-                table.keep = [(*row[:GRAD], None, *row[GRAD + 1 :]) for row in table.keep]
+def _check_parameter(param: Tensor, split: bool, takes_norm: bool) -> None:
+    if torch.nn.parameter.is_lazy(param):
+        shape = "not known yet"
+    else:
+        shape = tuple(param.shape)
+        overlaps = zip(param.stride(), param.shape, strict=True)
+        if any(stride == 0 and size > 1 for stride, size in overlaps):
+            raise ValueError(f"a parameter (shape {shape}) overlaps itself: it was expanded")
+    if param.dtype not in CODE:
+        raise TypeError(
+            f"a parameter (shape {shape}) has dtype {param.dtype}: it must be float32, bfloat16, "
+            f"float16 or float64"
+        )
+    if split and param.dtype == torch.float16:
+        raise TypeError(
+            f'param_precision="split" takes bfloat16 parameters (and full ones), not float16 '
+            f"(shape {shape})"
+        )
+    if takes_norm and getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            "max_grad_norm and skip_nonfinite would take the norm of this rank's shards alone: "
+            "with FullyShardedDataParallel leave them out and call model.clip_grad_norm_(max_norm) "
+            "before step(), or use fully_shard (FSDP2)"
+        )

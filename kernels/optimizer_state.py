@@ -3,69 +3,55 @@
 Imports torch and siblings only.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import shards
-from .collect import moment_dtype, position_name
+from .collect import is_dtensor, local_part, moment_dtype, placed_as, position_name
 
 _KEYS = ("step", "exp_avg", "exp_avg_sq", "remainder")
-_POOLED = 1 << 14  # elements; larger ones do not come by the thousand
+
+
+class _Pool:
+    """Zeros for small tensors that are made one after the other, at most 64 kB of memory together.
+
+    A step of thousands whose memory lies scattered takes a sixth longer.
+    """
+
+    def __init__(self) -> None:
+        self.rest = torch.zeros(0, device="cpu")
+
+    def zeros(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        numel = shape.numel()
+        size = -(-numel // 16) * 16 if shape else 1  # vectors start at multiples of 64 bytes
+        if (self.rest.dtype, self.rest.device) != (dtype, device) or len(self.rest) < size:
+            self.rest = torch.zeros(1 << 14, dtype=dtype, device=device)
+        part, self.rest = self.rest[:numel], self.rest[size:]
+        return part.view(shape)
 
 
 def new_states(params: Sequence[Tensor], split: bool) -> list[dict[str, Tensor]]:
-    """State of parameters that have had no step: zeros."""
-    keys = ("exp_avg", "exp_avg_sq")
-    states: list[dict[str, Tensor]] = [{"step": step} for step in step_counters(params)]
-    with_remainder = [i for i, param in enumerate(params) if has_remainder(param, split)]
-    for key in (*keys, "remainder"):
-        rows = range(len(params)) if key in keys else with_remainder
-        dtypes = [moment_dtype(params[i]) if key in keys else torch.int16 for i in rows]
-        made = zeros_like_each([params[i] for i in rows], dtypes)
-        for i, tensor in zip(rows, made, strict=True):
-            states[i][key] = tensor
+    """State of parameters that have had no step: zeros, moments of each parameter's shape."""
+    states: list[dict[str, Tensor]] = [{} for _ in params]
+    for key in _KEYS:  # a step goes over the tensors key by key, too
+        pool = _Pool()
+        for param, state in zip(params, states, strict=True):
+            dtype = torch.int16 if key == "remainder" else moment_dtype(param)
+            if key == "step":
+                state[key] = pool.zeros(torch.Size(), torch.float32, param.device)
+            elif key == "remainder" and not has_remainder(param, split):
+                continue
+            elif is_dtensor(param) or not (param.is_contiguous() and 0 < param.numel() <= 1 << 12):
+                state[key] = torch.zeros_like(param, dtype=dtype)
+            else:
+                state[key] = pool.zeros(param.shape, dtype, param.device)
     return states
-
-
-def zeros_like_each(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """For each parameter zeros of its shape and layout; those of small ones share their memory.
-
-    Thousands of tensors lie scattered otherwise, and so does what torch keeps about each: a step
-    of 2,000 small tensors takes an eighth longer.
-    """
-    pooled: dict[tuple, list[int]] = {}
-    made: list[Tensor | None] = [None] * len(params)
-    for i, (param, dtype) in enumerate(zip(params, dtypes, strict=True)):
-        ordinary = not shards.is_dtensor(param) and param.is_contiguous()
-        if ordinary and 0 < param.numel() <= _POOLED:
-            pooled.setdefault((param.device, dtype), []).append(i)
-        else:
-            made[i] = torch.zeros_like(param, dtype=dtype)
-    for (device, dtype), rows in pooled.items():
-        # Each starts at a multiple of 64 bytes or more, for wide accesses.
-        sizes = [-(-params[i].numel() // 64) * 64 for i in rows]
-        pool = torch.zeros(sum(sizes), dtype=dtype, device=device)
-        for i, part in zip(rows, pool.split(sizes), strict=True):
-            made[i] = part[: params[i].numel()].view(params[i].shape)
-    return made  # type: ignore[return-value]
 
 
 def has_remainder(param: Tensor, split: bool) -> bool:
     return split and param.dtype == torch.bfloat16
-
-
-def step_counters(params: Sequence[Tensor]) -> list[Tensor]:
-    """A zero for each parameter, on its device; one tensor a device holds them."""
-    devices = [shards.local_part(param).device for param in params]
-    counters = {
-        device: iter(torch.zeros(n, dtype=torch.float32, device=device).unbind())
-        for device, n in Counter(devices).items()
-    }
-    return [next(counters[device]) for device in devices]
 
 
 class Kept:
@@ -81,7 +67,7 @@ def checked_state_dict(
     """`state_dict` with its tensors converted for these parameters, and Kept.
 
     Of this class, of torch.optim.AdamW or of the seeds' optimizers. ValueError, before anything has
-    changed, where something would be lost: values that the dtype here cannot hold, a remainder
+    changed, if something would be lost: values that the dtype here cannot hold, a remainder
     without param_precision="split", entries that AdamW does not have.
     """
     saved_groups = state_dict["param_groups"]
@@ -153,8 +139,8 @@ def _exactly(
         raise ValueError(f"{what} has dtype {value.dtype}, not {dtype}")
     result = torch.empty_like(param, dtype=dtype).copy_(value)
     if torch.promote_types(value.dtype, dtype) != dtype:
-        back = shards.local_part(result).to(value.dtype)
-        here = shards.local_part(value).to(back.device)
+        back = local_part(result).to(value.dtype)
+        here = local_part(value).to(back.device)
         if not bool(((back == here) | (here != here)).all()):
             raise ValueError(
                 f"{what} is {value.dtype} with values that {dtype} cannot hold: loading would "
@@ -164,29 +150,26 @@ def _exactly(
 
 
 def unwrap_loaded(state: Any, params: Sequence[Tensor]) -> None:
-    """The end of a load: Kept tensors become plain, step counters views into one tensor again."""
-    loaded = [param for param in params if state.get(param)]
-    for param, counter in zip(loaded, step_counters(loaded), strict=True):
-        entry = state[param]
+    """The end of a load: Kept tensors become plain, step counters go where the parameters are."""
+    for param in params:
+        entry = state.get(param) or {}
         for key, value in entry.items():
-            if isinstance(value, Kept):
-                entry[key] = value.tensor
-        entry["step"] = counter.copy_(entry["step"])
+            entry[key] = value.tensor if isinstance(value, Kept) else value.to(param.device)
 
 
 def joined(param: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 master whose upper half is the bf16 `param`, rounded, and whose lower half is the
-    int16 `remainder`."""
-    high, rest = shards.local_part(param.detach()), shards.local_part(remainder)
+    int16 `remainder`, of one shape."""
+    high, rest = local_part(param.detach()), local_part(remainder)
     bits = (high.view(torch.int16).to(torch.int32) << 16) + rest.to(torch.int32)
-    return shards.like(bits.view(torch.float32), param)
+    return placed_as(bits.view(torch.float32), param)
 
 
 def split_into(master: Tensor, param: Tensor, remainder: Tensor) -> None:
     """Writes the fp32 `master` into a bf16 parameter and its int16 remainder."""
-    bits = shards.local_part(master).to(torch.float32).contiguous().view(torch.int32)
+    bits = local_part(master).to(torch.float32).contiguous().view(torch.int32)
     # NaN becomes the quiet one: others would round to an infinity or, all bits set, to -0.
     bits = torch.where(bits.view(torch.float32).isnan(), 0x7FC00000, bits)
     high = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
-    shards.local_part(param.detach()).copy_(high)
-    shards.local_part(remainder).copy_(bits.to(torch.int16))
+    local_part(param.detach()).copy_(high)
+    local_part(remainder).copy_(bits.to(torch.int16))

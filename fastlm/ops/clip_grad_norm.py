@@ -1,6 +1,6 @@
 """Clipping by the global L2 norm (Pascanu et al., arXiv:1211.5063):
 
-norm = sqrt(sum over all gradients g of |g|^2);  g *= max_norm / (norm + eps)  where norm > max_norm
+norm = sqrt(sum over all gradients g of |g|^2);  g *= max_norm / (norm + eps)  if norm > max_norm
 """
 
 import math
@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastlm.kernels import shards
-from fastlm.kernels.collect import Collected, collect_gradients, write_back
-from fastlm.ops.dispatch import implementation
+from fastlm.kernels.collect import add_over_ranks, collect_gradients
+from fastlm.ops.dispatch import implementation, resolve_implementation
+
+
+def clip_factor(norm: float, max_norm: float, eps: float = 1e-6) -> float:
+    """What to multiply gradients of this norm by. No factor repairs NaN or infinity: 1."""
+    return max_norm / (norm + eps) if max_norm < norm < math.inf else 1.0
 
 
 @torch.no_grad()
@@ -28,7 +32,6 @@ def clip_gradients(
     """
     if not float(max_norm) > 0:
         raise ValueError(f"max_norm={max_norm}: it must be positive (float('inf') never clips)")
-    max_norm = float(max_norm)
     params = [params] if isinstance(params, Tensor) else list(params)
     for p in params:
         if not isinstance(p, Tensor):
@@ -36,29 +39,27 @@ def clip_gradients(
                 f"params holds a {type(p).__name__}: it must be a parameter or an iterable of them "
                 f"(model.parameters())"
             )
-    collected = collect_gradients([p.grad for p in params if p.grad is not None])
-    norm = _norm(collected, impl)
-    if max_norm < norm < math.inf:
-        for table in collected.tables:
-            kernels = implementation("clip_grad_norm", impl, table.device)
-            kernels.scale_gradients(table, max_norm / (norm + eps))
-        write_back(collected)
-        increment_version([p.grad for p in params if p.grad is not None])
-    return norm
-
-
-def _norm(collected: Collected, impl: str) -> float:
+    max_norm, devices = float(max_norm), {p.device for p in params}
+    if "torch" in [resolve_implementation("clip_grad_norm", impl, d) for d in devices]:
+        gradients = list({id(p.grad): p.grad for p in params if p.grad is not None}.values())
+        module = implementation("clip_grad_norm", "torch", "cpu")
+        norm = float(module.gradient_norm(gradients))
+        if (factor := clip_factor(norm, max_norm, eps)) < 1:
+            module.scale_gradients(gradients, factor)
+        return norm
+    collected = collect_gradients(params)
+    kernels = [implementation("clip_grad_norm", impl, t.device) for t in collected.tables]
     total = 0.0
-    for table in collected.tables:
-        kernels = implementation("clip_grad_norm", impl, table.device)
-        sums = kernels.square_sums(table, by_class=True).values
-        total += float(shards.add_over_ranks(sums, collected.classes).sum())
-    return math.sqrt(total)
-
-
-def global_norm(tensors: Iterable[Tensor], *, impl: str = "auto") -> float:
-    """The L2 norm of all `tensors` taken as one vector, summed in fp64."""
-    return _norm(collect_gradients(tensors), impl)
+    for table, module in zip(collected.tables, kernels, strict=True):
+        sums = module.square_sums(table).values
+        total += float(add_over_ranks(sums, collected.classes).sum())
+    norm = math.sqrt(total)
+    if (factor := clip_factor(norm, max_norm, eps)) < 1:
+        for table, module in zip(collected.tables, kernels, strict=True):
+            module.scale_gradients(table, factor)
+        collected.write_back()
+        increment_version(collected.updated)
+    return norm
 
 
 @torch.no_grad()

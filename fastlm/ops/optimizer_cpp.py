@@ -1,8 +1,8 @@
-"""The optimizer's kernels of the CPU, csrc/{adamw,clip_grad_norm}.cpp: in fp64, and the same bits
-for any number of threads.
+"""The optimizer's kernels for CPUs, csrc/{adamw,clip_grad_norm}.cpp: the same bits for any number
+of threads.
 
 square_sums, step and scale_gradients do what kernels/adamw.py and kernels/clip_grad_norm.py say of
-theirs, for the rows of a fastlm.kernels.tensor_table.TensorTable.
+theirs, for the n rows of a fastlm.kernels.collect.TensorTable.
 """
 
 import math
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from fastlm.extension import extension
-from fastlm.kernels.tensor_table import GradientSums, StepOptions, TensorTable
+from fastlm.kernels.collect import GradientSums, StepOptions, TensorTable
+from fastlm.ops.clip_grad_norm import clip_factor
 
-takes_tensors = False
 
-
-def square_sums(table: TensorTable, *, by_class: bool = False) -> GradientSums:
+def square_sums(table: TensorTable) -> GradientSums:
     sums = np.zeros(table.num_classes)
     bad = extension().sum_squares(*_columns(table), table.classes.numpy(), sums)
     return GradientSums(torch.from_numpy(sums), torch.tensor(bad, device="cpu"))
@@ -32,7 +31,7 @@ def step(table: TensorTable, options: StepOptions, sums: GradientSums | None) ->
         if not math.isfinite(norm):
             skip = options.skip_nonfinite
         elif options.max_grad_norm is not None:
-            factor *= min(1.0, options.max_grad_norm / (norm + 1e-6))
+            factor *= clip_factor(norm, options.max_grad_norm)
     if options.found_inf is not None:
         skip |= bool(options.found_inf)
     if not skip:

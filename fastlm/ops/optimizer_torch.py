@@ -1,106 +1,62 @@
-"""torch's own optimizer kernels, fused where torch has them, for devices without any of ours.
+"""AdamW's step and the norm of gradients by torch's own functions, for devices without kernels."""
 
-The functions of optimizer_cpp.py. The tables are used once: `keep` holds the gradients. 16-bit
-parameters, and gradients that are scaled, are copied for the time of the step.
-"""
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from fastlm.kernels.optimizer_state import joined, split_into
-from fastlm.kernels.tensor_table import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    GRAD,
-    PARAM,
-    REMAINDER,
-    STEP,
-    GradientSums,
-    StepOptions,
-    TensorTable,
-)
-
-takes_tensors = True
+from fastlm.kernels.collect import is_dtensor
+from fastlm.ops.clip_grad_norm import clip_factor
 
 
-def square_sums(table: TensorTable, *, by_class: bool = False) -> GradientSums:
-    dtype = torch.float32 if table.device.type == "mps" else torch.float64  # mps has no fp64
-    sums = torch.stack([_square_sum(row[GRAD], dtype) for row in table.keep])
-    index = table.classes.to(table.device)
-    values = torch.zeros(table.num_classes, dtype=dtype, device=table.device)
-    bad = ~sums.isfinite()
-    first = torch.where(bad.any(), bad.int().argmax(), -1)
-    return GradientSums(values.index_add(0, index, sums), first)
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all gradients, 0-d; of DTensors that of the whole tensors."""
+    if not gradients:
+        return torch.zeros((), device="cpu")
+    # Not by torch's get_total_norm: it rounds norms to the gradients' dtypes. mps has no fp64.
+    wide = torch.float32 if gradients[0].device.type == "mps" else torch.float64
+    norms = [torch.linalg.vector_norm(g, dtype=wide) for g in gradients]
+    norms = [n.full_tensor() if is_dtensor(n) else n for n in norms]
+    return torch.linalg.vector_norm(torch.stack([n.to(gradients[0].device) for n in norms]))
 
 
-def step(table: TensorTable, options: StepOptions, sums: GradientSums | None) -> Tensor | None:
-    factor = None if options.grad_scale is None else options.grad_scale.reciprocal()
-    norm, found_inf = None, options.found_inf
-    if sums is not None:
-        norm = sums.values.sum().sqrt()
-        norm = norm if factor is None else norm * factor
-        finite = norm.isfinite()
-        if options.max_grad_norm is not None:
-            clip = (options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            clip = torch.where(finite, clip, 1.0)
-            factor = clip if factor is None else clip * factor
-        if options.skip_nonfinite:
-            not_finite = (~finite).float()
-            found_inf = not_finite if found_inf is None else found_inf.maximum(not_finite)
-        norm = norm.to(table.norm_dtype)
-    fused = table.device.type in ("cpu", "cuda", "mps")
-    if found_inf is not None and not fused:  # torch's others cannot skip by themselves
-        if bool(found_inf):
-            return norm
-        found_inf = None
-    groups = table.groups.tolist()
-    for group, hyper in enumerate(options.hyper):
-        rows = [row for row, of in zip(table.keep, groups, strict=True) if of == group]
-        if rows:
-            _torch_update(rows, hyper, factor, found_inf, fused)
-    return norm
+def scale_gradients(gradients: Sequence[Tensor], factor: float) -> None:
+    for gradient in gradients:
+        gradient.mul_(factor)  # not a tensor, which would be rounded to the gradient's dtype
 
 
-def scale_gradients(table: TensorTable, factor: float) -> None:
-    for row in table.keep:
-        row[GRAD].mul_(factor)  # not a tensor, which would be rounded to the gradient's dtype
+def create_state(optimizer: torch.optim.AdamW, params: Sequence[Tensor]) -> None:
+    """The state that torch.optim.AdamW's own step creates."""
+    for param in params:
+        if not optimizer.state.get(param):
+            moments = {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), dtype=torch.float32, device="cpu")
+            optimizer.state[param] = {"step": step, **moments}
 
 
-def _square_sum(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(gradient, dtype=dtype).square()
-
-
-def _torch_update(rows, hyper, factor: Tensor | None, found_inf: Tensor | None, fused: bool):
-    """One group, by torch.optim.adamw's function, on full-precision copies where it needs them."""
-    lr, beta1, beta2, eps, weight_decay = hyper
-    params, grads = [], []
-    for row in rows:
-        param, grad, remainder = row[PARAM], row[GRAD], row[REMAINDER]
-        wide = row[EXP_AVG].dtype
-        params.append(joined(param, remainder) if remainder is not None else param.to(wide))
-        grad = grad.to(wide)
-        grads.append(grad if factor is None else (grad * factor).to(wide))
-    adamw(
-        params,
-        grads,
-        [row[EXP_AVG] for row in rows],
-        [row[EXP_AVG_SQ] for row in rows],
-        [],
-        [row[STEP] for row in rows],
-        foreach=False if fused else None,
-        fused=fused,
-        found_inf=found_inf,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
-    )
-    for row, param in zip(rows, params, strict=True):
-        if row[REMAINDER] is not None:
-            split_into(param, row[PARAM], row[REMAINDER])
-        elif param is not row[PARAM]:
-            row[PARAM].copy_(param)
+def update(optimizer: Any) -> None:
+    """One step of a fastlm.AdamW: the gradients are clipped in place, then torch updates."""
+    positions = [
+        (g, i)
+        for g, group in enumerate(optimizer.param_groups)
+        for i, param in enumerate(group["params"])
+        if param.grad is not None
+    ]
+    gradients = [optimizer.param_groups[g]["params"][i].grad for g, i in positions]
+    if optimizer._takes_norm:
+        norm = gradient_norm(gradients)
+        wide = any(g.dtype == torch.float64 for g in gradients)
+        optimizer.last_grad_norm = norm if wide else norm.float()
+        bad = (i for i, g in enumerate(gradients) if not norm.isfinite() and not g.isfinite().all())
+        optimizer._last_bad, optimizer._last_positions = next(bad, -1), positions
+        if optimizer.skip_nonfinite and not norm.isfinite():
+            return
+        if optimizer.max_grad_norm is not None:
+            factor = clip_factor(float(norm), optimizer.max_grad_norm)
+            if factor < 1:
+                scale_gradients(gradients, factor)
+    step = torch.optim.AdamW.step
+    if getattr(step, "hooked", False):  # this class's step has run the hooks already
+        step = step.__wrapped__
+    step(optimizer)

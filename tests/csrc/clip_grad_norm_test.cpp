@@ -124,7 +124,10 @@ void test_scale_gradients() {
   std::vector<Row> expected = rows;
   for (Row& row : expected) {
     for (int64_t i = row.offset; i < row.offset + row.n; ++i) {
-      put(row.grad_type, row.grad, i, factor * get(row.grad_type, row.grad, i));
+      const double x = get(row.grad_type, row.grad, i);
+      const bool wide = row.grad_type == Type::kFloat64;
+      put(row.grad_type, row.grad, i,
+          wide ? factor * x : static_cast<float>(factor) * static_cast<float>(x));
     }
   }
   for (Isa isa : supported_isas()) {

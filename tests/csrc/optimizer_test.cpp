@@ -1,4 +1,4 @@
-// Tests of csrc/adamw.h, csrc/tensors.h and csrc/simd_double.h: against the formula in fp64, for
+// Tests of csrc/adamw.h, csrc/tensors.h and simd.h's split: against the formula in fp64, for
 // every combination of types, every instruction set, and for 1 to 4 threads.
 
 #include <cmath>
@@ -8,7 +8,7 @@
 #include "adamw.h"
 #include "isa.h"
 #include "optimizer_testing.h"
-#include "simd_double.h"
+#include "simd.h"
 
 namespace fastlm {
 namespace {
@@ -62,7 +62,8 @@ bool rounded(Type type, double actual, double expected, double slack) {
   int exponent;
   std::frexp(expected, &exponent);
   const double ulp = std::ldexp(1.0, std::max(exponent, least) - digits);
-  return std::abs(actual - expected) <= 0.51 * ulp + slack;
+  // The formula is computed in fp64, too, with roundings of its own.
+  return std::abs(actual - expected) <= (type == Type::kFloat64 ? 2 : 0.51) * ulp + slack;
 }
 
 // Is `after` what the formula makes of `before`?
@@ -85,14 +86,14 @@ bool is_updated(const Row& before, const Row& after, const AdamWOptions& o, doub
     const double v = o.beta2 * get(moment, before.variance, i) + (1 - o.beta2) * g * g;
     const double p = get(param, before.param, i) * (1 - o.lr * o.weight_decay);
     const double scale = o.lr / bias1 / (std::sqrt(v / bias2) + o.eps);
-    // Of parameters of fp32 or less the update has 26 bits at least: less than half an ULP of the
-    // result, unless that is what is left of two terms that cancel.
     const double change = m * scale;
-    const double approximate = param == Type::kFloat64 ? 0 : 0x1p-26 * std::abs(change);
-    const double slack = 1e-14 * (std::abs(p) + terms * scale);
-    right &= rounded(param, get(param, after.param, i), p - change, approximate + slack);
-    right &= rounded(moment, get(moment, after.mean, i), m, 1e-15 * terms);
-    right &= rounded(moment, get(moment, after.variance, i), v, 1e-15 * v);
+    // What the operations before the last one may be off, in units of their results, or of the
+    // smallest normal number.
+    const double unit = param == Type::kFloat64 ? 0x1p-50 : 0x1p-23;
+    const double slack = 3 * unit * (std::abs(change) + (terms + 0x1p-126) * scale);
+    right &= rounded(param, get(param, after.param, i), p - change, slack);
+    right &= rounded(moment, get(moment, after.mean, i), m, unit * terms);
+    right &= rounded(moment, get(moment, after.variance, i), v, 2 * unit * v);
   }
   const auto untouched = [&](const Bytes& now, const Bytes& then, Type type) {
     return std::equal(then.begin(), then.begin() + before.offset * size_of(type), now.begin());
@@ -180,7 +181,6 @@ void test_many_small_tensors() {
 void test_lr_zero() {
   for (const auto& [param, grad] : combinations()) {
     Row row(param == Type::kSplit ? Type::kFloat32 : param, grad, 35, 1);
-    for (int i = 0; i < 8; ++i) put(row.param_type, row.param, 1 + i, i % 2 ? 0.0 : -0.0);
     if (param == Type::kSplit) row = as_split(row);
     for (Isa isa : supported_isas()) {
       force_isa(isa);
@@ -262,7 +262,7 @@ void test_split() {
       right &= element<uint32_t>(whole.param, i) == expected;
       Bfloat16 high;
       int16_t rest;
-      split(from_bits(patterns[i]), high, rest);
+      split(from_bits(expected), high, rest);
       right &= to_bits(joined(high, rest)) == expected;
       right &= high.bits == element<uint16_t>(after.param, i);
       right &= rest == element<int16_t>(after.rest, i);

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
-from fastlm.kernels.tensor_table import CODE, SPLIT, StepOptions, TensorTable
+from fastlm.kernels.collect import CODE, SPLIT, StepOptions, TensorTable
 from tolerance import assert_bitwise_equal
 from torch import Tensor
 
@@ -121,6 +121,7 @@ def make_table(rows: list[Row], classes: list[int] | None = None, num_classes: i
         torch.tensor([row.group for row in rows], dtype=integers),
         torch.tensor(classes or [0] * len(rows), dtype=integers),
         num_classes,
+        {},
     )
 
 

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from fastlm.kernels import configs
 from fastlm.kernels.adamw import step
 from fastlm.kernels.clip_grad_norm import square_sums
-from fastlm.kernels.tensor_table import StepOptions
+from fastlm.kernels.collect import StepOptions
 from optimizer_rows import (
     HYPER,
     KINDS,

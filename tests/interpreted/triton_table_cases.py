@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from fastlm.kernels import configs, device_table
 from fastlm.kernels.adamw import step
 from fastlm.kernels.clip_grad_norm import scale_gradients, square_sums
-from fastlm.kernels.tensor_table import StepOptions
+from fastlm.kernels.collect import StepOptions
 from optimizer_rows import (
     HYPER,
     KINDS,

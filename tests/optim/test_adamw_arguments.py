@@ -1,11 +1,13 @@
 """What AdamW accepts, what it refuses, and what it tells afterwards."""
 
+import copy
+
 import pytest
 import torch
 from adamw_runs import HYPER, AdamW, parameters, run, set_gradients
 from tolerance import assert_bitwise_equal
 
-from fastlm import active_implementation
+from fastlm import active_implementation, clip_gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,6 +28,40 @@ def test_refused_options(option):
         AdamW(parameters(), **{option: True})
     with pytest.raises(ValueError, match=f"{option}=True is not supported"):
         AdamW([{"params": parameters(), option: True}])
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_options_that_are_set_later(option):
+    params = parameters()
+    optimizer = AdamW(params, **HYPER)
+    run(optimizer, params, range(2))
+    before = [p.detach().clone() for p in params]
+    optimizer.param_groups[0][option] = True
+    with pytest.raises(ValueError, match=f"{option}=True is not supported"):
+        optimizer.step()
+    for p, old in zip(params, before, strict=True):
+        assert_bitwise_equal(p.detach(), old)
+
+
+def test_shards_of_fsdp1():
+    # Its parameters are shards that look like whole tensors: norms would be wrong in silence.
+    params = parameters()
+    params[1]._fsdp_flattened = True  # as FullyShardedDataParallel marks them
+    AdamW(params)
+    for options in ({"max_grad_norm": 1.0}, {"skip_nonfinite": True}):
+        with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*model.clip_grad_norm_"):
+            AdamW(params, **options)
+
+
+def test_a_lazy_layer():
+    layer = torch.nn.LazyLinear(3)
+    optimizer = AdamW(layer.parameters(), lr=1e-2, max_grad_norm=1.0)
+    layer(torch.ones(2, 4)).sum().backward()
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert (layer.weight != before).all()
+    with pytest.raises(TypeError, match=r"shape not known yet.*complex64"):
+        AdamW(torch.nn.LazyLinear(3, dtype=torch.complex64).parameters())
 
 
 @pytest.mark.parametrize("option", ["max_grad_norm", "skip_nonfinite", "impl"])
@@ -63,28 +99,67 @@ def test_sparse_gradients_are_refused():
     assert_bitwise_equal(embedding.weight.detach(), before)
 
 
-@pytest.mark.parametrize("impl", ["cpp", "torch"])
-def test_implementations_agree(impl):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_torchs_implementation(dtype):
+    # What devices without kernels run: the same but for torch's rounding and clipping in place.
     assert active_implementation("adamw") == active_implementation("clip_grad_norm") == "cpp"
-    for dtype, precision in (
-        (torch.float32, "native"), (torch.bfloat16, "native"), (torch.bfloat16, "split"),
-        (torch.float64, "native"),
-    ):  # fmt: skip
-        params, expected = parameters(dtype), parameters(dtype)
-        options = dict(**HYPER, max_grad_norm=2.0, param_precision=precision)
-        optimizer = AdamW(params, **options, impl=impl)
-        other = AdamW(expected, **options)
-        run(optimizer, params, range(6))
-        params[3].grad = torch.full_like(params[3], torch.nan)  # skipped
-        optimizer.step()
-        assert optimizer.first_nonfinite()[:2] == (0, 3)
-        run(optimizer, params, range(6, 8))
-        run(other, expected, range(8))
-        weights = zip(optimizer.master_weights(), other.master_weights(), strict=True)
-        tolerance = 4 * torch.finfo(dtype).eps if precision == "native" else 1e-6
-        for p, q in weights:
-            torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(optimizer.last_grad_norm, other.last_grad_norm)
+    params, expected = parameters(dtype), parameters(dtype)
+    optimizer = AdamW(params, **HYPER, max_grad_norm=2.0, impl="torch")
+    other = AdamW(expected, **HYPER, max_grad_norm=2.0)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # torch wraps its step with the hooks
+    run(optimizer, params, range(6))
+    assert len(calls) == 6
+    params[3].grad = torch.full_like(params[3], torch.nan)  # skipped
+    optimizer.step()
+    assert optimizer.first_nonfinite()[:2] == (0, 3)
+    run(optimizer, params, range(6, 8))
+    run(other, expected, range(8))
+    assert optimizer.first_nonfinite() is None
+    tolerance = 1e-6 if dtype != torch.bfloat16 else 4 * torch.finfo(dtype).eps
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+        assert optimizer.state[p]["exp_avg"].dtype == dtype  # as torch's own
+    torch.testing.assert_close(optimizer.last_grad_norm, other.last_grad_norm)
+    # Its state loads, comes back, and can be made before the first step; copies can step.
+    again = AdamW(copies := parameters(dtype), **HYPER, max_grad_norm=2.0, impl="torch")
+    again.init_state()
+    again.load_state_dict(optimizer.state_dict())
+    again = copy.deepcopy(again)
+    copies = again.param_groups[0]["params"]
+    for p, q in zip(copies, params, strict=True):
+        p.data.copy_(q.data)
+    run(again, copies, range(8, 10))
+    run(optimizer, params, range(8, 10))
+    for p, q in zip(copies, params, strict=True):
+        assert_bitwise_equal(p.detach(), q.detach())
+
+
+def test_torchs_implementation_refuses_the_split():
+    with pytest.raises(ValueError, match='param_precision="split" needs impl "cpp" or "triton"'):
+        AdamW(parameters(torch.bfloat16), param_precision="split", impl="torch")
+
+
+def test_a_scaler_with_torchs_implementation():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    params, expected = parameters(), parameters()
+    optimizer = AdamW(params, **HYPER, max_grad_norm=2.0, impl="torch")
+    other = AdamW(expected, **HYPER, max_grad_norm=2.0)
+    for step in range(4):
+        set_gradients(params, step)
+        set_gradients(expected, step)
+        scaler.scale(torch.ones(()))
+        for p in params:
+            p.grad.mul_(scaler.get_scale())
+        if step == 2:
+            params[0].grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        if step != 2:
+            other.step()
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 # Which gradient was NaN
@@ -163,8 +238,8 @@ def test_a_step_inside_a_compiled_function():
 
 def test_more_elements_than_an_int32_counts():
     # Pages of zeros that are only read take no memory.
-    from fastlm.ops.clip_grad_norm import global_norm
-
     gradient = torch.zeros(2**31 + 100, dtype=torch.bfloat16)
     gradient[-1], gradient[2**31 - 1], gradient[5] = 3.0, 4.0, 12.0
-    assert global_norm([gradient]) == 13.0
+    param = torch.nn.Parameter(gradient)
+    param.grad = gradient
+    assert clip_gradients(param, 20.0) == 13.0
