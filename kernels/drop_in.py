@@ -54,23 +54,10 @@ def cross_entropy_loss(
 
 
 class AdamW(FusedAdamW):
-    """torch.optim.AdamW with clipping and skipping in the step, for parameters on a GPU.
+    """FusedAdamW, which says what the arguments do, for parameters on CUDA and ROCm GPUs.
 
-    Two launches update all tensors, two more take the norm; each further combination of dtypes adds
-    one or two. Moments are float32, also of bfloat16 and float16 parameters (float64 of float64
-    ones); state dicts are exchanged with torch.optim.AdamW both ways; arguments that choose among
-    torch's implementations do nothing. Defaults are GPT training's: betas (0.9, 0.95), no weight
-    decay.
-
-    max_grad_norm: the gradients enter the step clipped to this global L2 norm; they themselves
-        stay as they are; no host sync.
-    skip_nonfinite: a step whose norm is NaN or infinite changes nothing. Default: on where
-        max_grad_norm is set.
-    param_precision: "split" keeps the lower 16 bits of bfloat16 parameters' float32 values in int16
-        tensors beside them: a run has the bits of a float32 run with the same gradients.
-
-    After a step `last_grad_norm` is the norm before clipping, a 0-d tensor on the device;
-    `first_nonfinite()` tells whose gradient made it NaN or infinite.
+    A launch updates all tensors of one combination of dtypes, one prepares the step, and one or two
+    take the norm.
     """
 
     @staticmethod
