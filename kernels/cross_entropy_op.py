@@ -106,8 +106,18 @@ def shows_options(function: Callable[..., Any]) -> Callable[..., Any]:
 # --- Checks ---
 
 
+def is_dtensor(x: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def check_rows(name: str, rows: Tensor, V: int, targets: Tensor) -> None:
     """`rows` (..., anything) must be floating-point, `targets` integers of the leading shape."""
+    if is_dtensor(rows):
+        raise TypeError(
+            f"{name} is a DTensor: the kernels see one device; pass {name}.full_tensor(), or "
+            f"{name}.to_local() if each rank has rows of its own"
+        )
     if not rows.dim() or rows.shape[:-1] != targets.shape:
         raise ValueError(
             f"targets has shape {tuple(targets.shape)}, {name} {tuple(rows.shape)}: targets must "
@@ -127,19 +137,6 @@ def bad_label(position: str, value: int, V: int, ignore_index: int) -> ValueErro
         f"targets{position} = {value}: labels must lie in [0, {V}) or be ignore_index "
         f"({ignore_index})"
     )
-
-
-def is_dtensor(x: Any) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
-
-
-def refuse_dtensor(name: str, x: Tensor) -> None:
-    if type(x) is not Tensor and is_dtensor(x):
-        raise TypeError(
-            f"{name} is a DTensor {x.placements}: the kernels see one device; pass "  # type: ignore[attr-defined]
-            f"{name}.full_tensor(), or {name}.to_local() if each rank has rows of its own"
-        )
 
 
 def refuse_transforms(name: str, *inputs: Tensor | None) -> None:
@@ -251,12 +248,9 @@ def define_cross_entropy(
             targets, logits.shape[-1], options.ignore_index, num_items, reduction == "mean"
         )
         losses, lse, saved, gradient = kernels.row_losses(
-            as_rows(logits),
-            targets.reshape(-1).contiguous(),
-            options,
-            all_lse=return_lse,
+            as_rows(logits), targets.reshape(-1).contiguous(), options, all_lse=return_lse,
             gradient_scale=scale if with_gradient else None,
-        )
+        )  # fmt: skip
         return (
             losses.view(targets.shape) if reduction == "none" else kernels.sum_rows(losses, scale),
             lse.view(targets.shape) if return_lse else lse.new_empty(0),
@@ -277,14 +271,9 @@ def define_cross_entropy(
 
     def write_gradient(logits, targets, saved, grad_losses, grad_lse, options, out):
         row_kernels(logits.device).row_gradients(
-            logits,
-            targets.reshape(-1).contiguous(),
-            saved,
-            flat(grad_losses),
-            flat(grad_lse),
-            Options(*options),
-            out,
-        )
+            logits, targets.reshape(-1).contiguous(), saved, flat(grad_losses), flat(grad_lse),
+            Options(*options), out,
+        )  # fmt: skip
 
     gradient_schema = (
         "Tensor targets, Tensor saved, Tensor? grad_losses, Tensor? grad_lse, " + OPTIONS_SCHEMA

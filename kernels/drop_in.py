@@ -12,13 +12,7 @@ from torch import Tensor
 
 from . import adamw as _adamw
 from . import cross_entropy as _row_kernels
-from .cross_entropy_op import (
-    LossOptions,
-    check_rows,
-    define_cross_entropy,
-    refuse_dtensor,
-    shows_options,
-)
+from .cross_entropy_op import LossOptions, check_rows, define_cross_entropy, shows_options
 from .optimizer import FusedAdamW
 
 _device_types = ["cuda"]  # ROCm's, too
@@ -44,7 +38,6 @@ def cross_entropy_loss(
     makes the loss NaN, and check_labels() raises.
     """
     checked = LossOptions(**options)
-    refuse_dtensor("logits", logits)
     check_rows("logits", logits, logits.shape[-1] if logits.dim() else 0, targets)
     if logits.device.type not in _device_types:
         raise ValueError(

@@ -23,7 +23,6 @@ from fastlm.kernels.cross_entropy_op import (
     bad_label,
     check_rows,
     define_cross_entropy,
-    refuse_dtensor,
     shows_options,
 )
 from fastlm.ops.dispatch import implementation, resolve_implementation
@@ -58,7 +57,6 @@ def cross_entropy_loss(
     `fastlm.check_labels()` raises. There is no second derivative, except with impl="torch".
     """
     checked = LossOptions(**options)
-    refuse_dtensor("logits", logits)
     check_rows("logits", logits, logits.shape[-1] if logits.dim() else 0, targets)
     if resolve_implementation("cross_entropy", impl, logits.device, logits.dtype) == "torch":
         return _torch_cross_entropy(logits, targets, checked)

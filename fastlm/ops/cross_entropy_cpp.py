@@ -35,14 +35,9 @@ def denominator_scale(
 
 
 def row_losses(
-    logits: Tensor,
-    targets: Tensor,
-    options: Options,
-    *,
-    all_lse: bool = False,
-    gradient_scale: Tensor | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    logits: Tensor, targets: Tensor, options: Options, *, all_lse: bool = False,
+    gradient_scale: Tensor | None = None, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device="cpu")
     lse, saved = torch.empty_like(losses), empty_saved(logits.shape[0], logits.device)
     gradient = None
@@ -50,41 +45,23 @@ def row_losses(
         # Not empty_like, which would keep the distance of rows that are far apart.
         gradient = out if out is not None else logits.new_empty(logits.shape)
     extension().cross_entropy_losses(
-        _numpy(logits),
-        KIND[logits.dtype],
-        _numpy(targets),
-        options.ignore_index,
-        options.numbers,
-        all_lse,
-        _numpy(losses),
-        _numpy(lse),
-        _numpy(saved),
+        _numpy(logits), KIND[logits.dtype], _numpy(targets), options.ignore_index, options.numbers,
+        all_lse, _numpy(losses), _numpy(lse), _numpy(saved),
         None if gradient is None else _numpy(gradient),
         0.0 if gradient_scale is None else float(gradient_scale),
-    )
+    )  # fmt: skip
     return losses, lse, saved, gradient
 
 
 def row_gradients(
-    logits: Tensor,
-    targets: Tensor,
-    saved: Tensor,
-    grad_losses: Tensor | None,
-    grad_lse: Tensor | None,
-    options: Options,
-    out: Tensor,
-) -> None:
+    logits: Tensor, targets: Tensor, saved: Tensor, grad_losses: Tensor | None,
+    grad_lse: Tensor | None, options: Options, out: Tensor,
+) -> None:  # fmt: skip
     extension().cross_entropy_gradients(
-        _numpy(logits),
-        KIND[logits.dtype],
-        _numpy(targets),
-        _numpy(saved),
-        options.ignore_index,
-        options.numbers,
-        _numpy(_scalar(0.0) if grad_losses is None else grad_losses),
-        None if grad_lse is None else _numpy(grad_lse),
-        _numpy(out),
-    )
+        _numpy(logits), KIND[logits.dtype], _numpy(targets), _numpy(saved), options.ignore_index,
+        options.numbers, _numpy(_scalar(0.0) if grad_losses is None else grad_losses),
+        None if grad_lse is None else _numpy(grad_lse), _numpy(out),
+    )  # fmt: skip
 
 
 def sum_rows(losses: Tensor, scale: Tensor) -> Tensor:

@@ -11,18 +11,11 @@ from types import ModuleType
 
 import torch
 
+_ROWS = {"triton": "fastlm.kernels.cross_entropy", "cpp": "fastlm.ops.cross_entropy_cpp"}
 # The module that holds each implementation of each op.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "cross_entropy": {
-        "triton": "fastlm.kernels.cross_entropy",
-        "cpp": "fastlm.ops.cross_entropy_cpp",
-        "torch": "fastlm.ops.cross_entropy",
-    },
-    "linear_cross_entropy": {  # by cross_entropy's row kernels
-        "triton": "fastlm.kernels.cross_entropy",
-        "cpp": "fastlm.ops.cross_entropy_cpp",
-        "torch": "fastlm.ops.linear_cross_entropy",
-    },
+    "cross_entropy": {**_ROWS, "torch": "fastlm.ops.cross_entropy"},
+    "linear_cross_entropy": {**_ROWS, "torch": "fastlm.ops.linear_cross_entropy"},
     "adamw": {
         "triton": "fastlm.kernels.adamw",
         "cpp": "fastlm.ops.optimizer_cpp",
@@ -39,7 +32,7 @@ _DEVICE_TYPES = {"triton": "cuda", "cpp": "cpu", "torch": "*"}  # "*": every dev
 # Their kernels take no float64: "auto" then means "torch".
 _NO_FLOAT64 = ("cross_entropy", "linear_cross_entropy")
 # Their Triton kernels also run on CPU tensors under Triton's interpreter, if asked for by name.
-_INTERPRETED = ("cross_entropy", "adamw", "clip_grad_norm")
+_INTERPRETED = ("adamw", "clip_grad_norm")
 
 
 def resolve_implementation(

@@ -128,13 +128,9 @@ def head_losses(
     sums = GradientSums(chunks, wanted if gradient_scale is not None else [False] * 3)
     for rows, x, logits in chunks:
         losses[rows], row_lse, row_saved, gradient = kernels.row_losses(
-            logits,
-            _take(targets, rows),
-            options,
-            all_lse=all_lse,
-            gradient_scale=gradient_scale,
+            logits, _take(targets, rows), options, all_lse=all_lse, gradient_scale=gradient_scale,
             out=logits,
-        )
+        )  # fmt: skip
         if all_lse:
             lse[rows] = row_lse
         if gradient is None:
@@ -169,14 +165,9 @@ def head_gradients(
     sums = GradientSums(chunks, wanted)
     for rows, x, logits in chunks:
         kernels.row_gradients(
-            logits,
-            _take(targets, rows),
-            _take(saved, rows),
-            _of_rows(grad_losses, rows),
-            _of_rows(grad_lse, rows),
-            options,
-            logits,
-        )
+            logits, _take(targets, rows), _take(saved, rows), _of_rows(grad_losses, rows),
+            _of_rows(grad_lse, rows), options, logits,
+        )  # fmt: skip
         sums.add(rows, x, logits)
     return sums.results()
 
@@ -259,11 +250,10 @@ class GradientSums:
         weight = self.weight
         if self.weight_wanted and weight is None:
             weight = torch.zeros_like(self.head.weight)
-        bias = self.bias
+        like = (None, self.head.weight, self.head.bias)
         return [
-            self.hidden,
-            None if weight is None else weight.to(self.head.weight.dtype),
-            None if bias is None else bias.to(self.head.bias.dtype),
+            g if g is None or p is None else g.to(p.dtype)
+            for g, p in zip((self.hidden, weight, self.bias), like, strict=True)
         ]
 
 

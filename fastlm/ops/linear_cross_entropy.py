@@ -21,7 +21,6 @@ from fastlm.kernels.cross_entropy_op import (
     flat,
     fp32,
     is_dtensor,
-    refuse_dtensor,
     refuse_other_backwards,
     refuse_transforms,
     shows_options,
@@ -150,7 +149,6 @@ def _whole(parameter: Tensor | None) -> Tensor | None:
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
-    refuse_dtensor("hidden", hidden)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}: they must be "
@@ -203,17 +201,11 @@ def _forward(
         targets, V, options.ignore_index, num_items, reduction == "mean"
     )
     losses, lse, saved, gradients = head_losses(
-        kernels,
-        hidden.reshape(N, hidden.shape[-1]),
-        Head(weight, bias, dtype),
-        targets.reshape(-1).contiguous(),
-        options,
-        all_lse=return_lse,
-        gradient_scale=scale if with_gradients else None,
-        wanted=wanted,
-        memory_budget=memory_budget,
-        num_valid=num_valid,
-    )
+        kernels, hidden.reshape(N, hidden.shape[-1]), Head(weight, bias, dtype),
+        targets.reshape(-1).contiguous(), options, all_lse=return_lse,
+        gradient_scale=scale if with_gradients else None, wanted=wanted,
+        memory_budget=memory_budget, num_valid=num_valid,
+    )  # fmt: skip
     loss = losses.view(targets.shape) if reduction == "none" else kernels.sum_rows(losses, scale)
     lse = lse.view(targets.shape) if return_lse else lse
     return loss, lse, saved, scale, *_shaped(gradients, hidden)
@@ -244,17 +236,10 @@ def _gradient(
     *options,
 ):  # fmt: skip
     gradients = head_gradients(
-        row_kernels(hidden.device),
-        hidden.reshape(targets.numel(), hidden.shape[-1]),
-        Head(weight, bias, dtype),
-        targets.reshape(-1).contiguous(),
-        saved,
-        flat(grad_losses),
-        flat(grad_lse),
-        Options(*options),
-        wanted=wanted,
-        memory_budget=memory_budget,
-    )
+        row_kernels(hidden.device), hidden.reshape(targets.numel(), hidden.shape[-1]),
+        Head(weight, bias, dtype), targets.reshape(-1).contiguous(), saved, flat(grad_losses),
+        flat(grad_lse), Options(*options), wanted=wanted, memory_budget=memory_budget,
+    )  # fmt: skip
     return _shaped(gradients, hidden)
 
 

@@ -146,6 +146,7 @@ def boundaries(itemsize, softcap):
     return sorted(found)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_lengths_at_every_boundary(softcap, dtype):
@@ -157,7 +158,14 @@ def test_lengths_at_every_boundary(softcap, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("N, V", [(3, 10000), (2, 50257), (2, 50304), (1, 128256)])
+@pytest.mark.parametrize(
+    "N, V",
+    [(2, 50257)]
+    + [
+        pytest.param(*n, marks=pytest.mark.exhaustive)
+        for n in ((3, 10000), (2, 50304), (1, 128256))
+    ],
+)
 def test_vocabularies(N, V, dtype):
     logits, targets = make(N, V, dtype)
     check(logits, targets)

@@ -16,19 +16,27 @@ pytest.importorskip("triton")
 
 from interpreter import TESTS, run_interpreted
 
+LAUNCHERS = "interpreted", "triton_launcher_cases.py", "triton_head_cases.py"
+LOSSES = "ops", "test_cross_entropy.py", "test_cross_entropy_kernel.py", "test_loss_clients.py"
+
 
 def test_launchers_in_the_interpreter():
-    passed, summary = run_interpreted(
-        "interpreted", "triton_launcher_cases.py", "triton_head_cases.py"
-    )
+    passed, summary = run_interpreted(*LAUNCHERS)
     assert passed >= 110 and "skipped" not in summary, summary
 
 
-def test_cross_entropy_loss_in_the_interpreter():
-    passed, summary = run_interpreted(
-        "ops", "test_cross_entropy.py", "test_cross_entropy_kernel.py", "test_loss_clients.py"
-    )
+def test_losses_in_the_interpreter():
+    passed, summary = run_interpreted(*LOSSES)
     assert passed >= 190, summary
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "files, least", [(LAUNCHERS, 10), (LOSSES, 20)], ids=["launchers", "losses"]
+)
+def test_sweeps_in_the_interpreter(files, least):
+    passed, summary = run_interpreted(*files, marks="exhaustive")
+    assert passed >= least, summary
 
 
 FOREIGN_PROJECT = """
