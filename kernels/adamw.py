@@ -14,11 +14,10 @@ rounded to fp32, they would err in the same direction at every step. So m, v and
 0/0 (eps = 0, v = 0, m = 0) is NaN, as in PyTorch; v = inf with a finite m leaves only the decay. An
 element whose gradient is not finite becomes NaN in p, and what IEEE arithmetic gives in m and v.
 
-Launches do not depend on the number of tensors: `prepare_kernel` for what a step needs once (norm,
-clip factor, whether it is skipped, step counters, a row's constants), `step_kernel` for the
-elements, once for each combination of dtypes. Nothing waits for the device, and every launch can go
-into a CUDA graph. With TRITON_INTERPRET=1 all of it runs on CPU tensors. n rows, G groups; rows,
-chunk_rows: device_table.py.
+`prepare_kernel` does what a step needs once (norm, clip factor, whether it is skipped, step
+counters, a row's constants), `step_kernel` the elements, in one launch for each combination of
+dtypes. Nothing waits for the device, and every launch can go into a CUDA graph.
+n rows, G groups; rows, chunk_rows: device_table.py.
 """
 
 import torch
@@ -165,7 +164,7 @@ def step_kernel(
 ):  # fmt: skip
     """The step of chunk first + program_id(0): parameters of type P (int16: split) and gradients
     of type G."""
-    row, start, size = tables.find_chunk(rows, chunk_rows, first + tl.program_id(0).to(tl.int64))
+    row, start, size = tables.find_chunk(rows, chunk_rows, first)
     addresses = pointers + row * tables.POINTERS
     constants += row * _CONSTANTS
     if tl.load(skip) == 0.0:
@@ -196,28 +195,27 @@ def step(table: TensorTable, options: StepOptions, sums: GradientSums | None) ->
     numbers.append([clip, float(options.skip_nonfinite), 0.0, 0.0, 0.0])
     mirror = table.cache.setdefault("hyper", tables.Mirror(device))
     hyper = mirror.on_device(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
-    for kept in (on.pointers, mirror):
-        kept.prepare_captures()
-    if lrs:
-        hyper = hyper.clone()
+    mirror.prepare_captures()
+    on.pointers.prepare_captures()
+    hyper = hyper.clone() if lrs else hyper
     for i, lr in lrs.items():
         if not lr.is_floating_point():
             raise TypeError(f"lr is a tensor of {lr.dtype}: it must be of a floating-point dtype")
         hyper[i, 0] = lr.reshape(())
     # Of this step alone: allocated anew, from a graph's own pool where one is captured.
     state = torch.empty(n * _CONSTANTS.value + 1, dtype=torch.float64, device=device)
-    skip = state[-1:]
     norm = None if sums is None else torch.empty((), dtype=table.norm_dtype, device=device)
     config = configs.prepare_config(tables.ROCM)
     with torch.cuda.device_of(state):
         prepare_kernel[(max(triton.cdiv(n, config["BLOCK"]), 1),)](
             on.rows, pointers, hyper, None if sums is None else sums.values, options.grad_scale,
-            options.found_inf, state, skip, norm,
+            options.found_inf, state, state[-1:], norm,
             n, groups, 0 if sums is None else sums.values.numel(), **config,
         )  # fmt: skip
         for param, gradient, first, count in on.launches:
             step_kernel[(count,)](
-                on.rows, on.chunk_rows, pointers, state, skip, first, P=tables.ELEMENTS[param],
-                G=tables.ELEMENTS[gradient], **configs.step_config(param, gradient, tables.ROCM),
+                on.rows, on.chunk_rows, pointers, state, state[-1:], first,
+                P=tables.ELEMENTS[param], G=tables.ELEMENTS[gradient],
+                **configs.step_config(param, gradient, tables.ROCM),
             )  # fmt: skip
     return norm

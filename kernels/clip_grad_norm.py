@@ -4,8 +4,7 @@ norm = sqrt(sum over all gradients g of |g|^2);  g *= factor
 
 Squares and sums are float64: a sum of each chunk first, then the chunks' sums in a fixed order, so
 that the bits are the same every time. A launch goes over all tensors of one combination of dtypes,
-a last one adds up. Nothing waits for the device, and every launch can go into a CUDA graph. With
-TRITON_INTERPRET=1 all of it runs on CPU tensors. k chunks; rows, chunk_rows: device_table.py.
+a last one adds up. k chunks; rows, chunk_rows: device_table.py.
 """
 
 import torch
@@ -41,14 +40,13 @@ def square_sums_kernel(
     rows, chunk_rows, pointers, sums, first, G: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """sums: (k,) fp64; here that of chunk first + program_id(0), with gradients of type G."""
-    chunk = first + tl.program_id(0).to(tl.int64)
-    row, start, size = tables.find_chunk(rows, chunk_rows, chunk)
+    row, start, size = tables.find_chunk(rows, chunk_rows, first)
     address = tl.load(pointers + row * tables.POINTERS + tables.GRAD)
     if (size == tables.CHUNK) & (address % 16 == 0):
         total = _squares(address, start, size, G, True, BLOCK)
     else:
         total = _squares(address, start, size, G, False, BLOCK)
-    tl.store(sums + chunk, total)
+    tl.store(sums + first + tl.program_id(0), total)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -89,8 +87,7 @@ def scale_gradients_kernel(
     """gradient *= factor (0-d fp64) of chunk first + program_id(0); 1 leaves every bit as it is."""
     f = tl.load(factor)
     if f != 1.0:
-        chunk = first + tl.program_id(0).to(tl.int64)
-        row, start, size = tables.find_chunk(rows, chunk_rows, chunk)
+        row, start, size = tables.find_chunk(rows, chunk_rows, first)
         address = tl.load(pointers + row * tables.POINTERS + tables.GRAD)
         if (size == tables.CHUNK) & (address % 16 == 0):
             _scale(address, start, size, f, G, True, BLOCK)

@@ -3,8 +3,9 @@
 A program works on one chunk of one of the n tensors: CHUNK elements, fewer at a tensor's end. Where
 a chunk is whole and its pointers are multiples of 16 bytes, every access is of 16 bytes.
 
-Nothing here waits for the device: copies to it start in pinned memory. In a CUDA graph's capture
-they become nodes of the graph, and start in memory that is never written again.
+Nothing waits for the device: copies to it start in pinned memory. In a CUDA graph's capture they
+become nodes of the graph, and start in memory that is never written again. With TRITON_INTERPRET=1
+all of it runs on CPU tensors.
 """
 
 import torch
@@ -12,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import collect as codes
 from .collect import TensorTable
 from .configs import OPTIMIZER_CHUNK
 
@@ -22,9 +22,7 @@ CHUNK = tl.constexpr(OPTIMIZER_CHUNK)
 # In memory, by the table's code; int16 halves are what SPLIT has in params and remainders.
 ELEMENTS = (tl.float32, tl.bfloat16, tl.float16, tl.float64, tl.int16)
 # The columns of TensorTable.pointers and of DeviceTable.rows, and how many there are.
-PARAM, GRAD, EXP_AVG = (tl.constexpr(i) for i in (codes.PARAM, codes.GRAD, codes.EXP_AVG))
-EXP_AVG_SQ, REMAINDER = tl.constexpr(codes.EXP_AVG_SQ), tl.constexpr(codes.REMAINDER)
-STEP, POINTERS = tl.constexpr(codes.STEP), tl.constexpr(6)
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, STEP, POINTERS = (tl.constexpr(i) for i in range(7))
 NUMEL, GROUP, CLASS, FIRST_CHUNK, ROW_FIELDS = (tl.constexpr(i) for i in (0, 3, 4, 5, 6))
 
 # Pinned buffers that a mirror has ready for captures, in which none can be allocated. A capture
@@ -36,8 +34,9 @@ _captured: list[object] = []
 
 
 @triton.jit
-def find_chunk(rows, chunk_rows, chunk):
-    """(row of the chunk, where in the row it starts, its number of elements)."""
+def find_chunk(rows, chunk_rows, first):
+    """(row of chunk first + program_id(0), where in the row it starts, its number of elements)."""
+    chunk = first + tl.program_id(0).to(tl.int64)
     row = tl.load(chunk_rows + chunk).to(tl.int64)
     start = (chunk - tl.load(rows + row * ROW_FIELDS + FIRST_CHUNK)) * CHUNK
     left = tl.load(rows + row * ROW_FIELDS + NUMEL) - start
@@ -114,8 +113,7 @@ class Mirror:
         if source is None:
             if not self.spares or self.spares[-1].shape != values.shape:
                 raise RuntimeError(
-                    "no pinned memory is left for this capture of a CUDA graph: run one step of "
-                    "this optimizer outside of a capture first"
+                    "no pinned memory is left to capture a CUDA graph: run one step outside of it"
                 )
             source = self.spares.pop().copy_(values)
             self.fixed.append(source)
@@ -143,13 +141,12 @@ class DeviceTable:
         first[order] = torch.cumsum(chunks[order], 0) - chunks[order]
         self.num_chunks = int(chunks.sum())
         self.launches: list[tuple[int, int, int, int]] = []
-        for kind in sorted(set(kinds.tolist())):
+        for kind in kinds.unique().tolist():
             if count := int(chunks[kinds == kind].sum()):
                 start = int(first[kinds == kind].min())
                 self.launches.append((*divmod(kind, len(ELEMENTS)), start, count))
         self.rows = _send(torch.column_stack([described, first]), device)
-        chunk_rows = torch.repeat_interleave(order, chunks[order])
-        self.chunk_rows = _send(chunk_rows.to(torch.int32), device)
+        self.chunk_rows = _send(torch.repeat_interleave(order, chunks[order]).int(), device)
         self.pointers = Mirror(device)
 
 

@@ -161,7 +161,7 @@ def test_copies_of_a_capture(monkeypatch):
     mirror = device_table.Mirror(torch.device("cpu"))
     eager = mirror.on_device(torch.tensor([1, 2]))
     monkeypatch.setattr(device_table, "_capturing", lambda device: True)
-    with pytest.raises(RuntimeError, match="run one step"):
+    with pytest.raises(RuntimeError, match="run one step outside of it"):
         mirror.on_device(torch.tensor([3, 4]))
     mirror.spares = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
     first = mirror.on_device(torch.tensor([3, 4]))
