@@ -169,10 +169,12 @@ def collect_step(
 
 
 def collect_gradients(params: Iterable[Tensor]) -> Collected:
-    """Tables of the parameters' gradients alone, each once, to be summed and scaled in place."""
+    """Tables of the parameters' gradients alone, each once, to be summed and scaled in place; as
+    with collect_step at least one."""
     found, devices, seen = Collected(), {}, set()
     for param in params:
         found.class_of(param)
+        devices.setdefault(param.device, _Rows())
         if (grad := param.grad) is None or id(grad) in seen:
             continue
         seen.add(id(grad))

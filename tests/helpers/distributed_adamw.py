@@ -247,6 +247,23 @@ def partial_gradients(mesh, directory):
 
 
 @case
+def a_rank_without_gradients_joins_the_norm(mesh, directory):
+    # Of a layer that its batch did not reach, say: it must not leave the others waiting.
+    start, gradient = whole_numbers(7, 5), whole_numbers(7, 5, seed=1)
+    param = nn.Parameter(distribute_tensor(start, mesh, [Shard(0)]))
+    optimizer = AdamW([param], **HYPER, max_grad_norm=2.0)
+    norm = gradient[:4].square().sum().sqrt()  # of rank 0's part
+    for _ in range(2):  # before there is a state, and after
+        if dist.get_rank() == 0:
+            param.grad = distribute_tensor(gradient, mesh, [Shard(0)], src_data_rank=None)
+        assert abs(clip_gradients(param, 1e9) / norm.item() - 1) < 1e-6
+        optimizer.step()
+        assert_bitwise_equal(optimizer.last_grad_norm, norm)
+    if dist.get_rank() == 1:
+        assert_bitwise_equal(local(param.detach()), start[4:])
+
+
+@case
 def plain_and_distributed_parameters_in_one_step(mesh, directory):
     starts = [whole_numbers(n, 5, seed=n) for n in (7, 1, 4, 6)]
     params = [

@@ -66,8 +66,17 @@ def test_a_lazy_layer():
 
 @pytest.mark.parametrize("option", ["max_grad_norm", "skip_nonfinite", "impl"])
 def test_options_of_the_optimizer_in_a_group(option):
-    with pytest.raises(ValueError, match=f"{option} is the optimizer's, not a group's"):
+    message = f"{option} is the optimizer's, not a group's.*ZeroRedundancyOptimizer"
+    with pytest.raises(ValueError, match=message):
         AdamW([{"params": parameters(), option: 1.0}])
+
+
+def test_lightning_is_told_what_torchs_fused_step_tells_it():
+    # So its Trainer refuses gradient_clip_val with either, and GradScaler leaves both the scale.
+    (param,) = parameters(shapes=[(3,)])
+    torchs = torch.optim.AdamW([param], fused=True)
+    assert AdamW([param])._step_supports_amp_scaling == torchs._step_supports_amp_scaling
+    assert not AdamW([param], impl="torch")._step_supports_amp_scaling
 
 
 def test_unknown_options():

@@ -21,6 +21,7 @@ CASES = [
     "clip_gradients_of_a_model",
     "a_nonfinite_norm_leaves_gradients_as_they_are",
     "partial_gradients",
+    "a_rank_without_gradients_joins_the_norm",
     "plain_and_distributed_parameters_in_one_step",
     "distributed_checkpoint",
     "distributed_checkpoint_in_flat_form",

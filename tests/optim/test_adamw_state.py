@@ -169,3 +169,15 @@ def test_copies_can_step(copied):
     other_params[0].grad.fill_(torch.nan)
     other.step()
     assert other_params[0].isfinite().all()
+
+
+@pytest.mark.parametrize("n", [100, 5000])
+def test_one_tensor_of_the_state_is_saved_without_the_others(n):
+    # Small ones share memory, which torch.save writes as a whole: 64 kB at most.
+    params = parameters(shapes=[(n,)] * 300)
+    optimizer = AdamW(params, **HYPER)
+    optimizer.init_state()
+    for key in ("step", "exp_avg"):
+        file = io.BytesIO()
+        torch.save(optimizer.state[params[7]][key], file)
+        assert len(file.getvalue()) < max(1 << 16, 4 * n) + 4096
