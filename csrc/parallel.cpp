@@ -157,8 +157,13 @@ class Pool {
 // them and gets a pool of its own.
 std::atomic<Pool*> current_pool{nullptr};
 
+bool forked = false;  // into this process
+
 #if defined(__unix__) || defined(__APPLE__)
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { current_pool = nullptr; });
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] {
+  current_pool = nullptr;
+  forked = true;
+});
 #endif
 
 Pool& pool() {
@@ -170,6 +175,53 @@ Pool& pool() {
   }
   return *found;
 }
+
+#ifdef _OPENMP
+using Clock = std::chrono::steady_clock;
+
+// OpenMP's threads, of the thread that loads this (Python's main thread). They come first: after an
+// operation of torch they spin for some milliseconds, take up a loop within a microsecond, and
+// would share the cores with threads of our own. But their region ends only when each of them has
+// run. So the time that the first one waits for the others is watched: if it is long, something
+// else occupies their cores, and the pool gets the loops of the next while.
+class Team {
+ public:
+  bool run(int threads, int64_t pieces, void (*run)(const void*, int64_t), const void* context) {
+    // A second thread's team would be one more that spins; a forked child's would hang.
+    if (forked || std::this_thread::get_id() != owner_ || Clock::now() < rests_until_) return false;
+    // Adjoining pieces for a thread, as far as it gets: two that write to one area in turn take a
+    // sixth longer, for what one fetches ahead the other one has. Then what others have left.
+    std::vector<Share> shares(threads);
+    for (int k = 0; k < threads; ++k) shares[k].next = k * pieces / threads;
+    Clock::time_point ready;
+#pragma omp parallel num_threads(threads)
+    {
+      const int own = omp_get_thread_num();
+      for (int k = 0; k < threads; ++k) {
+        const int from = (own + k) % threads;
+        const int64_t end = (from + 1) * pieces / threads;
+        std::atomic<int64_t>& next = shares[from].next;
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < end;) run(context, i);
+      }
+      if (own == 0) ready = Clock::now();
+    }
+    const Clock::time_point end = Clock::now();
+    if (end - ready > kLate) rests_until_ = end + kRest;
+    return true;
+  }
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+  };
+  static constexpr std::chrono::microseconds kLate{500};  // several pieces
+  static constexpr std::chrono::milliseconds kRest{200};  // one late time slice in it costs 2 %
+  const std::thread::id owner_ = std::this_thread::get_id();
+  Clock::time_point rests_until_{};
+};
+
+Team team;
+#endif
 
 }  // namespace
 
@@ -191,7 +243,12 @@ int max_threads() {
 
 void run_pieces(int threads, int64_t pieces, void (*run)(const void* context, int64_t piece),
                 const void* context) {
-  if (threads > 1 && pieces > 1 && pool().run(threads, pieces, run, context)) return;
+  if (threads > 1 && pieces > 1) {
+#ifdef _OPENMP
+    if (team.run(threads, pieces, run, context)) return;
+#endif
+    if (pool().run(threads, pieces, run, context)) return;
+  }
   for (int64_t piece = 0; piece < pieces; ++piece) run(context, piece);
 }
 

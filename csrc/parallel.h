@@ -1,9 +1,10 @@
 // Loops over several threads: with parallel.cpp the only files that know threads.
 // defines: max_threads, parallel_for, run_pieces, threads_are_openmps
 //
-// Not OpenMP's regions: those end when every thread of the team has run, so beside a busy process
-// they wait for a thread that the system does not schedule. Here a loop is cut into pieces that
-// whoever is running takes, the calling thread included, and ends when the pieces are done.
+// A loop is cut into pieces that whoever is running takes, the calling thread included. OpenMP's
+// threads, which torch's operations keep awake, run them if they are prompt, else threads of our
+// own: OpenMP's regions end when every thread of the team has run, so beside a busy process they
+// wait for one that the system does not schedule.
 #pragma once
 
 #include <algorithm>
