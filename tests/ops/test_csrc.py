@@ -74,12 +74,12 @@ def run(binary: Path, *arguments: str) -> subprocess.CompletedProcess:
     options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "die_after_fork=0"}
     environment = {**os.environ, **options}
     command = [str(binary), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     if "unexpected memory mapping" in result.stderr and shutil.which("setarch"):
         # ThreadSanitizer of older compilers, under kernels that randomise more address bits.
         command = ["setarch", "-R", *command]
         result = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=120
+            command, capture_output=True, text=True, env=environment, timeout=300
         )
     return result
 
