@@ -34,10 +34,10 @@ FASTLM_INLINE float single(double x) { return static_cast<float>(x); }
 #include "each_isa.inc"
 
 // An fp64 parameter, with gradient and moments of fp64.
-void update_doubles(const TensorPointers& pointers, int64_t begin, int64_t end, const Scalars& s) {
-  double* p = pointer<double>(pointers.param);
-  const double* g = pointer<const double>(pointers.grad);
-  double *m = pointer<double>(pointers.exp_avg), *v = pointer<double>(pointers.exp_avg_sq);
+void update_doubles(const TensorRow& row, int64_t begin, int64_t end, const Scalars& s) {
+  double* p = pointer<double>(row.param);
+  const double* g = pointer<const double>(row.grad);
+  double *m = pointer<double>(row.exp_avg), *v = pointer<double>(row.exp_avg_sq);
   for (int64_t i = begin; i < end; ++i) {
     const double grad = s.factor * g[i];
     m[i] = s.beta1 * m[i] + (1 - s.beta1) * grad;
@@ -46,21 +46,18 @@ void update_doubles(const TensorPointers& pointers, int64_t begin, int64_t end, 
   }
 }
 
-void update_chunk(const TensorList& tensors, const Chunk& chunk, const Scalars& s) {
-  const auto [row, begin, end] = chunk;
-  const TensorPointers& pointers = tensors.pointers[row];
-  const FloatType param = tensors.param_type(row);
-  if (param == FloatType::kFloat64) return update_doubles(pointers, begin, end, s);
-  with_float_type(tensors.grad_type(row), [&, begin = begin, end = end](auto g) {
+void update_chunk(const TensorRow& row, int64_t begin, int64_t end, const Scalars& s) {
+  if (row.param_type == FloatType::kFloat64) return update_doubles(row, begin, end, s);
+  with_float_type(row.grad_type, [&](auto g) {
     using G = decltype(g);
     if constexpr (!std::is_same_v<G, double>) {  // refused by the caller
-      if (param == FloatType::kSplit) {
-        FASTLM_DISPATCH(update_part<Split, G>(pointers, begin, end, s));
+      if (row.param_type == FloatType::kSplit) {
+        FASTLM_DISPATCH(update_part<Split, G>(row, begin, end, s));
       }
-      with_float_type(param, [&](auto p) {
+      with_float_type(row.param_type, [&](auto p) {
         using P = decltype(p);
         if constexpr (!std::is_same_v<P, double>) {
-          FASTLM_DISPATCH(update_part<P, G>(pointers, begin, end, s));
+          FASTLM_DISPATCH(update_part<P, G>(row, begin, end, s));
         }
       });
     }
@@ -69,23 +66,23 @@ void update_chunk(const TensorList& tensors, const Chunk& chunk, const Scalars& 
 
 }  // namespace
 
-void adamw(const TensorList& tensors, const int64_t* groups, const AdamWOptions* options,
-           double factor) {
+void adamw(const TensorList& tensors, const AdamWOptions* options, double factor) {
   std::vector<Scalars> scalars(tensors.n);
   float last = 0;
   for (int64_t row = 0; row < tensors.n; ++row) {
-    float* step = pointer<float>(tensors.pointers[row].step);
+    float* step = pointer<float>(tensors[row].step);
     *step += 1;
     // Most often the same as of the row before, and powers take time.
-    if (row > 0 && groups[row] == groups[row - 1] && *step == last) {
+    if (row > 0 && tensors[row].group == tensors[row - 1].group && *step == last) {
       scalars[row] = scalars[row - 1];
     } else {
-      scalars[row] = scalars_at(options[groups[row]], *step, factor);
+      scalars[row] = scalars_at(options[tensors[row].group], *step, factor);
     }
     last = *step;
   }
-  Chunks(tensors).for_each(
-      [&](int64_t, const Chunk& chunk) { update_chunk(tensors, chunk, scalars[chunk.row]); });
+  Chunks(tensors).for_each([&](int64_t, const Chunk& chunk) {
+    update_chunk(tensors[chunk.row], chunk.begin, chunk.end, scalars[chunk.row]);
+  });
 }
 
 }  // namespace fastlm

@@ -17,7 +17,6 @@ struct AdamWOptions {
 // m, v and p is rounded once at its own size, and constants are as good as fp64's. A gradient may
 // have any type but kSplit; fp64 gradients go with fp64 parameters, whose moments and arithmetic
 // are fp64, too.
-void adamw(const TensorList& tensors, const int64_t* groups, const AdamWOptions* options,
-           double factor);
+void adamw(const TensorList& tensors, const AdamWOptions* options, double factor);
 
 }  // namespace fastlm

@@ -21,72 +21,50 @@ namespace {
 using Integers = py::array_t<int64_t, py::array::c_style>;
 using Doubles = py::array_t<double, py::array::c_style>;
 
-const int64_t* integers(const Integers& array, py::ssize_t size, const char* name) {
-  if (array.size() != size) {
-    throw py::type_error(std::string(name) + " must hold " + std::to_string(size) + " integers");
-  }
-  return array.data();
-}
+constexpr py::ssize_t kFields = sizeof(TensorRow) / sizeof(int64_t);
 
-// The columns of kernels/collect.py's TensorTable. The addresses are the caller's word: it read
-// them from tensors that it keeps.
-TensorList list_of(const Integers& pointers, const Integers& numel, const Integers& types) {
-  static_assert(sizeof(TensorPointers) == 6 * sizeof(int64_t));
-  const py::ssize_t n = numel.size();
-  const auto* rows = reinterpret_cast<const TensorPointers*>(integers(pointers, 6 * n, "pointers"));
-  const TensorList tensors{rows, numel.data(), integers(types, 2 * n, "types"), n};
-  for (py::ssize_t row = 0; row < n; ++row) {
-    const FloatType param = tensors.param_type(row), grad = tensors.grad_type(row);
-    const bool known = types.data()[2 * row] >= 0 && param <= FloatType::kSplit &&
-                       types.data()[2 * row + 1] >= 0 && grad < FloatType::kSplit;
-    if (!known) throw py::value_error("row " + std::to_string(row) + " has an unknown type");
+// kernels/collect.py's TensorTable.rows. The addresses are the caller's word: it read them from
+// tensors that it holds.
+TensorList list_of(const Integers& table, int64_t groups, int64_t classes) {
+  if (table.ndim() != 2 || table.shape(1) != kFields) {
+    throw py::type_error("rows must have the shape (n, " + std::to_string(kFields) + ")");
+  }
+  const TensorList tensors{reinterpret_cast<const TensorRow*>(table.data()), table.shape(0)};
+  const auto in = [](auto value, auto end) { return value >= decltype(value){} && value < end; };
+  for (int64_t i = 0; i < tensors.n; ++i) {
+    const TensorRow& row = tensors[i];
+    const bool wide = row.param_type == FloatType::kFloat64;
+    if (!in(row.param_type, FloatType(5)) || !in(row.grad_type, FloatType::kSplit) ||
+        wide != (row.grad_type == FloatType::kFloat64) || !in(row.group, groups) ||
+        !in(row.sum_class, classes)) {
+      throw py::value_error("row " + std::to_string(i) + " has an impossible type, group or class");
+    }
   }
   return tensors;
 }
 
-void check_indices(const int64_t* values, py::ssize_t n, py::ssize_t end, const char* name) {
-  for (py::ssize_t i = 0; i < n; ++i) {
-    if (values[i] < 0 || values[i] >= end) {
-      throw py::value_error(std::string(name) + " must lie in [0, " + std::to_string(end) + ")");
-    }
-  }
-}
-
-int64_t sum_squares_checked(const Integers& pointers, const Integers& numel, const Integers& types,
-                            const Integers& classes, Doubles sums) {
-  const TensorList tensors = list_of(pointers, numel, types);
-  const int64_t* into = integers(classes, tensors.n, "classes");
-  check_indices(into, tensors.n, sums.size(), "classes");
+int64_t sum_squares_checked(const Integers& table, Doubles sums) {
+  const TensorList tensors = list_of(table, INT64_MAX, sums.size());
   double* result = sums.mutable_data();
   py::gil_scoped_release release;
-  return sum_squares(tensors, into, result);
+  return sum_squares(tensors, result);
 }
 
-void scale_gradients_checked(const Integers& pointers, const Integers& numel, const Integers& types,
-                             double factor) {
-  const TensorList tensors = list_of(pointers, numel, types);
+void scale_gradients_checked(const Integers& table, double factor) {
+  const TensorList tensors = list_of(table, INT64_MAX, INT64_MAX);
   py::gil_scoped_release release;
   scale_gradients(tensors, factor);
 }
 
-void adamw_checked(const Integers& pointers, const Integers& numel, const Integers& types,
-                   const Integers& groups, const Doubles& options, double factor) {
+void adamw_checked(const Integers& table, const Doubles& options, double factor) {
   static_assert(sizeof(AdamWOptions) == 5 * sizeof(double));
-  const TensorList tensors = list_of(pointers, numel, types);
-  for (int64_t row = 0; row < tensors.n; ++row) {
-    const bool wide = tensors.param_type(row) == FloatType::kFloat64;
-    if (wide != (tensors.grad_type(row) == FloatType::kFloat64)) {
-      throw py::value_error("float64 gradients go with float64 parameters, and no others do");
-    }
-  }
   if (options.ndim() != 2 || options.shape(1) != 5) {
     throw py::type_error("options must have the shape (groups, 5)");
   }
-  const int64_t* group = integers(groups, tensors.n, "groups");
-  check_indices(group, tensors.n, options.shape(0), "groups");
-  const auto* rows = reinterpret_cast<const AdamWOptions*>(options.data());
+  const TensorList tensors = list_of(table, options.shape(0), INT64_MAX);
+  const auto* of_groups = reinterpret_cast<const AdamWOptions*>(options.data());
   py::gil_scoped_release release;
-  adamw(tensors, group, rows, factor);
+  adamw(tensors, of_groups, factor);
 }
 
 // Reads the table of one step where nothing is unusual: what fastlm.kernels.collect.collect_step
@@ -125,82 +103,86 @@ class TableReader {
           PyObject* const value = PyDict_GetItemWithError(entry, keys_[column].ptr());
           columns_[column].append(value ? py::handle(value) : py::none());
         }
-        groups_.push_back(group), indices_.push_back(i);
+        rows_.push_back({});
+        rows_.back().group = group;
+        indices_.push_back(i);
       }
     }
-    n_ = static_cast<py::ssize_t>(groups_.size());
-    rows_.resize(n_), pointers_.resize(kColumns * n_), numel_.resize(n_), types_.resize(2 * n_);
+    const auto n = static_cast<py::ssize_t>(rows_.size());
+    shapes_.resize(n);
     // Column by column: tensors made one after the other lie so in memory, most often.
     for (int column = 0; column < kColumns; ++column) {
-      for (py::ssize_t row = 0; row < n_; ++row) {
+      for (py::ssize_t row = 0; row < n; ++row) {
         if (!read_tensor(row, column)) {
           PyErr_Clear();  // torch's, of a tensor without memory
           return false;
         }
       }
     }
-    return n_ > 0;
+    return n > 0;
   }
 
   py::tuple table() const {
     py::list held;
     for (const py::list& column : columns_) held.append(column);
-    return py::make_tuple(Integers({n_, py::ssize_t{kColumns}}, pointers_.data()),
-                          Integers(n_, numel_.data()),
-                          Integers({n_, py::ssize_t{2}}, types_.data()),
-                          Integers(n_, groups_.data()), Integers(n_, indices_.data()), held);
+    const auto n = static_cast<py::ssize_t>(rows_.size());
+    return py::make_tuple(Integers({n, kFields}, reinterpret_cast<const int64_t*>(rows_.data())),
+                          Integers(n, indices_.data()), held);
   }
 
  private:
-  enum Column { kParam, kGrad, kMean, kSquare, kRest, kStep, kColumns };
-  struct Row {
-    int32_t ndim;
-    size_t shape;  // where it starts in shapes_
-  };
+  enum Column {
+    kParam,
+    kGrad,
+    kMean,
+    kSquare,
+    kRest,
+    kStep,
+    kColumns
+  };  // TensorRow's first fields
 
-  // Writes the address into the table. False if the tensor is of another class, device, type or
-  // shape than the row's parameter demands, or not in C's order.
-  bool read_tensor(py::ssize_t row, int column) {
-    PyObject* const tensor = PyList_GET_ITEM(columns_[column].ptr(), row);
-    FloatType& param_type = reinterpret_cast<FloatType&>(types_[2 * row]);
+  // Completes the row by the tensor. False if that is of another class, device, type or shape than
+  // the row's parameter demands, or not in C's order.
+  bool read_tensor(size_t i, int column) {
+    TensorRow& row = rows_[i];
     if (column == kRest) {
-      if (!split_ || param_type != FloatType::kBfloat16) return true;
-      param_type = FloatType::kSplit;
+      if (!split_ || row.param_type != FloatType::kBfloat16) return true;
+      row.param_type = FloatType::kSplit;
     }
+    PyObject* const tensor = PyList_GET_ITEM(columns_[column].ptr(), i);
     const PyTypeObject* const type = Py_TYPE(tensor);
     const bool plain =
         type == as_type(tensor_class_) || (column == kParam && type == as_type(parameter_class_));
     DLTensor t;
     if (!plain || view_(tensor, &t) != 0) return false;
     int64_t numel = 1;
-    for (int i = t.ndim; i-- > 0; numel *= t.shape[i]) {
-      if (t.strides && t.shape[i] != 1 && t.strides[i] != numel) return false;
+    for (int k = t.ndim; k-- > 0; numel *= t.shape[k]) {
+      if (t.strides && t.shape[k] != 1 && t.strides[k] != numel) return false;
     }
     const FloatType own = float_type(t);
     if (column == kParam) {
-      if (row == 0) device_type_ = t.device_type, device_id_ = t.device_id;
-      rows_[row] = {t.ndim, shapes_.size()};
-      shapes_.insert(shapes_.end(), t.shape, t.shape + t.ndim);
-      numel_[row] = numel;
-      param_type = own;
-    } else if (column == kStep) {
-      if (own != FloatType::kFloat32 || numel != 1) return false;
-    } else if (t.ndim != rows_[row].ndim ||
-               !std::equal(t.shape, t.shape + t.ndim, shapes_.begin() + rows_[row].shape)) {
-      return false;
+      if (i == 0) device_type_ = t.device_type, device_id_ = t.device_id;
+      shapes_[i] = {t.ndim, dims_.size()};
+      dims_.insert(dims_.end(), t.shape, t.shape + t.ndim);
+      row.numel = numel, row.param_type = own;
+    } else if (column != kStep) {
+      const auto [ndim, start] = shapes_[i];
+      if (t.ndim != ndim || !std::equal(t.shape, t.shape + ndim, &dims_[start])) return false;
     }
-    const bool wide = param_type == FloatType::kFloat64;
-    if (column == kParam || column == kGrad) {
-      if (own == FloatType::kSplit || (own == FloatType::kFloat64) != wide) return false;
-      types_[2 * row + column] = static_cast<int64_t>(own);
-    } else if (column == kRest) {
-      if (t.type_code != 0 || t.type_bits != 16) return false;
-    } else if (column != kStep && own != (wide ? FloatType::kFloat64 : FloatType::kFloat32)) {
-      return false;
+    const bool wide = row.param_type == FloatType::kFloat64;
+    bool right = numel == 0 || t.address();
+    switch (column) {
+      case kParam: right &= own != FloatType::kSplit; break;
+      case kGrad:
+        row.grad_type = own;
+        right &= own != FloatType::kSplit && (own == FloatType::kFloat64) == wide;
+        break;
+      case kRest: right &= t.type_code == 0 && t.type_bits == 16; break;
+      case kStep: right &= own == FloatType::kFloat32 && numel == 1; break;
+      default: right &= own == (wide ? FloatType::kFloat64 : FloatType::kFloat32);
     }
-    pointers_[kColumns * row + column] = t.address();
-    return t.device_type == device_type_ && t.device_id == device_id_ &&
-           (numel == 0 || t.address());
+    (&row.param)[column] = t.address();
+    return right && t.device_type == device_type_ && t.device_id == device_id_;
   }
 
   // param.grad, by torch's own getter if the attribute is a plain one.
@@ -249,14 +231,14 @@ class TableReader {
   Py_ssize_t position_ = 0;
   PyObject *next_param_ = nullptr, *next_entry_ = nullptr;
   py::list columns_[kColumns];
-  py::ssize_t n_ = 0;
   int32_t device_type_ = 0, device_id_ = 0;
-  std::vector<Row> rows_;
-  std::vector<int64_t> shapes_, pointers_, numel_, types_, groups_, indices_;
+  std::vector<TensorRow> rows_;
+  std::vector<std::pair<int32_t, size_t>> shapes_;  // ndim, and where the sizes start in dims_
+  std::vector<int64_t> dims_, indices_;
 };
 
-// (pointers, numel, types, groups, indices in groups, the tensors column by column, to be held as
-// long as the pointers are used); None if the table has to be built by collect_step.
+// (rows, indices in groups, the tensors column by column, to be held as long as the addresses are
+// used); None if the table has to be built by collect_step.
 py::object read_table(py::handle tensor_class, py::handle parameter_class, const py::list& groups,
                       const py::dict& state, bool split) {
   TableReader reader(tensor_class, parameter_class, state, split);
@@ -266,13 +248,11 @@ py::object read_table(py::handle tensor_class, py::handle parameter_class, const
 }  // namespace
 
 void bind_optimizer(py::module_& m) {
-  m.def("sum_squares", &sum_squares_checked, py::arg("pointers").noconvert(),
-        py::arg("numel").noconvert(), py::arg("types").noconvert(), py::arg("classes").noconvert(),
+  m.def("sum_squares", &sum_squares_checked, py::arg("rows").noconvert(),
         py::arg("sums").noconvert());
-  m.def("scale_gradients", &scale_gradients_checked, py::arg("pointers").noconvert(),
-        py::arg("numel").noconvert(), py::arg("types").noconvert(), py::arg("factor"));
-  m.def("adamw", &adamw_checked, py::arg("pointers").noconvert(), py::arg("numel").noconvert(),
-        py::arg("types").noconvert(), py::arg("groups").noconvert(), py::arg("options").noconvert(),
+  m.def("scale_gradients", &scale_gradients_checked, py::arg("rows").noconvert(),
+        py::arg("factor"));
+  m.def("adamw", &adamw_checked, py::arg("rows").noconvert(), py::arg("options").noconvert(),
         py::arg("factor"));
   m.def("read_table", &read_table, py::arg("tensor_class"), py::arg("parameter_class"),
         py::arg("param_groups"), py::arg("state"), py::arg("split"));

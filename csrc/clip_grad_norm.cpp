@@ -19,18 +19,18 @@ FASTLM_INLINE double to_double(T x) {
 
 }  // namespace
 
-int64_t sum_squares(const TensorList& tensors, const int64_t* classes, double* sums) {
+int64_t sum_squares(const TensorList& tensors, double* sums) {
   const Chunks chunks(tensors);
   std::vector<double> parts(chunks.size());
   chunks.for_each([&](int64_t i, const Chunk& chunk) {
-    with_float_type(tensors.grad_type(chunk.row), [&](auto t) {
-      const auto* grad = pointer<const decltype(t)>(tensors.pointers[chunk.row].grad);
+    with_float_type(tensors[chunk.row].grad_type, [&](auto t) {
+      const auto* grad = pointer<const decltype(t)>(tensors[chunk.row].grad);
       parts[i] = FASTLM_DISPATCH(squares_of(grad + chunk.begin, chunk.end - chunk.begin));
     });
   });
   int64_t bad = -1;
   for (int64_t i = 0; i < chunks.size(); ++i) {
-    sums[classes[chunks[i].row]] += parts[i];
+    sums[tensors[chunks[i].row].sum_class] += parts[i];
     if (bad < 0 && !std::isfinite(parts[i])) bad = chunks[i].row;
   }
   return bad;
@@ -38,8 +38,8 @@ int64_t sum_squares(const TensorList& tensors, const int64_t* classes, double* s
 
 void scale_gradients(const TensorList& tensors, double factor) {
   Chunks(tensors).for_each([&](int64_t, const Chunk& chunk) {
-    with_float_type(tensors.grad_type(chunk.row), [&](auto t) {
-      auto* grad = pointer<decltype(t)>(tensors.pointers[chunk.row].grad);
+    with_float_type(tensors[chunk.row].grad_type, [&](auto t) {
+      auto* grad = pointer<decltype(t)>(tensors[chunk.row].grad);
       FASTLM_DISPATCH(scale_part(grad + chunk.begin, chunk.end - chunk.begin, factor));
     });
   });

@@ -8,10 +8,10 @@
 
 namespace fastlm {
 
-// Adds to sums[classes[row]] the squares of every row's gradient, in fp64 and in an order that
+// Adds to sums[sum_class] the squares of every row's gradient, in fp64 and in an order that
 // depends on neither threads nor instruction set. Returns the first row with a gradient that is
 // not finite, or -1.
-int64_t sum_squares(const TensorList& tensors, const int64_t* classes, double* sums);
+int64_t sum_squares(const TensorList& tensors, double* sums);
 
 // gradient *= factor, in fp32 (of fp64 gradients in fp64).
 void scale_gradients(const TensorList& tensors, double factor);

@@ -1,5 +1,5 @@
 // Many tensors as one table, and its division among threads.
-// defines: TensorPointers, TensorList, Chunk, Chunks
+// defines: TensorRow, TensorList, Chunk, Chunks
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,14 @@
 
 namespace fastlm {
 
-// A row of the table: addresses, 0 for what a tensor lacks.
-struct TensorPointers {
+// A tensor, dense in memory: a row of kernels/collect.py's TensorTable. Addresses are 0 for what it
+// lacks.
+struct TensorRow {
   int64_t param, grad, exp_avg, exp_avg_sq, remainder, step;
+  int64_t numel;
+  FloatType param_type, grad_type;
+  int64_t group;      // whose options it has
+  int64_t sum_class;  // which sum its squares go into
 };
 
 template <class T>
@@ -21,15 +26,11 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// n tensors, each dense in memory.
 struct TensorList {
-  const TensorPointers* pointers;  // n rows
-  const int64_t* numel;            // n
-  const int64_t* types;            // n pairs of FloatType: of the parameter, of the gradient
+  const TensorRow* rows;
   int64_t n;
 
-  FloatType param_type(int64_t row) const { return static_cast<FloatType>(types[2 * row]); }
-  FloatType grad_type(int64_t row) const { return static_cast<FloatType>(types[2 * row + 1]); }
+  const TensorRow& operator[](int64_t row) const { return rows[row]; }
 };
 
 struct Chunk {
@@ -42,8 +43,8 @@ class Chunks {
   explicit Chunks(const TensorList& tensors) {
     starts_.push_back(0);
     for (int64_t row = 0; row < tensors.n; ++row) {
-      for (int64_t begin = 0; begin < tensors.numel[row]; begin += kElements) {
-        const int64_t end = std::min(begin + kElements, tensors.numel[row]);
+      for (int64_t begin = 0; begin < tensors[row].numel; begin += kElements) {
+        const int64_t end = std::min(begin + kElements, tensors[row].numel);
         chunks_.push_back({row, begin, end});
         starts_.push_back(starts_.back() + (end - begin) + kOverhead);
       }

@@ -55,26 +55,14 @@ def accumulate(
     first: bool,  # sum = part, else sum += part
 ) -> None: ...
 
-# Tables of n tensors, as fastlm.kernels.collect.TensorTable has them: pointers (n, 6), numel
-# (n,), types (n, 2).
+# rows: (n, 11), fastlm.kernels.collect.TensorTable.rows.
 def sum_squares(
-    pointers: npt.NDArray[np.int64],
-    numel: npt.NDArray[np.int64],
-    types: npt.NDArray[np.int64],
-    classes: npt.NDArray[np.int64],  # (n,)
+    rows: npt.NDArray[np.int64],
     sums: npt.NDArray[np.float64],  # (number of classes,), added to
 ) -> int: ...  # the first row with a gradient that is not finite, or -1
-def scale_gradients(
-    pointers: npt.NDArray[np.int64],
-    numel: npt.NDArray[np.int64],
-    types: npt.NDArray[np.int64],
-    factor: float,
-) -> None: ...
+def scale_gradients(rows: npt.NDArray[np.int64], factor: float) -> None: ...
 def adamw(
-    pointers: npt.NDArray[np.int64],
-    numel: npt.NDArray[np.int64],
-    types: npt.NDArray[np.int64],
-    groups: npt.NDArray[np.int64],  # (n,) rows of options
+    rows: npt.NDArray[np.int64],
     options: npt.NDArray[np.float64],  # (groups, 5): lr, beta1, beta2, eps, weight_decay
     factor: float,  # of the gradients
 ) -> None: ...
@@ -84,7 +72,7 @@ def read_table(
     param_groups: list[dict],
     state: dict[Tensor, Any],
     split: bool,
-) -> Any: ...  # (pointers, numel, types, groups, indices, tensors by column) or None
+) -> Any: ...  # (rows, indices in groups, tensors by column) or None
 def max_threads() -> int: ...
 def isa() -> str: ...
 def force_isa(name: str | None) -> None: ...

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlm.extension import extension
-from fastlm.kernels.collect import PARAM, Collected, TensorTable
+from fastlm.kernels.collect import GROUP, PARAM, Collected, TensorTable
 from fastlm.kernels.optimizer import FusedAdamW, ParameterPosition
 from fastlm.ops import optimizer_torch
 from fastlm.ops.clip_grad_norm import clip_gradients
@@ -62,10 +62,8 @@ class AdamW(FusedAdamW):
         )
         if found is None:
             return None
-        pointers, numel, kinds, groups, indices, held = found
+        rows, indices, held = found
         device = held[PARAM][0].device
-        columns = [torch.from_numpy(column) for column in (pointers, numel, kinds, groups)]
-        table = TensorTable(
-            device, *columns, torch.zeros_like(columns[1]), 1, self._caches.setdefault(device, {})
-        )
-        return Collected([table], [np.stack([groups, indices], 1)], [None], held[PARAM], held)
+        table = TensorTable(device, torch.from_numpy(rows), 1, self._caches.setdefault(device, {}))
+        positions = np.stack([rows[:, GROUP], indices], 1)
+        return Collected([table], [positions], [None], held[PARAM], held)

@@ -188,7 +188,7 @@ def step(table: TensorTable, options: StepOptions, sums: GradientSums | None) ->
     if sums is None and (options.max_grad_norm is not None or options.skip_nonfinite):
         raise ValueError("max_grad_norm and skip_nonfinite need the sums of the gradients' squares")
     on, pointers = tables.on_device(table)
-    n, groups, device = len(table.numel), len(options.hyper), table.device
+    n, groups, device = len(table.rows), len(options.hyper), table.device
     lrs = {i: lr for i, (lr, *_) in enumerate(options.hyper) if isinstance(lr, Tensor)}
     numbers = [[0.0 if i in lrs else lr, *rest] for i, (lr, *rest) in enumerate(options.hyper)]
     clip = float("inf") if options.max_grad_norm is None else options.max_grad_norm

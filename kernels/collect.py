@@ -23,8 +23,10 @@ CODE = {
     torch.float64: FLOAT64,
 }
 
-# The columns of `pointers`.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, STEP = range(6)
+# The columns of a table: six addresses, and what describes the row.
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, STEP, NUMEL, PARAM_CODE, GRAD_CODE, GROUP, CLASS = (
+    range(11)
+)
 
 
 @dataclass(eq=False)
@@ -33,15 +35,13 @@ class TensorTable:
 
     Element i of a gradient, of the moments and of the remainder belongs to element i of the
     parameter's memory. Moments are float32, of float64 parameters float64; the step counter is one
-    float32. All columns are int64 on the CPU.
+    float32. rows: (n, 11) int64 on the CPU: addresses (0 for what a row lacks), number of elements,
+    codes of parameter and gradient, index of the param_group, and of the sum of squares that the
+    gradient goes into.
     """
 
     device: torch.device
-    pointers: Tensor  # (n, 6); 0 for what a row lacks
-    numel: Tensor  # (n,)
-    kinds: Tensor  # (n, 2): codes of parameter and gradient
-    groups: Tensor  # (n,): index of the parameter's param_group
-    classes: Tensor  # (n,): which sum of squares the gradient goes into
+    rows: Tensor
     num_classes: int
     # Lives on from step to step: what a kernel module keeps of the tables on this device.
     cache: dict
@@ -49,7 +49,7 @@ class TensorTable:
     @property
     def norm_dtype(self) -> torch.dtype:
         """Of the gradients' norm: float64 if one of the gradients is, else float32."""
-        return torch.float64 if (self.kinds[:, 1] == FLOAT64).any() else torch.float32
+        return torch.float64 if (self.rows[:, GRAD_CODE] == FLOAT64).any() else torch.float32
 
 
 @dataclass(eq=False)
@@ -115,10 +115,8 @@ class _Rows:
     """Rows of one device's table."""
 
     def __init__(self) -> None:
-        self.parts: list[list[Tensor | None]] = []
-        self.kinds: list[tuple[int, int]] = []
-        self.groups: list[int] = []
-        self.classes: list[int] = []
+        self.parts: list[list[Tensor | None]] = []  # in the order of the addresses
+        self.described: list[tuple[int, ...]] = []  # the other columns
         self.positions: list[tuple[int, int]] = []
 
 
@@ -158,12 +156,9 @@ def collect_step(
             for name in ("exp_avg", "exp_avg_sq", "remainder"):
                 parts.append(_state_part(entry, name, param, target, split, what))
             parts.append(_step_counter(entry, local.device))
+            code = CODE[local.dtype] if parts[REMAINDER] is None else SPLIT
             rows.parts.append(parts)
-            rows.kinds.append(
-                (CODE[local.dtype] if parts[4] is None else SPLIT, CODE[parts[1].dtype])
-            )
-            rows.groups.append(group)
-            rows.classes.append(of_class)
+            rows.described.append((local.numel(), code, CODE[parts[GRAD].dtype], group, of_class))
             rows.positions.append((group, index))
     return _tables(found, devices, caches)
 
@@ -183,23 +178,20 @@ def collect_gradients(params: Iterable[Tensor]) -> Collected:
         target = found.dense(local_part(grad))
         rows = devices.setdefault(target.device, _Rows())
         rows.parts.append([None, target, None, None, None, None])
-        rows.kinds.append((CODE[target.dtype],) * 2)
-        rows.groups.append(0)
-        rows.classes.append(found.class_of(grad))
+        code = CODE[target.dtype]
+        rows.described.append((target.numel(), code, code, 0, found.class_of(grad)))
     return _tables(found, devices, {})
 
 
 def _tables(found: Collected, devices: dict[torch.device, _Rows], caches: dict) -> Collected:
-    def column(values: list, *shape: int) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device="cpu").reshape(-1, *shape)
-
     if any(rows.parts for rows in devices.values()):
         devices = {device: rows for device, rows in devices.items() if rows.parts}
     else:
         devices = dict(list(devices.items())[:1])
     for device, rows in devices.items():
-        pointers = [[0 if t is None else t.data_ptr() for t in row] for row in rows.parts]
-        for parts, addresses in zip(rows.parts, pointers, strict=True):
+        table = []
+        for parts, described in zip(rows.parts, rows.described, strict=True):
+            addresses = [0 if t is None else t.data_ptr() for t in parts]
             if 0 in addresses and any(
                 t is not None and t.numel() and not t.data_ptr() for t in parts
             ):
@@ -208,20 +200,12 @@ def _tables(found: Collected, devices: dict[torch.device, _Rows], caches: dict) 
                     f"a parameter, its gradient or its state on {device} has no memory of its own "
                     f"({', '.join(classes)}): it cannot be updated"
                 )
-        found.held.append(rows.parts)
+            table.append([*addresses, *described])
+        values = torch.tensor(table, dtype=torch.int64, device="cpu").reshape(-1, 11)
+        cache = caches.setdefault(device, {})
+        found.tables.append(TensorTable(device, values, len(found.classes), cache))
         found.positions.append(rows.positions)
-        found.tables.append(
-            TensorTable(
-                device=device,
-                pointers=column(pointers, 6),
-                numel=column([row[GRAD].numel() for row in rows.parts]),
-                kinds=column(rows.kinds, 2),
-                groups=column(rows.groups),
-                classes=column(rows.classes),
-                num_classes=len(found.classes),
-                cache=caches.setdefault(device, {}),
-            )
-        )
+        found.held.append(rows.parts)
     return found
 
 

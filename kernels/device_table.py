@@ -152,7 +152,7 @@ class DeviceTable:
 
 def on_device(table: TensorTable) -> tuple[DeviceTable, Tensor]:
     """The table on its device, kept in its cache while only pointers change, and its pointers."""
-    described = torch.column_stack([table.numel, table.kinds, table.groups, table.classes])
+    pointers, described = (part.contiguous() for part in table.rows.split([6, 5], 1))
     found, capturing = table.cache.get("device_table"), _capturing(table.device)
     if found is None or not torch.equal(found.described, described):
         if capturing:
@@ -163,4 +163,4 @@ def on_device(table: TensorTable) -> tuple[DeviceTable, Tensor]:
         found = table.cache["device_table"] = DeviceTable(described, table.device)
     if capturing and not any(x is found for x in _captured):
         _captured.append(found)
-    return found, found.pointers.on_device(table.pointers)
+    return found, found.pointers.on_device(pointers)

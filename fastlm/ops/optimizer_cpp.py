@@ -18,7 +18,7 @@ from fastlm.ops.clip_grad_norm import clip_factor
 
 def square_sums(table: TensorTable) -> GradientSums:
     sums = np.zeros(table.num_classes)
-    bad = extension().sum_squares(*_columns(table), table.classes.numpy(), sums)
+    bad = extension().sum_squares(table.rows.numpy(), sums)
     return GradientSums(torch.from_numpy(sums), torch.tensor(bad, device="cpu"))
 
 
@@ -36,13 +36,9 @@ def step(table: TensorTable, options: StepOptions, sums: GradientSums | None) ->
         skip |= bool(options.found_inf)
     if not skip:
         hyper = np.array([[float(value) for value in row] for row in options.hyper])
-        extension().adamw(*_columns(table), table.groups.numpy(), hyper, factor)
+        extension().adamw(table.rows.numpy(), hyper, factor)
     return None if norm is None else torch.tensor(norm, dtype=table.norm_dtype, device="cpu")
 
 
 def scale_gradients(table: TensorTable, factor: float) -> None:
-    extension().scale_gradients(*_columns(table), factor)
-
-
-def _columns(table: TensorTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return table.pointers.numpy(), table.numel.numpy(), table.kinds.numpy()
+    extension().scale_gradients(table.rows.numpy(), factor)

@@ -24,7 +24,7 @@ struct Sums {
 
 Sums sums_of(std::vector<Row>& rows, const std::vector<int64_t>& classes, double before = 0) {
   Sums result{std::vector<double>(rows.size(), before), 0};
-  result.bad = sum_squares(Table(rows).list(), classes.data(), result.sums.data());
+  result.bad = sum_squares(Table(rows, classes).list(), result.sums.data());
   return result;
 }
 

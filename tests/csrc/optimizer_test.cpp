@@ -41,7 +41,7 @@ Row as_joined(Row row) {
 std::vector<Row> stepped(std::vector<Row> rows, const std::vector<AdamWOptions>& options,
                          double factor) {
   const Table table(rows);
-  adamw(table.list(), table.groups.data(), options.data(), factor);
+  adamw(table.list(), options.data(), factor);
   return rows;
 }
 

@@ -92,28 +92,22 @@ struct Row {
 };
 
 struct Table {
-  std::vector<TensorPointers> pointers;
-  std::vector<int64_t> numel, types, groups;
+  std::vector<TensorRow> rows;
 
-  explicit Table(std::vector<Row>& rows) {
-    for (Row& row : rows) {
+  explicit Table(std::vector<Row>& tensors, const std::vector<int64_t>& classes = {}) {
+    for (Row& row : tensors) {
       const auto start = [&](Bytes& block, Type type) -> int64_t {
         return block.empty() ? 0
                              : reinterpret_cast<int64_t>(block.data() + row.offset * size_of(type));
       };
-      pointers.push_back({start(row.param, row.param_type), start(row.grad, row.grad_type),
-                          start(row.mean, row.moment_type()),
-                          start(row.variance, row.moment_type()), start(row.rest, Type::kBfloat16),
-                          reinterpret_cast<int64_t>(row.step.data())});
-      numel.push_back(row.n);
-      types.push_back(static_cast<int64_t>(row.param_type));
-      types.push_back(static_cast<int64_t>(row.grad_type));
-      groups.push_back(row.group);
+      rows.push_back({start(row.param, row.param_type), start(row.grad, row.grad_type),
+                      start(row.mean, row.moment_type()), start(row.variance, row.moment_type()),
+                      start(row.rest, Type::kBfloat16), reinterpret_cast<int64_t>(row.step.data()),
+                      row.n, row.param_type, row.grad_type, row.group,
+                      classes.empty() ? 0 : classes[rows.size()]});
     }
   }
-  TensorList list() const {
-    return {pointers.data(), numel.data(), types.data(), static_cast<int64_t>(numel.size())};
-  }
+  TensorList list() const { return {rows.data(), static_cast<int64_t>(rows.size())}; }
 };
 
 }  // namespace fastlm

@@ -111,18 +111,14 @@ def make_table(rows: list[Row], classes: list[int] | None = None, num_classes: i
     def codes(row: Row) -> list[int]:
         return [SPLIT if row.remainder is not None else CODE[row.p.dtype], CODE[row.g.dtype]]
 
-    columns = [[r.p, r.g, r.m, r.v, r.remainder, r.step] for r in rows]
-    integers = torch.int64
-    return TensorTable(
-        torch.device("cpu"),
-        torch.tensor([[pointer(x) for x in row] for row in columns], dtype=integers).reshape(-1, 6),
-        torch.tensor([row.p.numel() for row in rows], dtype=integers),
-        torch.tensor([codes(row) for row in rows], dtype=integers).reshape(-1, 2),
-        torch.tensor([row.group for row in rows], dtype=integers),
-        torch.tensor(classes or [0] * len(rows), dtype=integers),
-        num_classes,
-        {},
-    )
+    addresses = [[pointer(x) for x in (r.p, r.g, r.m, r.v, r.remainder, r.step)] for r in rows]
+    described = [
+        [row.p.numel(), *codes(row), row.group, of_class]
+        for row, of_class in zip(rows, classes or [0] * len(rows), strict=True)
+    ]
+    table = [a + b for a, b in zip(addresses, described, strict=True)]
+    values = torch.tensor(table, dtype=torch.int64).reshape(-1, 11)
+    return TensorTable(torch.device("cpu"), values, num_classes, {})
 
 
 def oracle(row: Row, factor, lr, beta1, beta2, eps, weight_decay):

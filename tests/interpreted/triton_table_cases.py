@@ -114,10 +114,10 @@ def test_offsets_past_32_bits():
         row = make_row(kind, 100, step=1)
         before = snapshot([row])
         table = make_table([row])
-        table.numel[0] = start + 100
+        table.rows[0, 6] = start + 100
         for column, name in enumerate(("p", "g", "m", "v", "remainder")):
             if (x := getattr(row, name)) is not None:
-                table.pointers[0, column] -= start * x.element_size()
+                table.rows[0, column] -= start * x.element_size()
         on, _ = device_table.on_device(table)
         ((p, g, first, count),) = on.launches
         assert first + count == on.num_chunks == 2**31 // CHUNK + 1
@@ -140,7 +140,7 @@ def test_what_changes_is_sent_again():
     step(table, options, None)
     assert_step([row], before, hyper=[(lr, *HYPER[1:])])
     row.g = torch.randn(40)
-    table.pointers[0, 1] = row.g.data_ptr()
+    table.rows[0, 1] = row.g.data_ptr()
     before = snapshot([row])
     hyper = (1e-2, 0.7, 0.8, 1e-5, 0.0)
     step(table, StepOptions([hyper]), None)
