@@ -8,29 +8,39 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes of one thread each; a file's tests stay together. Tests of threads set their number.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test test-all test-newest test-oldest bench lint format check clean
+.PHONY: train test test-all test-newest test-oldest bench report lint format check clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m fastlm.train --compile $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # The sweeps that `make test` samples, too.
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 # The same suite with the newest versions that the package index serves, and with the lowest that
 # pyproject.toml admits.
+test-newest: BIN := $(VENV)-newest/bin
 test-newest: $(VENV)-newest/.installed
-	$(VENV)-newest/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
+test-oldest: BIN := $(VENV)-oldest/bin
 test-oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
+# Each state of the allocator in a process of its own. ARGS="--results bench/results/cpu-DATE" keeps
+# the figures, and report makes bench/RESULTS.md and README's table of all that are kept.
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest bench --benchmark-only --allocator as-is $(ARGS)
+	$(BIN)/python -m pytest bench --benchmark-only --allocator kept $(ARGS)
+
+report: $(VENV)/.installed
+	$(BIN)/python bench/report.py
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
@@ -50,7 +60,7 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wil
 
 $(VENV)-newest/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) | check
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --upgrade $(PIP_FLAGS) -e ".[test]"
+	$(@D)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(PIP_FLAGS) -e ".[test]"
 	touch $@
 
 # "numpy>=1.26" in pyproject.toml becomes the constraint "numpy==1.26", for the build, too.

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 import fastlm
+from fastlm import keep_freed_memory
 from fastlm.extension import extension
-from fastlm.hardware import device_name, keep_freed_memory
+from fastlm.hardware import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
