@@ -1,0 +1,171 @@
+"""Writes RESULTS.md and the table in README.md from results/*.json: python bench/report.py
+
+Of each case the newest result counts, for each kind of machine and state of the allocator.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+OURS, COPY, MATMUL = "fastlm", "copy", "matmul"  # the names of harness.py, which imports torch
+
+ALLOCATORS = {"as-is": "as is", "kept": "kept"}
+TITLES = {
+    "cross_entropy": "cross_entropy_loss, forward and backward",
+    "linear_cross_entropy": "linear_cross_entropy_loss, forward and backward",
+    "adamw": "AdamW",
+    "clip_grad_norm": "clip_gradients",
+    "gather_batch": "get_batch and the scan of token ids",
+    "train_step": "A whole training step",
+}
+# The rows of README's table: op, case, peer, and what README calls the work.
+HEADLINES = [
+    ("cross_entropy", "2048 x 50304 bfloat16", "F.cross_entropy, compiled",
+     "loss of 2048 x 50304 bf16 logits and its gradient"),
+    ("cross_entropy", "2048 x 50304 bfloat16, in place", "F.cross_entropy, compiled",
+     "the same, the gradient in the logits' memory"),
+    ("linear_cross_entropy", "2048 x 768 x 50304 bf16, default budget",
+     "linear + F.cross_entropy in fp32, compiled", "head and loss in one, 2048 x 768 x 50304 bf16"),
+    ("linear_cross_entropy", "2048 x 768 x 50304 bf16, half ignored",
+     "linear + F.cross_entropy in fp32, compiled", "the same, half of the targets ignored"),
+    ("adamw", "norm + clip + step, 124 M parameters in 75 fp32 tensors",
+     "clip_grad_norm_ + torch fused", "norm, clip and AdamW step, 124 M parameters"),
+    ("adamw", "step, 2 M parameters in 2000 fp32 tensors", "torch fused",
+     "AdamW step, 2,000 tensors of 1,000"),
+    ("gather_batch", "get_batch, 64 x 1024 uint16", "NumPy fancy indexing",
+     "a batch of 64 x 1024 tokens"),
+    ("train_step", "notebook: 6 layers, D 512, V 10000, 16 x 256 tokens",
+     "torch.compile, bf16, fused AdamW", "a whole training step, 29 M parameters"),
+]  # fmt: skip
+
+Run = dict[str, Any]  # one JSON file: the circumstances of its comparisons
+Key = tuple[str, str, str]  # op, case, allocator
+
+
+def load(folder: Path = RESULTS) -> dict[str, dict[Key, tuple[Run, dict[str, Any]]]]:
+    """{machine: {(op, case, allocator): (run, comparison)}}: the newest of each."""
+    machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]] = defaultdict(dict)
+    runs = [json.loads(path.read_text()) | {"file": path.name} for path in folder.glob("*.json")]
+    for run in sorted(runs, key=lambda run: (run["date"], run["file"])):
+        for comparison in run["comparisons"]:
+            key = comparison["op"], comparison["case"], run["allocator"]
+            machines[machine(run, comparison["device"])][key] = run, comparison
+    return dict(sorted(machines.items()))
+
+
+def machine(run: Run, device: str) -> str:
+    features = set(run["cpu_features"])
+    if device != run["cpu"]:
+        return device
+    amx = "AMX" if any(name.startswith("amx") for name in features) else "no AMX"
+    return f"{device} ({run['isa'].upper()}, {amx})"
+
+
+def ratio(comparison: dict[str, Any], peer: str) -> str:
+    """Time of `peer` over ours, on the device's own clock too where there is one."""
+    for row in comparison["rows"]:
+        if row["name"] == peer:
+            text = f"{row['ratio_to_ours']:.2f}"
+            if row["device_ratio_to_ours"] is not None:
+                text += f" ({row['device_ratio_to_ours']:.2f})"
+            return text
+    return ""
+
+
+def results_page(machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]]) -> str:
+    lines = [
+        "# Results",
+        "",
+        "Written by `make report` from `bench/results/*.json`. Do not edit.",
+        "",
+        "Every column but the first five is **time of a peer / time of fastlm**, the median over",
+        "rounds in which each ran once in the same process: above 1, fastlm is faster. Memory:",
+        '"as is" is a plain process; "kept" is one that called `fastlm.keep_freed_memory()`.',
+        '"copy" is a copy of as many bytes as the work must read and write, "matmul" the fastest',
+        "matmul's time for as many FLOPs. On a GPU the ratio in brackets is that of CUDA events,",
+        "the other that of a call from an idle device until it is idle again.",
+    ]
+    for name, cases in machines.items():
+        runs = sorted({run["file"]: run for run, _ in cases.values()}.items())
+        numbers = {file: number for number, (file, _) in enumerate(runs, 1)}
+        lines += ["", f"## {name}"]
+        for op, title in TITLES.items():
+            tables: dict[tuple[str, ...], list[Key]] = defaultdict(list)
+            for key in sorted(cases):
+                if key[0] == op:
+                    peers = [row["name"] for row in cases[key][1]["rows"] if row["name"] != OURS]
+                    tables[tuple(peers)].append(key)
+            if not tables:
+                continue
+            lines += ["", f"### {title}"]
+            for peers, keys in tables.items():
+                unit = cases[keys[0]][1]["unit"]
+                header = ("case", "memory", "run", "ms", unit, *peers)
+                lines += ["", row_of(header), "|---" * len(header) + "|"]
+                for key in keys:
+                    run, comparison = cases[key]
+                    ours = next(row for row in comparison["rows"] if row["name"] == OURS)
+                    note = f" ({comparison['note']})" if comparison["note"] else ""
+                    lines.append(
+                        row_of((
+                            key[1] + note,
+                            ALLOCATORS[key[2]],
+                            str(numbers[run["file"]]),
+                            f"{ours['median_ms']:.3g}",
+                            f"{ours['rate']:.3g}",
+                            *(ratio(comparison, peer) for peer in peers),
+                        ))
+                    )  # fmt: skip
+        header = ("run", "file", "date", "commit", "command", "versions")
+        lines += ["", "### Runs", "", row_of(header), "|---" * len(header) + "|"]
+        for file, run in runs:
+            versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items() if v)
+            command = f"`{run['command']}`"
+            lines.append(
+                row_of((str(numbers[file]), file, run["date"], run["commit"], command, versions))
+            )
+    return "\n".join(lines) + "\n"
+
+
+def row_of(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def readme_table(machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]]) -> str:
+    """HEADLINES on the machine of the newest run."""
+    newest = max(machines, key=lambda name: max(run["date"] for run, _ in machines[name].values()))
+    cases = machines[newest]
+    dates = {run["date"][:10] for run, _ in cases.values()}
+    torches = {run["versions"]["torch"] for run, _ in cases.values()}
+    lines = [
+        f"{newest}, torch {', '.join(sorted(torches))}, {', '.join(sorted(dates))}:",
+        "",
+        "| work | peer | peer's time / ours | after `keep_freed_memory()` |",
+        "|---|---|---|---|",
+    ]
+    for op, case, peer, name in HEADLINES:
+        as_is, kept = (ratio(cases[op, case, allocator][1], peer) for allocator in ALLOCATORS)
+        lines.append(f"| {name} | {peer} | {as_is} | {kept} |")
+    return "\n".join(lines)
+
+
+def put_between_markers(text: str, table: str) -> str:
+    """`text` with `table` between README's two markers."""
+    begin, end = "<!-- written by make report -->\n", "<!-- end -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}{table}\n{end}{after}"
+
+
+def main() -> None:
+    machines = load()
+    (ROOT / "bench" / "RESULTS.md").write_text(results_page(machines))
+    readme = ROOT / "README.md"
+    readme.write_text(put_between_markers(readme.read_text(), readme_table(machines)))
+
+
+if __name__ == "__main__":
+    main()
