@@ -143,7 +143,9 @@ def compile_all(file: str, *options: str) -> list[dict]:
     `python FILE PART OF *options`."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
-    environment["PYTHONPATH"] = str(Path(__file__).parent)  # this module, as pytest finds it
+    # This module, as pytest finds it.
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     of = min(2, len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as cache:
         processes = [

@@ -6,7 +6,6 @@ pytest.importorskip("triton")
 
 from interpreter import run_interpreted
 
-
 KERNELS = ("interpreted", "triton_adamw_cases.py", "triton_table_cases.py")
 
 
