@@ -133,7 +133,7 @@ class DeviceTable:
     """
 
     def __init__(self, described: Tensor, device: torch.device):
-        self.described = described
+        self.described = described.clone()
         chunks = (described[:, 0] + (OPTIMIZER_CHUNK - 1)) // OPTIMIZER_CHUNK
         kinds = described[:, 1] * len(ELEMENTS) + described[:, 2]
         order = torch.argsort(kinds, stable=True)  # rows of one combination stand together
