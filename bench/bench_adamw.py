@@ -65,7 +65,7 @@ def bench_adamw(benchmark, device, tensors):
             "notebook's AdamW": run.candidate(peers.NotebookAdamW(run.parameters, **OPTIONS)),
         },
         Work("28 bytes a parameter: 4 reads and 3 writes", 28 * run.count),
-        seconds=12,
+        seconds=6,
     )
 
 
@@ -88,7 +88,7 @@ def bench_adamw_with_clipping(benchmark, device, tensors):
             "notebook's clip and AdamW": run.candidate(notebooks, peers.notebook_clip),
         },
         Work("32 bytes a parameter: 4 reads and 3 writes, the gradient read twice", 32 * run.count),
-        seconds=12,
+        seconds=6,
     )
 
 
@@ -112,7 +112,7 @@ def bench_adamw_split(benchmark, device):
             ),
         },
         Work("28 bytes a parameter: of bf16 + int16, two fp32, bf16 twice", 28 * run.count),
-        seconds=8,
+        seconds=4,
     )
 
 

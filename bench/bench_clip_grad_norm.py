@@ -38,7 +38,7 @@ def bench_clip_gradients(benchmark, device):
             "12 bytes a gradient: read for the norm, read and written to be scaled",
             12 * sum(g.numel() for g in gradients),
         ),
-        seconds=6,
+        seconds=4,
     )
 
 

@@ -25,6 +25,8 @@ def naive(hidden, weight, targets):
 def bench_linear_cross_entropy(benchmark, device, case, shape):
     if shape >= len(SHAPES[device.type]):
         pytest.skip("one shape on the GPU")
+    if shape == 1 and case == "small budget":
+        pytest.skip("seconds a round; the first shape shows it")
     N, D, V = SHAPES[device.type][shape]
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(N, D, device=device, generator=generator, requires_grad=True)
@@ -59,7 +61,6 @@ def bench_linear_cross_entropy(benchmark, device, case, shape):
     torch.compiler.reset()
     rows = N // 2 if case == "half ignored" else N
     rivals = {
-        "linear + F.cross_entropy": candidate(lambda x, w, y: F.cross_entropy(F.linear(x, w), y)),
         "linear + F.cross_entropy in fp32": candidate(naive),
         "linear + F.cross_entropy in fp32, compiled": candidate(
             torch.compile(naive, dynamic=False)
@@ -81,5 +82,5 @@ def bench_linear_cross_entropy(benchmark, device, case, shape):
             dtype=torch.bfloat16,
         ),
         note=f"{plan.chunks} chunks, {plan.extra_bytes / 2**20:.0f} MiB extra",
-        seconds=12,
+        seconds=5,
     )  # fmt: skip

@@ -71,7 +71,8 @@ def bench_train_step(benchmark, device, allocator, preset, vocab_size):
             flops=a_step * training_flops_per_token(model, cfg.context_len),
             dtype=fast_dtype,
         ),
-        seconds=15,
+        seconds=10,
+        least_rounds=3,
     )
 
 

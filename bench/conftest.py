@@ -65,22 +65,29 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
+def pytest_runtest_teardown(item):
+    """After each bench: a run that is ended early keeps what it has."""
+    if path := results_path(item.config):
+        results = {
+            **circumstances(list(item.config.invocation_params.args)),
+            "allocator": item.config.getoption("--allocator"),
+            "comparisons": [asdict(comparison) for comparison in harness.COMPARISONS],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+
+
 def pytest_terminal_summary(terminalreporter, config):
     for comparison in harness.COMPARISONS:
         terminalreporter.write_line("")
         terminalreporter.write_line(comparison.table())
-    prefix = config.getoption("--results")
-    if prefix and harness.COMPARISONS:
-        allocator = config.getoption("--allocator")
-        results = {
-            **circumstances(list(config.invocation_params.args)),
-            "allocator": allocator,
-            "comparisons": [asdict(comparison) for comparison in harness.COMPARISONS],
-        }
-        path = Path(f"{prefix}-{allocator}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    if path := results_path(config):
         terminalreporter.write_line(f"\nwritten: {path}")
+
+
+def results_path(config) -> Path | None:
+    prefix, allocator = config.getoption("--results"), config.getoption("--allocator")
+    return Path(f"{prefix}-{allocator}.json") if prefix and harness.COMPARISONS else None
 
 
 def circumstances(arguments: list[str]) -> dict[str, object]:

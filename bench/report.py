@@ -147,8 +147,11 @@ def readme_table(machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]]) -> 
         "|---|---|---|---|",
     ]
     for op, case, peer, name in HEADLINES:
-        as_is, kept = (ratio(cases[op, case, allocator][1], peer) for allocator in ALLOCATORS)
-        lines.append(f"| {name} | {peer} | {as_is} | {kept} |")
+        ratios = [
+            ratio(cases[op, case, allocator][1], peer) if (op, case, allocator) in cases else ""
+            for allocator in ALLOCATORS
+        ]
+        lines.append(row_of((name, peer, *(ratio or "pending" for ratio in ratios))))
     return "\n".join(lines)
 
 
