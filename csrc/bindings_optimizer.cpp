@@ -96,6 +96,7 @@ class TableReader {
         const auto param = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params, i));
         const py::object grad = grad_of(param.ptr());
         if (grad.is_none()) continue;
+        if (negated(grad.ptr())) return false;
         PyObject* const entry = state_of(param.ptr());
         if (!entry || !PyDict_Check(entry)) return false;
         columns_[kParam].append(param), columns_[kGrad].append(grad);
@@ -167,7 +168,8 @@ class TableReader {
       row.numel = numel, row.param_type = own;
     } else if (column != kStep) {
       const auto [ndim, start] = shapes_[i];
-      if (t.ndim != ndim || !std::equal(t.shape, t.shape + ndim, &dims_[start])) return false;
+      if (t.ndim != ndim || !std::equal(t.shape, t.shape + ndim, dims_.begin() + start))
+        return false;
     }
     const bool wide = row.param_type == FloatType::kFloat64;
     bool right = numel == 0 || t.address();
@@ -192,6 +194,15 @@ class TableReader {
                                 : PyObject_GetAttrString(param, "grad");
     if (!value) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(value);
+  }
+
+  // Is it a view that stands for the negative of its memory, which DLPack's interface does not
+  // tell? Autograd makes such gradients of complex numbers; parameters and moments are none.
+  bool negated(PyObject* tensor) const {
+    const auto answer =
+        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, is_neg_.ptr()));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() == Py_True;
   }
 
   // Its state, borrowed; null if it has none. Parameters most often come in the state's order, and
@@ -227,6 +238,7 @@ class TableReader {
   PyGetSetDef* getter_ = Py_TYPE(grad_.ptr()) == &PyGetSetDescr_Type
                              ? reinterpret_cast<PyGetSetDescrObject*>(grad_.ptr())->d_getset
                              : nullptr;
+  const py::str is_neg_ = "is_neg";
   const py::str keys_[kColumns] = {"", "", "exp_avg", "exp_avg_sq", "remainder", "step"};
   Py_ssize_t position_ = 0;
   PyObject *next_param_ = nullptr, *next_entry_ = nullptr;

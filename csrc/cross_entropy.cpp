@@ -52,17 +52,19 @@ struct GradientArguments {
 #define FASTLM_LOOPS "cross_entropy.inc"
 #include "each_isa.inc"
 
-// Calls fn(T{}) with the type that `type` names.
+// Calls fn(T{}) with the type of the elements, of which the loss has three.
 template <class Fn>
-void with_type(LogitType type, const Fn& fn) {
+void with_type(FloatType type, const Fn& fn) {
   switch (type) {
-    case LogitType::kFloat32: return fn(float{});
-    case LogitType::kBfloat16: return fn(Bfloat16{});
-    case LogitType::kFloat16: return fn(Float16{});
+    case FloatType::kFloat32: return fn(float{});
+    case FloatType::kBfloat16: return fn(Bfloat16{});
+    case FloatType::kFloat16: return fn(Float16{});
+    case FloatType::kFloat64:
+    case FloatType::kSplit: return;  // refused by the caller
   }
 }
 
-int64_t size_of(LogitType type) { return type == LogitType::kFloat32 ? 4 : 2; }
+int64_t size_of(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
 
 // Calls fn(std::bool_constant<value>{}).
 template <class Fn>
@@ -79,7 +81,7 @@ int64_t row_grain(int64_t V) { return std::max<int64_t>(1, (1 << 16) / std::max<
 
 }  // namespace
 
-void cross_entropy_losses(Rows logits, LogitType type, int64_t N, int64_t V, const int64_t* targets,
+void cross_entropy_losses(Rows logits, FloatType type, int64_t N, int64_t V, const int64_t* targets,
                           const CrossEntropyOptions& options, bool all_lse, float* losses,
                           float* lse, RowStats* stats, const Rows* gradient, float gradient_scale) {
   // Over the logits themselves nothing has to be fetched first.
@@ -101,7 +103,7 @@ void cross_entropy_losses(Rows logits, LogitType type, int64_t N, int64_t V, con
   });
 }
 
-void cross_entropy_gradients(Rows logits, LogitType type, int64_t N, int64_t V,
+void cross_entropy_gradients(Rows logits, FloatType type, int64_t N, int64_t V,
                              const int64_t* targets, const RowStats* stats,
                              const CrossEntropyOptions& options, const float* grad_losses,
                              int64_t grad_losses_stride, const float* grad_lse, Rows gradient) {
@@ -136,7 +138,7 @@ double ordered_sum(const float* values, int64_t n) {
   return sum;
 }
 
-void scale_in_place(void* x, LogitType type, int64_t n, float factor) {
+void scale_in_place(void* x, FloatType type, int64_t n, float factor) {
   with_type(type, [&](auto t) {
     using T = decltype(t);
     T* values = static_cast<T*>(x);
@@ -146,7 +148,7 @@ void scale_in_place(void* x, LogitType type, int64_t n, float factor) {
   });
 }
 
-void accumulate(float* sum, int64_t sum_stride, const void* part, LogitType type, int64_t rows,
+void accumulate(float* sum, int64_t sum_stride, const void* part, FloatType type, int64_t rows,
                 int64_t columns, bool first) {
   with_type(type, [&](auto t) {
     using T = decltype(t);

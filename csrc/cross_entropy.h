@@ -1,5 +1,5 @@
 // Cross-entropy of rows of logits: losses, log-sum-exp and gradient.
-// defines: LogitType, CrossEntropyOptions, cross_entropy_losses, cross_entropy_gradients,
+// defines: CrossEntropyOptions, cross_entropy_losses, cross_entropy_gradients,
 //          check_labels, ordered_sum, scale_in_place, accumulate
 //
 // N rows, V vocabulary; l = softcap(logits) in fp32. The loss of a row with label y is
@@ -9,9 +9,9 @@
 
 #include <cstdint>
 
-namespace fastlm {
+#include "float_type.h"
 
-enum class LogitType { kFloat32, kBfloat16, kFloat16 };
+namespace fastlm {
 
 struct CrossEntropyOptions {
   int64_t ignore_index = -100;
@@ -40,14 +40,14 @@ struct RowStats {
 // gradient, unless null: that of gradient_scale * sum of the losses, in the logits' type; it may be
 // the logits themselves.
 // Precondition (check_labels): every label lies in [0, V) or is ignore_index.
-void cross_entropy_losses(Rows logits, LogitType type, int64_t N, int64_t V, const int64_t* targets,
+void cross_entropy_losses(Rows logits, FloatType type, int64_t N, int64_t V, const int64_t* targets,
                           const CrossEntropyOptions& options, bool all_lse, float* losses,
                           float* lse, RowStats* stats, const Rows* gradient, float gradient_scale);
 
 // The gradient of sum_n grad_losses[n] * losses[n] + grad_lse[n] * lse[n] into `gradient`, which
 // may be the logits. grad_losses: (N,), or one number for all rows where grad_losses_stride is 0.
 // grad_lse: (N,) or null.
-void cross_entropy_gradients(Rows logits, LogitType type, int64_t N, int64_t V,
+void cross_entropy_gradients(Rows logits, FloatType type, int64_t N, int64_t V,
                              const int64_t* targets, const RowStats* stats,
                              const CrossEntropyOptions& options, const float* grad_losses,
                              int64_t grad_losses_stride, const float* grad_lse, Rows gradient);
@@ -62,10 +62,10 @@ LabelCheck check_labels(const int64_t* targets, int64_t N, int64_t V, int64_t ig
 double ordered_sum(const float* values, int64_t n);
 
 // x *= factor, rounded to x's type.
-void scale_in_place(void* x, LogitType type, int64_t n, float factor);
+void scale_in_place(void* x, FloatType type, int64_t n, float factor);
 
 // sum (fp32) += part, or = part where `first`; (rows, columns), rows of `sum` sum_stride apart.
-void accumulate(float* sum, int64_t sum_stride, const void* part, LogitType type, int64_t rows,
+void accumulate(float* sum, int64_t sum_stride, const void* part, FloatType type, int64_t rows,
                 int64_t columns, bool first);
 
 }  // namespace fastlm

@@ -55,8 +55,6 @@ class AdamW(FusedAdamW):
             super()._update()
 
     def _read_tables(self) -> Collected | None:
-        if not hasattr(Tensor, "__dlpack_c_exchange_api__"):  # torch < 2.10
-            return None
         found = extension().read_table(
             Tensor, torch.nn.Parameter, self.param_groups, self.state, self._split
         )

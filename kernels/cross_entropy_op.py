@@ -123,6 +123,8 @@ def check_rows(name: str, rows: Tensor, V: int, targets: Tensor) -> None:
             f"targets has shape {tuple(targets.shape)}, {name} {tuple(rows.shape)}: targets must "
             f"have the shape of {name} without its last dimension"
         )
+    if targets.device != rows.device:
+        raise ValueError(f"targets is on {targets.device}, {name} on {rows.device}: move one")
     if V == 0:
         raise ValueError(f"{name} has shape {tuple(rows.shape)} and the vocabulary no entry: V = 0")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:

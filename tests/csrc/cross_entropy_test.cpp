@@ -16,9 +16,9 @@ namespace fastlm {
 namespace {
 
 template <class T>
-constexpr LogitType logit_type_of = std::is_same_v<T, float>      ? LogitType::kFloat32
-                                    : std::is_same_v<T, Bfloat16> ? LogitType::kBfloat16
-                                                                  : LogitType::kFloat16;
+constexpr FloatType logit_type_of = std::is_same_v<T, float>      ? FloatType::kFloat32
+                                    : std::is_same_v<T, Bfloat16> ? FloatType::kBfloat16
+                                                                  : FloatType::kFloat16;
 template <class T>
 constexpr double unit_of = std::is_same_v<T, float>      ? 1e-6
                            : std::is_same_v<T, Bfloat16> ? 1.0 / 256
@@ -160,7 +160,7 @@ void test_minus_infinity() {
     float loss, lse;
     RowStats stats;
     const Rows out{gradient.data(), 6000};
-    cross_entropy_losses({logits.data(), 6000}, LogitType::kFloat32, 1, 6000, &target, {}, false,
+    cross_entropy_losses({logits.data(), 6000}, FloatType::kFloat32, 1, 6000, &target, {}, false,
                          &loss, &lse, &stats, &out, 1);
     check(loss == 0 && lse == 2, std::string("one finite logit ") + isa_name(isa));
     check(std::count(gradient.begin(), gradient.end(), 0.0f) == 6000, "its gradient");

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerance import assert_bitwise_equal
 
-from fastlm import active_implementation, cross_entropy_loss
+from fastlm import active_implementation, cross_entropy_loss, linear_cross_entropy_loss
 from fastlm.ops.cross_entropy import cross_entropy_loss_reference
 
 
@@ -90,3 +90,11 @@ def test_the_active_implementation_of_float64_is_torch(op):
     assert active_implementation(op) == "cpp"
     assert active_implementation(op, dtype=torch.float64) == "torch"
     assert active_implementation("adamw", dtype=torch.float64) == "cpp"
+
+
+def test_targets_on_another_device():
+    logits, targets = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="targets is on meta, logits on cpu"):
+        cross_entropy_loss(logits, targets)
+    with pytest.raises(ValueError, match="targets is on meta, hidden on cpu"):
+        linear_cross_entropy_loss(logits, torch.zeros(4, 5), targets)

@@ -412,3 +412,14 @@ def test_threads_and_tables(adamw):
     run(AdamW(expected, **HYPER), expected, range(4))
     assert_same(params, expected)
     assert all(t.isfinite().all() for t in snapshot(second, others))
+
+
+def test_a_gradient_that_stands_for_the_negative_of_its_memory(adamw):
+    # Autograd makes such gradients of the conjugates of complex numbers.
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = adamw([param], lr=0.1)
+    for _ in range(3):
+        param.grad = torch._neg_view(-torch.ones(3))
+        assert param.grad.is_neg()
+        optimizer.step()
+    assert torch.allclose(param.detach(), torch.full((3,), 0.7), atol=1e-5)
