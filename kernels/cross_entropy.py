@@ -190,8 +190,8 @@ def row_gradients_kernel(
         # Not exp(x - lse): the rounding of lse would be in every element.
         m, others, _, t, e = _read_row(row, V, y, 0.0, 0.0, softcap, BLOCK, LANES, True, SOFTCAP)
     else:
-        # If lse's rounding error is small beside the 16-bit output's, reuse lse and save a pass: not
-        # for a large lse, and not for 1 - p_y near 0.
+        # If lse's rounding error is small beside the 16-bit output's, reuse lse and save a pass:
+        # not for a large lse, and not for 1 - p_y near 0.
         m, t, e = lse, lse, lse
         others = 1.0 - tl.where(known, tl.exp(x_y - m), 0.0)
         if (logits.dtype.element_ty == tl.float32) | (tl.abs(lse) > 64.0) | (others < 0.015625):
