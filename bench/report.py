@@ -136,12 +136,17 @@ def row_of(cells: tuple[str, ...]) -> str:
 
 def readme_table(machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]]) -> str:
     """HEADLINES on the machine of the newest run."""
-    newest = max(machines, key=lambda name: max(run["date"] for run, _ in machines[name].values()))
-    cases = machines[newest]
-    dates = {run["date"][:10] for run, _ in cases.values()}
-    torches = {run["versions"]["torch"] for run, _ in cases.values()}
+    cases: dict[Key, tuple[Run, dict[str, Any]]] = {}
+    heading = "Not measured yet at this version:"
+    if machines:
+        name, cases = max(
+            machines.items(), key=lambda item: max(run["date"] for run, _ in item[1].values())
+        )
+        torches = {run["versions"]["torch"] for run, _ in cases.values()}
+        dates = {run["date"][:10] for run, _ in cases.values()}
+        heading = f"{name}, torch {', '.join(sorted(torches))}, {', '.join(sorted(dates))}:"
     lines = [
-        f"{newest}, torch {', '.join(sorted(torches))}, {', '.join(sorted(dates))}:",
+        heading,
         "",
         "| work | peer | peer's time / ours | after `keep_freed_memory()` |",
         "|---|---|---|---|",

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "parallel.h"
@@ -24,7 +25,7 @@ constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 struct LossArguments {
   Rows logits;
-  int64_t V;
+  int64_t N, V;
   const int64_t* targets;
   CrossEntropyOptions options;
   bool all_lse;
@@ -88,8 +89,8 @@ void cross_entropy_losses(Rows logits, FloatType type, int64_t N, int64_t V, con
   const bool stream =
       gradient && gradient->data != logits.data && N * V * size_of(type) > kStreamBytes;
   const Rows into = gradient ? *gradient : Rows{nullptr, 0};
-  const LossArguments a{logits, V,     targets, options,        all_lse, losses,
-                        lse,    stats, into,    gradient_scale, stream};
+  const LossArguments a{logits, N,   V,     targets, options,        all_lse,
+                        losses, lse, stats, into,    gradient_scale, stream};
   with_type(type, [&](auto t) {
     with_bool(options.softcap > 0, [&](auto softcap) {
       with_bool(gradient != nullptr, [&](auto with_gradient) {

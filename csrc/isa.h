@@ -2,9 +2,7 @@
 // defines: Isa, CpuFeatures, cpu_features, isa, force_isa, isa_name,
 //          FASTLM_TARGET_AVX2, FASTLM_TARGET_AVX512, FASTLM_INLINE
 //
-// A kernel's loops are included once for each instruction set (each_isa.inc), every function with
-// the target attribute: so nothing of the standard library is ever compiled for a CPU that may not
-// be there, which per-file compiler flags do not guarantee.
+// How kernels are built for them: each_isa.inc.
 #pragma once
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))

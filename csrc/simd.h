@@ -2,9 +2,7 @@
 // defines: Bfloat16, Float16, to_float, from_float, joined, split, PortableSimd; simd_x86.h:
 // Avx2Simd, Avx512Simd
 //
-// A kernel's loops stand in a file that is included once for each instruction set, with
-// FASTLM_SIMD naming one of the structs below and FASTLM_TARGET the matching target attribute:
-// every function then carries the attribute, which inlining the intrinsics requires.
+// FASTLM_SIMD names one of the structs in the loops of each_isa.inc.
 #pragma once
 
 #include <cmath>
