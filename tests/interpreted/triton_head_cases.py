@@ -3,6 +3,7 @@
 test_triton_cross_entropy.py runs this file, with TRITON_INTERPRET=1 and in a process of its own.
 """
 
+import contextlib
 import os
 import threading
 
@@ -60,6 +61,11 @@ def test_label_state_is_made_outside_of_captures_and_pools(monkeypatch):
     assert len(places) == 1 and places[0] is not threading.current_thread()
     with pytest.raises(ValueError, match=r"\[0\] = 99"):
         triton_kernels.check_labels()
+    asked = []  # torch without CUDA cannot make cuda:3 current
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: asked.append(device) or contextlib.nullcontext()
+    )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"first loss on cuda:3.*outside of a capture first"):
         triton_kernels._bad_label_buffer(torch.device("cuda:3"))
+    assert asked == [torch.device("cuda:3")]
