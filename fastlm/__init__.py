@@ -35,7 +35,7 @@ from fastlm.ops.linear_cross_entropy import (
     linear_cross_entropy_plan,
 )
 from fastlm.optim import AdamW, clip_gradients
-from fastlm.plot import LivePlotter, plot_lr_schedule
+from fastlm.run.plot import LivePlotter, plot_lr_schedule
 from fastlm.schedule import (
     cosine_lr_schedule,
     get_cosine_schedule_with_warmup,

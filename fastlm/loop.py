@@ -17,11 +17,12 @@ from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss
 from fastlm.generate import sample_texts
 from fastlm.model import training_flops_per_token
 from fastlm.ops.cross_entropy import check_labels
-from fastlm.rundir import RunDirectory, StopSignals
-from fastlm.runlog import RunLog
+from fastlm.run.directory import RunDirectory
+from fastlm.run.signals import StopSignals
+from fastlm.run.log import RunLog
 from fastlm.schedule import cosine_lr_schedule, wsd_lr_schedule
 from fastlm.step import TrainStep, graphs_compiled
-from fastlm.summary import Clock, RunFigures, print_summary
+from fastlm.run.summary import Clock, RunFigures, print_summary
 
 
 def learning_rate(step: int, cfg: TrainingConfig) -> float:
@@ -46,10 +47,12 @@ class Run:
         runner: TrainStep,
         directory: RunDirectory,
         start_step: int,
+        samples_seen: int,  # before start_step; the data goes on from there
         begin: float,  # time.perf_counter() when the run began
     ):
         self.data, self.cfg, self.runner, self.directory = data, cfg, runner, directory
         self.start_step, self.completed, self.begin = start_step, start_step, begin
+        self.samples_seen = samples_seen
         self.clock = Clock(runner.device)
         self.log = RunLog(
             cfg.log_dir, cfg.log_save_prefix, start_step=start_step, total_steps=cfg.total_steps
@@ -67,7 +70,8 @@ class Run:
             self.clock.start()
             for step in range(self.start_step, cfg.total_steps):
                 lr = learning_rate(step, cfg)
-                loss = self.runner.run(step, lr)
+                loss = self.runner.run(self.samples_seen, lr)
+                self.samples_seen += self.runner.samples
                 self.completed = step + 1
                 self._window_loss += loss
                 self._window_steps += 1
@@ -130,6 +134,7 @@ class Run:
                 runner.optimizer,
                 self.completed,
                 path,
+                samples_seen=self.samples_seen,
                 scaler=runner.scaler.state_dict(),
                 random_state=random_state,
                 **self._identity(),

@@ -116,13 +116,16 @@ class TrainStep:
         self.device = loader.device
         self.loss = ModelLoss(model, self.device, cfg)
         self.dtype = self.loss.dtype
-        self.tokens = loader.batch_size * loader.context_len * loader.grad_accum  # in a step
+        self.grad_accum = cfg.grad_accum
+        self.samples = loader.batch_size * cfg.grad_accum  # windows in a step
+        self.tokens = self.samples * loader.context_len  # in a step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.compile_seconds = 0.0
         self._compile = cfg.compile
 
-    def run(self, step: int, lr: float) -> Tensor:
-        """One optimizer step. Returns the mean loss of its tokens, 0-d on the device.
+    def run(self, first_sample: int, lr: float) -> Tensor:
+        """One optimizer step on the samples from `first_sample` on. Returns the mean loss of its
+        tokens, 0-d on the device.
 
         Nothing here waits for the device: read the loss, and optimizer.last_grad_norm, when they
         are wanted.
@@ -130,8 +133,8 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=self.device)
-        for micro_step in range(self.loader.grad_accum):
-            x, y = self.loader.batch(step, micro_step)
+        for micro_step in range(self.grad_accum):
+            x, y = self.loader.batch(first_sample + micro_step * self.loader.batch_size)
             micro_loss = self.loss(x, y, num_items=self.tokens)
             self.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
@@ -166,7 +169,7 @@ class TrainStep:
             deadline = time.perf_counter() + seconds
             while time.perf_counter() < deadline or len(durations) < 5:
                 start = time.perf_counter()
-                self.run(len(durations), lr=0.0)
+                self.run(len(durations) * self.samples, lr=0.0)
                 synchronize(self.device)
                 durations.append(time.perf_counter() - start)
         return float(np.quantile(durations, 0.25))

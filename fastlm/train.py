@@ -32,8 +32,8 @@ from fastlm.hardware import (
 )
 from fastlm.loop import Run
 from fastlm.model import TransformerLM
-from fastlm.rundir import RunDirectory
-from fastlm.runlog import has_ended
+from fastlm.run.directory import RunDirectory
+from fastlm.run.log import has_ended
 from fastlm.step import (
     ModelLoss,
     TrainStep,
@@ -41,7 +41,7 @@ from fastlm.step import (
     create_model_and_optimizer,
     set_seed,
 )
-from fastlm.summary import describe
+from fastlm.run.summary import describe
 
 
 def train_loop(train_data: Any, val_data: Any, cfg: TrainingConfig) -> TransformerLM:
@@ -80,7 +80,6 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
         cfg.context_len,
         seed=cfg.seed,
         device=device,
-        grad_accum=cfg.grad_accum,
     )
     runner = TrainStep(model, optimizer, loader, cfg)
     describe(data, cfg, model, runner)
@@ -98,8 +97,20 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
         if resumed:
             _restore_state(runner, resumed)
         directory.begin()
-        Run(data, cfg, runner, directory, start_step, begin).train()
+        samples_seen = _samples_seen(resumed, cfg)
+        Run(data, cfg, runner, directory, start_step, samples_seen, begin).train()
     return model
+
+
+def _samples_seen(resumed: dict[str, Any] | None, cfg: TrainingConfig) -> int:
+    """Where in the data a run goes on: after the samples that it has trained on."""
+    if resumed is None:
+        return 0
+    if "samples_seen" in resumed:
+        return resumed["samples_seen"]
+    # An older checkpoint, or another program's: its batch has always been the same, as far as known.
+    batch = {"batch_size": cfg.batch_size, "grad_accum": cfg.grad_accum, **resumed.get("config", {})}
+    return iteration_of(resumed) * batch["batch_size"] * batch["grad_accum"]
 
 
 def _weights_to_start_from(
@@ -226,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(argv: list[str] | None) -> None:
-    from fastlm.cli import format_config, parse
+    from fastlm.run.cli import format_config, parse
 
     invocation = parse(argv)
     if invocation.print_config:

@@ -1,6 +1,6 @@
 """Training and validation batches on the device.
 
-B batch (of one micro-step), T context length.
+B batch, T context length.
 """
 
 from collections.abc import Iterator
@@ -15,32 +15,26 @@ from fastlm.ops.gather_batch import TokenSource, check_window_fits, gather_batch
 
 
 class TrainLoader:
-    """Batches by step number: `batch(step)` is the same whenever and wherever it is asked for."""
+    """Batches by sample number: `batch(i)` is the same whenever and wherever it is asked for."""
 
     def __init__(
         self,
         data: TokenSource | TokenDataset,
-        batch_size: int,  # windows in a micro-step, B
+        batch_size: int,  # windows in a batch, B
         context_len: int,
         *,
         seed: int,
         device: torch.device | str = "cpu",
-        grad_accum: int = 1,  # micro-steps in a step
     ):
         self.dataset = as_dataset(data)
-        self.batch_size, self.context_len, self.grad_accum = batch_size, context_len, grad_accum
+        self.batch_size, self.context_len = batch_size, context_len
         self.device = torch.device(device)
         self.sampler = WindowSampler(len(self.dataset), context_len, seed)
 
-    def batch(self, step: int, micro_step: int = 0) -> tuple[Tensor, Tensor]:
-        """(x, y), int64, (B, T) each, of one micro-step."""
-        first = (step * self.grad_accum + micro_step) * self.batch_size
+    def batch(self, first: int) -> tuple[Tensor, Tensor]:
+        """(x, y), int64, (B, T) each: the samples first, first + 1, … of the sampler."""
         starts = self.sampler.starts(first, self.batch_size)
         return gather_batch(self.dataset.segments, starts, self.context_len, self.device)
-
-    def __getitem__(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """All micro-batches of a step: which tokens were in it?"""
-        return [self.batch(step, micro_step) for micro_step in range(self.grad_accum)]
 
 
 def spread_batches(

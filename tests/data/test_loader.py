@@ -1,4 +1,4 @@
-"""fastlm/data/loader.py: batches by step number, and the batches of validation.
+"""fastlm/data/loader.py: batches by sample number, and the batches of validation.
 
 B batch, T context length, n tokens.
 """
@@ -22,12 +22,12 @@ def assert_windows(x, y, context_len):
     assert torch.equal(x[:, 1:], x[:, :-1] + 1) and torch.equal(y, x + 1)
 
 
-def test_a_step_is_the_same_whenever_it_is_asked_for():
+def test_a_batch_is_the_same_whenever_it_is_asked_for():
     loader = TrainLoader(TOKENS, 4, 16, seed=1)
-    in_order = [loader.batch(step) for step in range(50)]
+    in_order = [loader.batch(4 * step) for step in range(50)]
     other = TrainLoader(TOKENS, 4, 16, seed=1)
     for step in (49, 0, 7, 7, 31):
-        x, y = other.batch(step)
+        x, y = other.batch(4 * step)
         assert_windows(x, y, 16)
         assert torch.equal(x, in_order[step][0]) and torch.equal(y, in_order[step][1])
     firsts = {tuple(x[:, 0].tolist()) for x, _ in in_order}
@@ -38,7 +38,7 @@ def test_a_step_is_the_same_whenever_it_is_asked_for():
 def test_the_samples_are_the_samplers():
     loader = TrainLoader(TOKENS, 4, 16, seed=1)
     starts = WindowSampler(len(TOKENS), 16, seed=1).starts(0, 4000)
-    drawn = torch.cat([loader.batch(step)[0][:, 0] for step in range(1000)])  # crosses epochs
+    drawn = torch.cat([loader.batch(4 * step)[0][:, 0] for step in range(1000)])  # crosses epochs
     assert drawn.tolist() == starts.tolist()
 
 
@@ -51,26 +51,23 @@ def test_nothing_random_is_drawn():
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
-@pytest.mark.parametrize("batch_size, grad_accum", [(1, 12), (3, 4), (4, 3), (6, 2)])
-def test_accumulation_has_the_samples_of_one_big_batch(batch_size, grad_accum):
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 6])
+def test_small_batches_have_the_samples_of_a_big_one(batch_size):
     whole = TrainLoader(TOKENS, 12, 16, seed=1)
-    parts = TrainLoader(TOKENS, batch_size, 16, seed=1, grad_accum=grad_accum)
-    for step in (0, 1, 50, 777):
-        micro_batches = parts[step]
-        assert len(micro_batches) == grad_accum
-        assert all(x.shape == (batch_size, 16) for x, _ in micro_batches)
+    parts = TrainLoader(TOKENS, batch_size, 16, seed=1)
+    for first in (0, 12, 5, 777):
+        batches = [parts.batch(i) for i in range(first, first + 12, batch_size)]
+        assert all(x.shape == (batch_size, 16) for x, _ in batches)
         for side in (0, 1):
-            joined = torch.cat([batch[side] for batch in micro_batches])
-            assert torch.equal(joined, whole.batch(step)[side])
-        x, _ = parts.batch(step, grad_accum - 1)
-        assert torch.equal(x, micro_batches[-1][0])
+            joined = torch.cat([batch[side] for batch in batches])
+            assert torch.equal(joined, whole.batch(first)[side])
 
 
 def test_a_dataset_of_several_arrays():
     pieces = TokenDataset(np.split(TOKENS, [10, 10, 5000]))
     for step in range(20):
-        x, y = TrainLoader(pieces, 8, 64, seed=1).batch(step)
-        assert torch.equal(x, TrainLoader(TOKENS, 8, 64, seed=1).batch(step)[0])
+        x, y = TrainLoader(pieces, 8, 64, seed=1).batch(8 * step)
+        assert torch.equal(x, TrainLoader(TOKENS, 8, 64, seed=1).batch(8 * step)[0])
         assert_windows(x, y, 64)
 
 

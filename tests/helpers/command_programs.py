@@ -38,7 +38,7 @@ def save_once(argv: list[str]) -> None:
 
 def train_and_tell_curve(argv: list[str]) -> int:
     """In a process of its own: trains, and tells the steps of the curve that is saved."""
-    from fastlm.plot import LivePlotter
+    from fastlm.run.plot import LivePlotter
     from fastlm.train import main
 
     told = []

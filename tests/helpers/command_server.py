@@ -128,7 +128,7 @@ def commands() -> CommandServer:
 
 def _serve() -> None:
     for module in (
-        "fastlm.train", "fastlm.generate", "fastlm.cli", "fastlm.prepare", "tyro", "tokenizers",
+        "fastlm.train", "fastlm.generate", "fastlm.run.cli", "fastlm.prepare", "tyro", "tokenizers",
         "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "numpy.random",
         "tomllib" if sys.version_info >= (3, 11) else "tomli",
     ):  # fmt: skip
@@ -176,7 +176,7 @@ def _become(request: dict) -> None:
         module, name = request["call"].split(":")
         function = getattr(importlib.import_module(module), name)
         if not request["ceiling"]:
-            importlib.import_module("fastlm.summary").matmul_ceiling = lambda *_: 1e12
+            importlib.import_module("fastlm.run.summary").matmul_ceiling = lambda *_: 1e12
         os.chdir(request["cwd"])
         os.environ.update(request["env"])
         for name, value in request["limits"].items():

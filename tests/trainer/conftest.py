@@ -8,8 +8,8 @@ import pytest
 @pytest.fixture
 def without_extras(monkeypatch):
     """In this process: no second of matmuls and no picture at the end of each run."""
-    monkeypatch.setattr("fastlm.summary.matmul_ceiling", lambda *_: 1e12)
-    monkeypatch.setattr("fastlm.plot.LivePlotter.save", lambda self, path: None)
+    monkeypatch.setattr("fastlm.run.summary.matmul_ceiling", lambda *_: 1e12)
+    monkeypatch.setattr("fastlm.run.plot.LivePlotter.save", lambda self, path: None)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from training_runs import TINY, same, tiny_config
 
 from fastlm import CheckpointError, ConfigError, TrainingConfig, TransformerLM, save_checkpoint
-from fastlm.cli import format_config, parse
+from fastlm.run.cli import format_config, parse
 from fastlm.presets import PRESETS
 from fastlm.train import main
 
@@ -19,7 +19,7 @@ from fastlm.train import main
 def elsewhere(tmp_path, monkeypatch):
     """An empty working directory, and a machine without a GPU whatever it has."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastlm.cli._default_preset", lambda device: "demo")
+    monkeypatch.setattr("fastlm.run.cli._default_preset", lambda device: "demo")
 
 
 def write_toml(*lines: str, name: str = "settings.toml") -> str:

@@ -190,7 +190,7 @@ real = ctypes.CDLL
 ctypes.CDLL = lambda *a, **k: calls.append(a) or real(*a, **k)
 import torch
 calls.clear()
-import fastlm, fastlm.train, fastlm.generate, fastlm.cli
+import fastlm, fastlm.train, fastlm.generate, fastlm.run.cli
 assert not calls, calls
 assert not torch.cuda.is_initialized()
 import sys

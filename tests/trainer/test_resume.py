@@ -30,7 +30,8 @@ from fastlm import (
 from fastlm.data.files import Data, as_dataset
 from fastlm.data.loader import TrainLoader
 from fastlm.loop import learning_rate
-from fastlm.runlog import RunLog
+from fastlm.run.log import RunLog
+from fastlm.step import TrainStep
 from fastlm.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
@@ -93,6 +94,37 @@ def test_other_programs_checkpoints_can_be_resumed(tmp_path):
         b = state(checkpoint(tmp_path / f"rest{index}"))
         for name in ("model_state", "optimizer_state", "iteration"):
             assert same(a[name], b[name]), name
+
+
+def test_a_changed_batch_neither_skips_nor_repeats_a_sample(tmp_path, monkeypatch):
+    drawn, batch = [], TrainLoader.batch
+
+    def note(loader, first):
+        drawn.extend(range(first, first + loader.batch_size))
+        return batch(loader, first)
+
+    monkeypatch.setattr(TrainStep, "warm_up", lambda self: None)
+    monkeypatch.setattr(TrainLoader, "batch", note)
+    run_tiny(tmp_path / "0", batch_size=4, total_steps=3)
+    for part, (batch_size, grad_accum, until) in enumerate([(8, 1, 5), (2, 3, 9), (1, 1, 10)]):
+        run_tiny(
+            tmp_path / str(part + 1),
+            batch_size=batch_size,
+            grad_accum=grad_accum,
+            total_steps=until,
+            ckpt_path_to_resume=str(checkpoint(tmp_path / str(part))),
+        )
+    assert drawn == list(range(3 * 4 + 2 * 8 + 4 * 6 + 1))
+
+
+def test_a_checkpoint_without_its_position_goes_on_by_its_own_batch(tmp_path):
+    run_tiny(tmp_path, total_steps=3, batch_size=4, grad_accum=2)
+    payload = torch.load(checkpoint(tmp_path), weights_only=True)
+    assert payload.pop("samples_seen") == 24
+    torch.save(payload, tmp_path / "old.pt")
+    old = str(tmp_path / "old.pt")
+    run_tiny(tmp_path / "on", total_steps=4, batch_size=2, ckpt_path_to_resume=old)
+    assert torch.load(checkpoint(tmp_path / "on"), weights_only=True)["samples_seen"] == 26
 
 
 def test_changed_settings_take_effect_on_resume(tmp_path):
@@ -226,7 +258,7 @@ def test_the_progress_bar_is_for_terminals(tmp_path, monkeypatch, capsys):
     assert "30/30" in bar and re.search(r"loss=\d\.\d{4}, lr=\d\.\d\de-\d\d, [\d,]+ tok/s", bar)
     assert "[train] step" not in out and "[VAL] step 000010" in out
     monkeypatch.undo()
-    monkeypatch.setattr("fastlm.summary.matmul_ceiling", lambda *_: 1e12)
+    monkeypatch.setattr("fastlm.run.summary.matmul_ceiling", lambda *_: 1e12)
     run_tiny(tmp_path / "plain", total_steps=4, log_every=2)
     captured = capsys.readouterr()
     form = (

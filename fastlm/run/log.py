@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastlm.plot import LivePlotter
+from fastlm.run.plot import LivePlotter
 
 METRICS = "metrics.jsonl"
 

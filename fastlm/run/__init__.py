@@ -1,0 +1,1 @@
+"""The trainer's own: command line, directory, signals, log, plot, summary."""
