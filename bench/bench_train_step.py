@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from fastlm import TrainingConfig, create_model_and_optimizer
 from fastlm.data.loader import TrainLoader
-from fastlm.hardware import back_heap_with_huge_pages, has_fast_bfloat16
+from fastlm.hardware import back_heap_with_huge_pages, select_dtype
 from fastlm.model import training_flops_per_token
 from fastlm.presets import PRESETS
 from fastlm.step import TrainStep
@@ -39,15 +39,14 @@ def bench_train_step(benchmark, device, allocator, preset, vocab_size):
     model, optimizer, _ = create_model_and_optimizer(cfg)
     loader = TrainLoader(tokens, cfg.batch_size, cfg.context_len, seed=0, device=device)
     step = TrainStep(model, optimizer, loader, cfg)
+    dtype = select_dtype(cfg.dtype, device)
     rivals = {
         "notebook's loop: eager fp32": notebook_step(copy.deepcopy(model), tokens, cfg),
         "torch.compile, fp32": compiled_step(copy.deepcopy(model), tokens, cfg, torch.float32),
+        "torch.compile, fused AdamW, same dtype": compiled_step(
+            copy.deepcopy(model), tokens, cfg, dtype, fused=True
+        ),
     }
-    fast_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-    if fast_dtype == torch.bfloat16:
-        rivals["torch.compile, bf16, fused AdamW"] = compiled_step(
-            copy.deepcopy(model), tokens, cfg, torch.bfloat16, fused=True
-        )
 
     x, y = loader.batch(0)
     expected = peers.notebook_cross_entropy(model(x), y).detach()
@@ -69,10 +68,11 @@ def bench_train_step(benchmark, device, allocator, preset, vocab_size):
         Work(
             f"{a_step} tokens, 6 * matmul weights + 6 * layers * T * D each",
             flops=a_step * training_flops_per_token(model, cfg.context_len),
-            dtype=fast_dtype,
+            dtype=dtype,
         ),
         seconds=10,
         least_rounds=3,
+        note=str(dtype).removeprefix("torch."),
     )
 
 

@@ -36,7 +36,7 @@ HEADLINES = [
     ("gather_batch", "get_batch, 64 x 1024 uint16", "NumPy fancy indexing",
      "a batch of 64 x 1024 tokens"),
     ("train_step", "notebook: 6 layers, D 512, V 10000, 16 x 256 tokens",
-     "torch.compile, bf16, fused AdamW", "a whole training step, 29 M parameters"),
+     "torch.compile, fused AdamW, same dtype", "a whole training step, 29 M parameters"),
 ]  # fmt: skip
 
 Run = dict[str, Any]  # one JSON file: the circumstances of its comparisons

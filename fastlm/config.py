@@ -93,7 +93,7 @@ class TrainingConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:0, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the matmuls; weights stay float32. auto: bfloat16 if the hardware has it."""
+    """Dtype of the matmuls; weights stay float32. auto: bfloat16 if it is faster there."""
     compile: bool = False
     """torch.compile the training and the evaluation step."""
     activation_checkpointing: bool = False

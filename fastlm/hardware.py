@@ -79,28 +79,40 @@ def device_name(device: torch.device) -> str:
     """The device's name for people: "NVIDIA H200" or "Intel(R) Xeon(R) Processor, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        models = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
-        name = models[0].strip() if models else name
+    name = _cpu_info("model name") or platform.processor() or platform.machine()
     if device.type == "mps":
         return f"{name} GPU"
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def _cpu_info(field: str) -> str:
+    """A field of Linux's /proc/cpuinfo for the first core; "" if there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Does the hardware multiply bf16 matrices faster than fp32?"""
+    """Does the hardware multiply bf16 matrices faster than fp32?
+
+    Told by what it is, not by a measurement: the same machine must choose the same dtype every
+    time. Intel's AVX-512-BF16 without AMX does not count: its bf16 matmuls reach 0.6 of the fp32
+    rate, AMD's 2 (bench/LOG.md, 2026-11-26).
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         features = extension().cpu_features()
-        return any(features[name] for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+        if features["avx512_bf16"] and _cpu_info("vendor_id") != "GenuineIntel":
+            return True
+        return features["amx_bf16"] or features["arm_bf16"]
     return False
 
 
 def select_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The matmul dtype called `name`; "auto": bfloat16 if the hardware has it, else float32."""
+    """The matmul dtype called `name`; "auto": bfloat16 if it is faster there, else float32."""
     if name == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     if name not in DTYPES:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,9 +119,29 @@ def test_select_dtype(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's /proc/cpuinfo")
 def test_fast_bfloat16_is_what_the_processor_says():
-    flags = Path("/proc/cpuinfo").read_text().split()
-    expected = any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    words = Path("/proc/cpuinfo").read_text().split()
+    expected = "amx_bf16" in words or "bf16" in words
+    if "GenuineIntel" not in words:
+        expected = expected or "avx512_bf16" in words
     assert has_fast_bfloat16(CPU) == expected
+
+
+@pytest.mark.parametrize(
+    "vendor, features, expected",
+    [
+        ("AuthenticAMD", {"avx512_bf16"}, True),
+        ("GenuineIntel", {"avx512_bf16"}, False),  # slower than float32 there
+        ("GenuineIntel", {"avx512_bf16", "amx_bf16"}, True),
+        ("", {"arm_bf16"}, True),
+        ("AuthenticAMD", set(), False),
+    ],
+)
+def test_fast_bfloat16_by_processor(monkeypatch, vendor, features, expected):
+    names = ("avx512_bf16", "amx_bf16", "arm_bf16")
+    has = {name: name in features for name in names}
+    monkeypatch.setattr(hardware, "extension", lambda: SimpleNamespace(cpu_features=lambda: has))
+    monkeypatch.setattr(hardware, "_cpu_info", lambda field: vendor)
+    assert has_fast_bfloat16(CPU) is expected
 
 
 def test_no_compiler_is_one_line_that_says_what_to_do(monkeypatch, tmp_path):
