@@ -192,8 +192,8 @@ def _calibrated(cfg: TrainingConfig, runner: TrainStep) -> TrainingConfig:
     )
 
 
-def _evaluate_only(data: Data, cfg: TrainingConfig) -> None:
-    """--eval-only: the loss over all validation data."""
+def _evaluate_only(data: Data, cfg: TrainingConfig, max_targets: int) -> None:
+    """--eval-only: the loss over the validation data (max_targets 0: all)."""
     device = select_device(cfg.device)
     check_dataset(data.val, "validation", context_len=cfg.context_len, vocab_size=cfg.vocab_size)
     if not (cfg.ckpt_path_to_resume or cfg.init_from):
@@ -202,12 +202,17 @@ def _evaluate_only(data: Data, cfg: TrainingConfig) -> None:
     _weights_to_start_from(model, data, cfg)
     loss_of = ModelLoss(model, device, cfg)
     with evaluating(model):
-        loss, targets = loss_over_all(
-            loss_of.summed, data.val, cfg.batch_size, cfg.context_len, device
+        found = loss_over_all(
+            loss_of.summed,
+            data.val,
+            cfg.batch_size,
+            cfg.context_len,
+            device,
+            max_targets=max_targets,
         )
     known = data.val_bytes
-    in_bytes = f", {bits_per_byte(loss, targets, known):.4f} bits/byte" if known else ""
-    print(f"[VAL] val_loss {loss:.4f}{in_bytes} over all {targets:,} targets")
+    bpb = f", {bits_per_byte(found.loss, found.of_targets, known):.4f} bits/byte" if known else ""
+    print(f"[VAL] val_loss {found.loss:.4f}{bpb} {found.extent}")
 
 
 def _opened(cfg: TrainingConfig, origins: dict[str, str]) -> tuple[Data, TrainingConfig]:
@@ -251,7 +256,8 @@ def _command(argv: list[str] | None) -> None:
     data, cfg = _opened(cfg, invocation.origins)
     try:
         if cfg.eval_only:
-            _evaluate_only(data, cfg)
+            asked = invocation.origins["final_eval_tokens"].startswith(("command line", "file"))
+            _evaluate_only(data, cfg, cfg.final_eval_tokens if asked else 0)
         else:
             train(data, cfg)
     except (MemoryError, RuntimeError) as error:

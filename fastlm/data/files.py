@@ -5,21 +5,27 @@ modded-nanogpt, told apart by its magic number (20240520 or 20240801).
 """
 
 import bisect
+import mmap as mmap_module
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from fastlm.data.manifest import MANIFEST_NAME, Manifest
+from fastlm.data.fingerprint import data_fingerprint, sampled_sha256, verify_shards
+from fastlm.data.manifest import MANIFEST_NAME, Manifest, readable
 from fastlm.errors import DataError
 from fastlm.extension import extension
-from fastlm.ops.gather_batch import TokenSource, check_window_fits, token_segments
+from fastlm.ops.gather_batch import TokenSource, check_window_fits, gather_batch, token_segments
 
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+_MAX_TOKENIZER_BYTES = 256 << 20  # it goes into every checkpoint
 _HEADER_BYTES = 1024
 _HEADER_MAGIC = {20240520: "uint16", 20240801: "uint32"}  # magic number -> dtype of the tokens
 
@@ -33,9 +39,15 @@ class TokenDataset:
         paths: Sequence[str | Path] = (),  # the file of each segment
         offsets: Sequence[int] = (),  # where in its file each segment begins, in tokens; default 0
     ):
+        segments = list(segments)
         if not segments:
             raise DataError("a dataset needs at least one token array")
+        for name, values in (("paths", paths), ("offsets", offsets)):
+            if len(values) not in (0, len(segments)):
+                raise ValueError(f"{len(values)} {name} for {len(segments)} token arrays")
         for array in segments:
+            if not isinstance(array, np.ndarray):
+                raise TypeError(f"token arrays must be NumPy arrays, got {type(array).__name__}")
             if array.ndim != 1:
                 raise DataError(f"token arrays must be 1-D, got shape {array.shape}")
             if array.dtype.name not in TOKEN_DTYPES or not array.dtype.isnative:
@@ -51,6 +63,12 @@ class TokenDataset:
         self.paths = [str(path) for path in paths]
         self._offsets = list(offsets) or [0] * len(segments)
         self._ends = list(accumulate(len(array) for array in segments))
+        # (name, mapping, the file's size) of every mapped file
+        self._mapped: dict[int, tuple[str, mmap_module.mmap, int]] = {}
+        for index, array in enumerate(self.segments):
+            if (mapping := _mapping(array)) is not None and id(mapping) not in self._mapped:
+                name = self.paths[index] if self.paths else f"the file of array {index}"
+                self._mapped[id(mapping)] = name, mapping, mapping.size()
 
     def __len__(self) -> int:
         """Tokens in all."""
@@ -67,6 +85,24 @@ class TokenDataset:
         begin = self._ends[index - 1] if index else 0
         return name, position - begin + self._offsets[index]
 
+    def check_files(self) -> None:
+        """DataError if a mapped file is shorter than it was: where it no longer is, reading it
+        would end the process with SIGBUS. Asks the system for each file's size, 0.5 us a file.
+        """
+        for name, mapping, size in self._mapped.values():
+            if (now := mapping.size()) < size:
+                raise DataError(
+                    f"{name}: was cut from {size} to {now} bytes while it was in use; put the "
+                    f"whole file back and go on from the last checkpoint"
+                )
+
+    def gather(
+        self, starts: np.ndarray, context_len: int, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        """gather_batch of these tokens: (x, y), int64, (B, T) each, of the windows at `starts`."""
+        self.check_files()
+        return gather_batch(self.segments, starts, context_len, device)
+
     def slice(self, begin: int, end: int) -> "TokenDataset":
         """The tokens [begin, end), without a copy."""
         pieces, offsets, starts = [], [], [0, *self._ends[:-1]]
@@ -75,6 +111,14 @@ class TokenDataset:
             pieces.append(array[first : max(0, end - start)])
             offsets.append(offset + first)
         return TokenDataset(pieces, self.paths, offsets)
+
+
+def _mapping(array: np.ndarray) -> mmap_module.mmap | None:
+    """The memory map that the array is a view of, if it is one of a file."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap_module.mmap) else None
 
 
 def as_dataset(data: TokenSource | TokenDataset) -> TokenDataset:
@@ -90,23 +134,29 @@ class Data:
 
     train: TokenDataset
     val: TokenDataset
-    directory: Path | None = None  # of the manifest
     manifest: Manifest | None = None
-    val_bytes: int | None = None  # UTF-8 bytes of the validation text, if the manifest knows
+    tokenizer_json: str | None = None  # in the format of the `tokenizers` library
+    val_bytes: int | None = None  # UTF-8 bytes of the validation text, if it is the manifest's
 
-    @property
-    def tokenizer_json(self) -> str | None:
-        """The tokenizer in the format of the `tokenizers` library, if the manifest has one."""
-        if self.manifest is None or self.manifest.tokenizer is None:
-            return None
-        return (self.directory / self.manifest.tokenizer).read_text(encoding="utf-8")
-
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Tells whether a resumed run reads the data that it read before."""
-        if self.manifest is not None:
+        """Tells by content whether a resumed run reads the data that it read before.
+
+        The manifest's; for data without one, half of sampled_sha256 of the training and of the
+        validation tokens, joined by "-". Validation files beside a manifest are told likewise.
+        """
+        if self.manifest is not None and self.val_bytes is not None:
             return self.manifest.fingerprint
-        return f"{len(self.train)} {self.train.dtype} tokens without a manifest"
+        train = self.manifest.fingerprint if self.manifest else sampled_sha256(self.train)[:32]
+        return f"{train}-{sampled_sha256(self.val)[:32]}"
+
+    def matches(self, stored: str) -> bool:
+        """Is `stored`, the fingerprint in a checkpoint, that of this data?
+
+        Until version 0.1 data without a manifest was told by its length and dtype alone.
+        """
+        old = f"{len(self.train)} {self.train.dtype} tokens without a manifest"
+        return stored == self.fingerprint or (self.manifest is None and stored == old)
 
 
 def load_token_dataset(
@@ -123,12 +173,14 @@ def load_token_dataset(
             raise DataError(f"{path}: no such token file")
         if path.is_dir():
             raise DataError(f"{path}: is a directory; give a .npy or .bin token file")
+        if not path.is_file():  # a named pipe would wait for ever
+            raise DataError(f"{path}: not a regular file; give a .npy or .bin token file")
         array = _open_npy(path, mmap) if path.suffix == ".npy" else _open_bin(path, mmap, dtype)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     if array.size == 0:
         raise DataError(f"{path}: is empty; a token file holds at least one token")
-    print(f"[load_token_dataset] Loaded {path}, shape={array.shape}, dtype={array.dtype}")
+    print(f"[load_token_dataset] Loaded {readable(path)}, shape={array.shape}, dtype={array.dtype}")
     return array
 
 
@@ -136,20 +188,22 @@ def _open_npy(path: Path, mmap: bool) -> np.ndarray:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; a token file holds at least one token")
     try:
-        # Not np.load: it takes archives under this name, and advises to load pickles.
-        if mmap:
-            array = np.lib.format.open_memmap(path, mode="r")
-        else:
-            with open(path, "rb") as file:
-                array = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        # Not np.load: it takes archives under this name, and advises to load pickles. Mapped in any
+        # case: that compares the header's shape with the file's size.
+        array = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:
+        # NumPy reads the header as Python source: damage raises nearly anything, TokenError too.
         raise DataError(f"{path}: not a readable .npy file ({error})") from error
     if array.ndim != 1 or array.dtype.name not in TOKEN_DTYPES:
         raise DataError(
             f"{path}: holds a {array.ndim}-D array of {array.dtype}; token files hold a 1-D array "
             f"of {', '.join(TOKEN_DTYPES)}"
         )
-    return array
+    if not array.dtype.isnative:
+        raise DataError(f"{path}: holds {array.dtype}; write it again in this machine's byte order")
+    return array if mmap else np.array(array)
 
 
 def _open_bin(path: Path, mmap: bool, dtype: str | None) -> np.ndarray:
@@ -169,8 +223,11 @@ def _open_bin(path: Path, mmap: bool, dtype: str | None) -> np.ndarray:
         )
     if count == 0:
         raise DataError(f"{path}: is empty; a token file holds at least one token")
-    if mmap:
-        return np.memmap(path, dtype=token_dtype, mode="r", offset=offset, shape=(count,))
+    try:
+        if mmap:
+            return np.memmap(path, dtype=token_dtype, mode="r", offset=offset, shape=(count,))
+    except ValueError as error:  # the file has become shorter since
+        raise DataError(f"{path}: cannot be mapped ({error})") from error
     return np.fromfile(path, dtype=token_dtype, offset=offset)
 
 
@@ -178,7 +235,7 @@ def _header(path: Path, size: int) -> tuple[int, str | None]:
     """(bytes to skip, dtype) of a file with the llm.c header, (0, None) of one without."""
     if size < _HEADER_BYTES:
         return 0, None
-    magic, _version, tokens = map(int, np.fromfile(path, dtype="<i4", count=3))
+    magic, _version, tokens = np.fromfile(path, dtype="<i4", count=3).tolist()
     dtype = _HEADER_MAGIC.get(magic)
     if dtype is None:
         return 0, None
@@ -242,25 +299,44 @@ def _open_files(paths: Sequence[str], dtype: str | None) -> TokenDataset:
 
 def _open_prepared(directory: Path, val_paths: Sequence[str], dtype: str | None) -> Data:
     manifest = Manifest.load(directory)
-    if manifest.tokenizer and not os.path.isfile(directory / manifest.tokenizer):
-        raise DataError(f"{directory / manifest.tokenizer}: is missing; prepare the data again")
+    tokenizer = _read_tokenizer(directory, manifest)
+    if data_fingerprint(tokenizer, manifest) != manifest.fingerprint:
+        raise DataError(
+            f"{directory}: {manifest.tokenizer} is not the one that the data was prepared with, or "
+            f"{MANIFEST_NAME} was changed: the fingerprint is another; prepare the data again"
+        )
     datasets = {}
     for name, split in manifest.splits.items():
-        files = [directory / shard.file for shard in split.shards]
-        if not files:
-            raise DataError(f"{directory}: its manifest lists no {name} shards; prepare it again")
-        datasets[name] = _open_files([str(file) for file in files], manifest.dtype)
-        if len(datasets[name]) != split.tokens:
-            raise DataError(
-                f"{directory}: the {name} shards hold {len(datasets[name])} tokens, the manifest "
-                f"says {split.tokens}; prepare it again"
-            )
+        files = [str(directory / shard.file) for shard in split.shards]
+        datasets[name] = _open_files(files, manifest.dtype)
+        for shard, segment in zip(split.shards, datasets[name].segments, strict=True):
+            if len(segment) != shard.tokens:
+                raise DataError(
+                    f"{directory / shard.file}: holds {len(segment)} tokens, its manifest says "
+                    f"{shard.tokens}; copy it again, or prepare the data again"
+                )
+    verify_shards(directory, manifest)
+    tokenizer_json = tokenizer.decode("utf-8", "replace") if manifest.tokenizer else None
     if val_paths:
         # Other validation files: the manifest's byte count is not theirs.
         val = _open_files(val_paths, dtype or manifest.dtype)
-        return Data(datasets["train"], val, directory, manifest)
+        return Data(datasets["train"], val, manifest, tokenizer_json)
     val_bytes = manifest.splits["val"].bytes
-    return Data(datasets["train"], datasets["val"], directory, manifest, val_bytes)
+    return Data(datasets["train"], datasets["val"], manifest, tokenizer_json, val_bytes)
+
+
+def _read_tokenizer(directory: Path, manifest: Manifest) -> bytes:
+    if manifest.tokenizer is None:
+        return b""
+    path = directory / manifest.tokenizer
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: is missing; prepare the data again")
+        if path.stat().st_size > _MAX_TOKENIZER_BYTES:
+            raise DataError(f"{path}: over {_MAX_TOKENIZER_BYTES >> 20} MiB, too large a tokenizer")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def check_dataset(dataset: TokenDataset, what: str, *, context_len: int, vocab_size: int) -> None:
@@ -270,6 +346,7 @@ def check_dataset(dataset: TokenDataset, what: str, *, context_len: int, vocab_s
     """
     paths = ", ".join(dataset.paths) or "array"
     check_window_fits(len(dataset), context_len, f"{what} data ({paths})")
+    dataset.check_files()
     base = 0
     for segment in dataset.segments:
         position = extension().first_out_of_range(segment, vocab_size)

@@ -1,11 +1,11 @@
 """Which window is sample number i: a pure function of (seed, i), random access in O(1).
 
 An epoch cuts the tokens into windows T apart, from a random phase, and visits them in a random
-order. The first window and the last are moved to where they fit, so that an epoch sees every target:
-once, but fewer than T of them at either end twice. (Where the phase needs one window less than
-others do, the window over is at a random place.) Sample number i is window i mod W of epoch i // W.
-Because nothing but (seed, i) enters, a run resumes at any step, with any batch size, accumulation
-or number of processes, on exactly the samples that it had not seen.
+order. The first window and the last are moved to where they fit, so that an epoch sees every
+target: once, but fewer than T of them at either end twice. (Where the phase needs one window less
+than others do, the window over is at a random place.) Sample number i is window i mod W of epoch
+i // W. Because nothing but (seed, i) enters, a run resumes at any step, with any batch size,
+accumulation or number of processes, on exactly the samples that it had not seen.
 
 The order is a keyed permutation: a balanced Feistel network over the smallest even number of bits
 that holds W, walked until the value lies below W (Black & Rogaway, "Ciphers with arbitrary finite
