@@ -20,7 +20,8 @@ from fastlm.checkpoint import (
     restore_optimizer,
 )
 from fastlm.config import TrainingConfig
-from fastlm.data.files import Data, as_dataset, check_dataset, open_data
+from fastlm.data.dataset import as_dataset
+from fastlm.data.files import Data, check_dataset, open_data
 from fastlm.data.loader import TrainLoader
 from fastlm.errors import CheckpointError, ConfigError, UserError, run_command
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all

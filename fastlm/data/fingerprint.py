@@ -8,15 +8,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastlm.data.dataset import TokenDataset
 from fastlm.data.manifest import Manifest
 from fastlm.data.progress import progress
 from fastlm.data.staging import cache_directory
 from fastlm.errors import DataError, OutputError
-
-if TYPE_CHECKING:
-    from fastlm.data.files import TokenDataset
 
 VERIFIED_NAME = ".verified.json"  # which shards were found to be as the manifest says
 _MIB = 1 << 20
@@ -35,7 +33,7 @@ def data_fingerprint(tokenizer_json: bytes, manifest: Manifest) -> str:
     return digest.hexdigest()
 
 
-def sampled_sha256(dataset: "TokenDataset") -> str:
+def sampled_sha256(dataset: TokenDataset) -> str:
     """SHA-256 over the number of tokens, their dtype, and a sample of them, in hexadecimal.
 
     The sample is the first and the last MiB of every file and 64 MiB at places that the number of

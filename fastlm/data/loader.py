@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.data.files import TokenDataset, as_dataset
+from fastlm.data.dataset import TokenDataset, as_dataset
 from fastlm.data.sampler import WindowSampler
 from fastlm.ops.gather_batch import TokenSource, check_window_fits
 

@@ -239,7 +239,9 @@ def test_a_prompt_is_encoded_as_training_text_is(tokenizer_json):
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.add_special_tokens(["[CLS]"])
     cls = tokenizer.token_to_id("[CLS]")
-    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", cls)])
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", cls)]
+    )
     assert tokenizer.encode("def").ids == [cls, *plain.encode("def").ids]  # what must not happen
 
     prompt = "def f[CLS]<|endoftext|>x"

@@ -27,7 +27,8 @@ from fastlm import (
     load_checkpoint,
     train_loop,
 )
-from fastlm.data.files import Data, as_dataset
+from fastlm.data.dataset import as_dataset
+from fastlm.data.files import Data
 from fastlm.data.loader import TrainLoader
 from fastlm.loop import learning_rate
 from fastlm.run.log import RunLog
