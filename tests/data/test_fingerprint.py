@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -221,11 +222,13 @@ def test_a_long_verification_says_how_far_it_is(directory, monkeypatch, capsys):
 
 
 def test_an_interruption_ends_the_other_threads(directory, monkeypatch):
-    ended = []
+    ended, begun = [], threading.Event()
 
     def hashing(path, on_bytes):
         if path.name.startswith("train"):
+            begun.wait(5)
             raise KeyboardInterrupt
+        begun.set()
         try:
             for _ in range(500):
                 time.sleep(0.01)
