@@ -4,6 +4,7 @@ import bisect
 import mmap
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +48,13 @@ class TokenDataset:
                 )
         self.segments = [np.ascontiguousarray(array) for array in segments]
         self.paths = [str(path) for path in paths]
-        self._offsets = list(offsets) or [0] * len(segments)
+        self._offsets = [index(offset) for offset in offsets] or [0] * len(segments)
         self._ends = list(accumulate(len(array) for array in segments))
         # (name, mapping, the file's size) of every mapped file
         self._mapped: dict[int, tuple[str, mmap.mmap, int]] = {}
-        for index, array in enumerate(self.segments):
+        for i, array in enumerate(self.segments):
             if (mapping := _mapping(array)) is not None and id(mapping) not in self._mapped:
-                name = self.paths[index] if self.paths else f"the file of array {index}"
+                name = self.paths[i] if self.paths else f"the file of array {i}"
                 self._mapped[id(mapping)] = name, mapping, mapping.size()
 
     def __len__(self) -> int:
@@ -66,10 +67,10 @@ class TokenDataset:
 
     def locate(self, position: int) -> tuple[str, int]:
         """(file, offset in tokens within it) of a position of the dataset."""
-        index = bisect.bisect_right(self._ends, position)
-        name = self.paths[index] if self.paths else f"array {index}"
-        begin = self._ends[index - 1] if index else 0
-        return name, position - begin + self._offsets[index]
+        i = bisect.bisect_right(self._ends, position)
+        name = self.paths[i] if self.paths else f"array {i}"
+        begin = self._ends[i - 1] if i else 0
+        return name, position - begin + self._offsets[i]
 
     def check_files(self) -> None:
         """DataError if a mapped file is shorter than it was: where it no longer is, reading it

@@ -22,6 +22,10 @@ from fastlm.ops.gather_batch import check_window_fits
 
 _MAX_TOKENIZER_BYTES = 256 << 20  # it goes into every checkpoint
 _HEADER_BYTES = 1024
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 _HEADER_MAGIC = {20240520: "uint16", 20240801: "uint32"}  # magic number -> dtype of the tokens
 
 
@@ -75,32 +79,41 @@ def load_token_dataset(
         array = _open_npy(path, mmap) if path.suffix == ".npy" else _open_bin(path, mmap, dtype)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if array.size == 0:
-        raise DataError(f"{path}: is empty; a token file holds at least one token")
     print(f"[load_token_dataset] Loaded {readable(path)}, shape={array.shape}, dtype={array.dtype}")
     return array
 
 
 def _open_npy(path: Path, mmap: bool) -> np.ndarray:
-    if path.stat().st_size == 0:
+    size = path.stat().st_size
+    if size == 0:
         raise DataError(f"{path}: is empty; a token file holds at least one token")
     try:
-        # Not np.load: it takes archives under this name, and advises to load pickles. Mapped in any
-        # case: that compares the header's shape with the file's size.
-        array = np.lib.format.open_memmap(path, mode="r")
+        # Not np.load, which takes archives under this name and advises to load pickles, and nothing
+        # that maps before the header is checked: of a dtype of no bytes NumPy dies (SIGFPE).
+        with open(path, "rb") as file:
+            if (version := np.lib.format.read_magic(file)) not in _NPY_HEADERS:
+                raise ValueError(f"version {version}")
+            shape, _, dtype = _NPY_HEADERS[version](file)
+            offset = file.tell()
     except OSError:
         raise
     except Exception as error:
         # NumPy reads the header as Python source: damage raises nearly anything, TokenError too.
         raise DataError(f"{path}: not a readable .npy file ({error})") from error
-    if array.ndim != 1 or array.dtype.name not in TOKEN_DTYPES:
+    if len(shape) != 1 or dtype.name not in TOKEN_DTYPES:
         raise DataError(
-            f"{path}: holds a {array.ndim}-D array of {array.dtype}; token files hold a 1-D array "
-            f"of {', '.join(TOKEN_DTYPES)}"
+            f"{path}: holds a {len(shape)}-D array of {dtype}; token files hold a 1-D array of "
+            f"{', '.join(TOKEN_DTYPES)}"
         )
-    if not array.dtype.isnative:
-        raise DataError(f"{path}: holds {array.dtype}; write it again in this machine's byte order")
-    return array if mmap else np.array(array)
+    if not dtype.isnative:
+        raise DataError(f"{path}: holds {dtype}; write it again in this machine's byte order")
+    count = shape[0]
+    if type(count) is not int or not 0 <= count <= (size - offset) // dtype.itemsize:
+        raise DataError(
+            f"{path}: not a readable .npy file (its header says {count} tokens of {dtype}, and the "
+            f"file has {size} bytes); it is incomplete or damaged, copy it again"
+        )
+    return _tokens(path, mmap, dtype, offset, count)
 
 
 def _open_bin(path: Path, mmap: bool, dtype: str | None) -> np.ndarray:
@@ -118,14 +131,22 @@ def _open_bin(path: Path, mmap: bool, dtype: str | None) -> np.ndarray:
             f"{path}: {size - offset} bytes are no multiple of {token_dtype.itemsize}, the size of "
             f"{name}; name the file's dtype (--data-dtype) or write the file again"
         )
+    return _tokens(path, mmap, token_dtype, offset, count)
+
+
+def _tokens(path: Path, mmap: bool, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+    """`count` tokens behind the first `offset` bytes of a file that is long enough for them."""
     if count == 0:
         raise DataError(f"{path}: is empty; a token file holds at least one token")
-    try:
-        if mmap:
-            return np.memmap(path, dtype=token_dtype, mode="r", offset=offset, shape=(count,))
-    except ValueError as error:  # the file has become shorter since
-        raise DataError(f"{path}: cannot be mapped ({error})") from error
-    return np.fromfile(path, dtype=token_dtype, offset=offset)
+    if mmap:
+        try:
+            return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+        except ValueError as error:
+            raise DataError(f"{path}: was cut while it was opened ({error})") from error
+    array = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+    if len(array) != count:
+        raise DataError(f"{path}: was cut while it was read")
+    return array
 
 
 def _header(path: Path, size: int) -> tuple[int, str | None]:

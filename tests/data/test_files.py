@@ -115,7 +115,7 @@ def bad_files(tmp_path):
         (write("data.npy", whole[:-1]), {}, no_npy),
         (write("zip.npy", b"PK\x03\x04 and no more"), {}, no_npy),
         (tmp_path / "archive.npy", {}, no_npy),
-        (npy_file(tmp_path / "object.npy", np.array([{}])), {}, no_npy),
+        (npy_file(tmp_path / "object.npy", np.array([{}])), {}, "1-D array of object"),
         (npy_file(tmp_path / "float.npy", np.ones(3)), {}, "1-D array of float64; .*uint16"),
         (npy_file(tmp_path / "int16.npy", np.ones(3, dtype=np.int16)), {}, "1-D array of int16"),
         (npy_file(tmp_path / "big.npy", np.ones(3, dtype=">u2")), {}, "holds >u2; .*byte order"),
