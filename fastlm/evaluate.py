@@ -127,8 +127,8 @@ def loss_over_all(
         "[VAL] final loss",
         min(max_targets or of_targets, of_targets),
         partial(print, flush=True),
-        unit=" targets",
-        silent_seconds=3.0,
+        unit="targets",
+        silent_seconds=10.0,
     ) as on_targets:
         total, targets = _loss_sum(loss, batches, on_targets)
     return Evaluation(total / targets, targets, of_targets)

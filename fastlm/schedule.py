@@ -4,6 +4,7 @@
 """
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,27 +63,30 @@ def learning_rate(step: int, cfg: Any) -> float:
     return cosine_lr_schedule(step, cfg.lr_max, cfg.lr_min, cfg.warmup_iters, cfg.cosine_iters)
 
 
-def rate_jump(step: int, before: Any, cfg: Any) -> str | None:
-    """One line if a run that goes on at `step` has a far higher rate than where it came from.
+def rate_jump(step: int, stored: Any, cfg: Any) -> str | None:
+    """One line if a run that goes on at `step` has a far higher rate than the step before had.
 
-    before: the settings of the steps up to `step`; cfg: those from it on. So it is where a run that
-    has decayed is extended: what the decay has gained is lost again. A wsd run is meant to be
-    extended from a checkpoint before its decay (Hägele et al., arXiv:2405.18392).
+    stored: the settings in the checkpoint, a dict. So it is where a run that has decayed is made
+    longer: what the decay has gained is lost again. A wsd run is meant to be extended from a
+    checkpoint before its decay (Hägele et al., arXiv:2405.18392).
     """
-    # Without the warm-up, whose rates rise by themselves.
-    if step == 0 or step <= max(before.warmup_iters, cfg.warmup_iters):
-        return None
+    names = ("schedule", "lr_max", "lr_min", "warmup_iters", "total_steps", "cosine_iters")
+    if not isinstance(stored, dict) or any(name not in stored for name in names):
+        return None  # of another program: nothing is known of its rates
+    before = SimpleNamespace(**{name: stored[name] for name in names})
+    if step <= max(before.warmup_iters, cfg.warmup_iters):
+        return None  # warming up, the rate rises by itself
     was, becomes = learning_rate(step - 1, before), learning_rate(step, cfg)
     if becomes <= 1.5 * was:
         return None
     line = f"note: the learning rate goes up from {was:.2e} to {becomes:.2e} at step {step}"
-    if before.schedule == cfg.schedule == "wsd" and before.total_steps < cfg.total_steps:
-        stable = wsd_decay_start(before.warmup_iters, before.total_steps)
-        return (
-            f"{line}: its decay for {before.total_steps} steps began at step {int(stable)}; a wsd "
-            f"run is extended better from a checkpoint before that"
-        )
-    return f"{line}: the schedule is another than the one it has decayed by"
+    if before.schedule != "wsd" or cfg.schedule != "wsd":
+        return f"{line}: it has decayed by another schedule than this one"
+    decay_start = int(wsd_decay_start(before.warmup_iters, before.total_steps))
+    return (
+        f"{line}: its decay for {before.total_steps} steps began at step {decay_start}; a wsd run "
+        f"is extended better from a checkpoint before that"
+    )
 
 
 def get_cosine_schedule_with_warmup(

@@ -35,6 +35,7 @@ from fastlm.loop import Run
 from fastlm.model import TransformerLM
 from fastlm.run.directory import RunDirectory
 from fastlm.run.log import has_ended
+from fastlm.schedule import rate_jump
 from fastlm.step import (
     ModelLoss,
     TrainStep,
@@ -97,6 +98,8 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
             cfg = _calibrated(cfg, runner)
         if resumed:
             _restore_state(runner, resumed)
+            if note := rate_jump(start_step, resumed.get("config"), cfg):
+                print(f"[resume] {note}")
         directory.begin()
         samples_seen = _samples_seen(resumed, cfg)
         Run(data, cfg, runner, directory, start_step, samples_seen, begin).train()

@@ -217,7 +217,7 @@ def test_a_long_verification_says_how_far_it_is(directory, monkeypatch, capsys):
     monkeypatch.setattr("fastlm.data.progress.time.monotonic", lambda: next(now))
     open_data([str(directory)])
     lines = [line for line in capsys.readouterr().out.splitlines() if "SHA-256" in line]
-    assert lines[0].startswith("[data] verifying the shards' SHA-256: 0 of 0 MB")
+    assert lines[0].startswith("[data] verifying the shards' SHA-256: 0.0 of 0.0 MB")
     assert lines[-1].startswith("[data] verifying the shards' SHA-256: 0.0 MB (")
 
 

@@ -114,5 +114,5 @@ def test_npy_headers_that_numpy_cannot_stand(tmp_path):
         path = tmp_path / "t.npy"
         path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(20))
         for mmap in (True, False):
-            with pytest.raises(DataError, match="t.npy: (not a readable .npy file|holds a 1-D)"):
+            with pytest.raises(DataError, match=r"t\.npy: (not a readable|holds a 1-D)"):
                 load_token_dataset(path, mmap)

@@ -34,6 +34,15 @@ HOSTILE_VALUES = [
     *("\ud800", "é" * 300, "uint16", "uint64", "0" * 64, [], {}, [None], {"a": 1}, [[[]]]),
 ]
 
+DESCRS = [
+    *("'|u1'", "'<i8'", "'>u2'", "'<f4'", "'|O'", "'<U9'", "'V0'", "[('a', '<u2')]", "''"),
+    *("('<u2', (3,))", "None", "'<u2", "'" + "x" * 200 + "'", "1"),
+]
+SHAPES = [
+    *("()", "(-1,)", f"({10**30},)", f"({2**62},)", "(True,)", "('x',)", "7", "(", "(0,)", "None"),
+    *("(" * 300, "[" * 3000, "(1" + ",1" * 80 + ")", "(5L,)"),
+]
+
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
     """`content` after a few flips, cuts, insertions and repetitions."""
@@ -59,15 +68,8 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 def npy(rng: random.Random) -> bytes:
     """A .npy file whose header says what it likes."""
     n = rng.randint(0, 40)
-    descr = rng.choice(
-        ["'<u2'", "'<u2'", "'<u2'", "'|u1'", "'<i8'", "'>u2'", "'<f4'", "'|O'", "'<U9'", "'V0'"]
-        + ["[('a', '<u2')]", "('<u2', (3,))", "None", "'<u2", "'" + "x" * 200 + "'", "1", "''"]
-    )
-    shape = rng.choice(
-        [f"({n},)"] * 4
-        + ["()", f"({n}, 2)", "(-1,)", f"({10**30},)", f"({2**62},)", "(True,)", "('x',)", "7", "("]
-        + ["(" * 300, "[" * 3000, "(1" + ",1" * 80 + ")", "(0,)", "None", f"({n}.0,)", "(5L,)"]
-    )
+    descr = rng.choice(["'<u2'"] * 5 + DESCRS)
+    shape = rng.choice([f"({n},)"] * 5 + [f"({n}, 2)", f"({n}.0,)", *SHAPES])
     fortran = rng.choice(["False", "False", "True", "0", "f()", "\0", "__import__('os')"])
     header = f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}"
     header = rng.choice([header] * 4 + ["", "{", header + " 1", "\n  " + header, "{}", "'''"])

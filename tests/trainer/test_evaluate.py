@@ -181,8 +181,8 @@ def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):
     data = as_dataset(tokens(12 * T + 1))
     loss_over_all(lambda x, y: torch.tensor(1.0), data, 2, T, torch.device("cpu"))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "[VAL] final loss: 0 of 0 M targets"
-    assert lines[-1] == "[VAL] final loss: 0.0 M targets (28.0 s)" and len(lines) == 3
+    assert lines[0] == "[VAL] final loss: 48 of 96 targets"
+    assert lines[-1] == "[VAL] final loss: 96 targets (28.0 s)" and len(lines) == 3
 
 
 def test_mean_loss_weighs_targets_and_not_batches():

@@ -228,6 +228,17 @@ def test_train_loop_runs_outside_the_main_thread(tmp_path):
     assert losses(tmp_path / "thread") == losses(tmp_path / "main")
 
 
+def test_a_decayed_run_made_longer_says_that_its_rate_goes_up(tmp_path, capsys):
+    run_tiny(tmp_path / "run", total_steps=10, ckpt_every=6, schedule="wsd")
+    for step, says in (("6", 0), ("final", 1)):
+        settings = dict(total_steps=14, schedule="wsd")
+        path = str(checkpoint(tmp_path / "run", step))
+        capsys.readouterr()
+        run_tiny(tmp_path / f"from_{step}", ckpt_path_to_resume=path, **settings)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "[resume] note" in line]
+        assert len(lines) == says and all("began at step 8" in line for line in lines)
+
+
 def test_train_loop_returns_the_trained_model(tmp_path):
     cfg = tiny_config(tmp_path)
     model = train_loop(TRAIN, VAL, cfg)
