@@ -76,6 +76,7 @@ def default_corpus(vocab_size: int = 4096, *, log: Callable[[str], object] = pri
             # Out of the way by a rename, which is atomic: no other process opens half of it.
             aside = directory.with_name(f".{directory.name}.damaged-{secrets.token_hex(4)}")
             directory.rename(aside)
+        for aside in directory.parent.glob(f".{directory.name}.damaged-*"):  # a killed one's, too
             shutil.rmtree(aside, ignore_errors=True)
         try:
             prepare(files, directory, vocab_size=vocab_size, val_fraction=VAL_FRACTION, log=say)

@@ -18,7 +18,11 @@ TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 
 
 class TokenDataset:
-    """One or more 1-D token arrays of one dtype, seen end to end."""
+    """One or more 1-D token arrays of one dtype, seen end to end.
+
+    Raises TypeError for what is no NumPy array, DataError for an array of another shape or dtype,
+    ValueError for paths or offsets that are not one an array.
+    """
 
     def __init__(
         self,
@@ -74,7 +78,7 @@ class TokenDataset:
 
     def check_files(self) -> None:
         """DataError if a mapped file is shorter than it was: where it no longer is, reading it
-        would end the process with SIGBUS. Asks the system for each file's size, 0.5 us a file.
+        would end the process with SIGBUS. Asks the system for each file's size: 1 or 2 us a file.
         """
         for name, mapping, size in self._mapped.values():
             if (now := mapping.size()) < size:

@@ -42,22 +42,17 @@ def sampled_sha256(dataset: TokenDataset) -> str:
     """
     block, size = _MIB // dataset.dtype.itemsize, len(dataset)
     digest = hashlib.sha256(f"{size} {dataset.dtype}\n".encode())
+    dataset.check_files()
     if size <= (_SAMPLES + 2) * block:
-        ranges = [(0, size)]
+        sample = dataset.segments
     else:
-        ranges, begin = [], 0
-        for segment in dataset.segments:
-            end = begin + len(segment)
-            ranges += [(begin, min(begin + block, end)), (max(begin, end - block), end)]
-            begin = end
+        sample = [end for array in dataset.segments for end in (array[:block], array[-block:])]
         for index in range(_SAMPLES):
             place = hashlib.sha256(f"{size} {index}".encode()).digest()
             begin = int.from_bytes(place[:8], "little") % (size - block + 1)
-            ranges.append((begin, begin + block))
-    dataset.check_files()
-    for begin, end in ranges:
-        for segment in dataset.slice(begin, end).segments:
-            digest.update(segment.view("uint8"))
+            sample += dataset.slice(begin, begin + block).segments
+    for array in sample:
+        digest.update(array.view("uint8"))
     return digest.hexdigest()
 
 

@@ -191,6 +191,7 @@ def test_two_repair_it_at_once(library, preparations, monkeypatch):
     """The second, which saw the damage and waited, leaves the first one's corpus alone."""
     directory = default_corpus(VOCAB_SIZE, log=quiet)
     (directory / "val_00000.bin").unlink()
+    directory.with_name(f".{directory.name}.damaged-0123").mkdir()  # a killed process left it
     genuine, lines, first = corpus.locked, [], []
 
     @contextlib.contextmanager

@@ -180,7 +180,11 @@ def test_a_prepared_directory_that_is_damaged(here):
     settings = dict(data="prepared", val_data=None, vocab_size=None)
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-2])
-    assert_refused(here, r"train_00000\.bin: holds 1500 tokens, .* says 1501; .*prepare the data again", **settings)
+    assert_refused(
+        here,
+        r"train_00000\.bin: holds 1500 tokens, .* says 1501; .*prepare the data again",
+        **settings,
+    )
     shard.unlink()
     assert_refused(here, r"train_00000\.bin: no such token file", **settings)
     shard.write_bytes(whole)
