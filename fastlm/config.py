@@ -61,7 +61,10 @@ class TrainingConfig:
     eval_every: int = 500
     """Steps between evaluations. 0: only after the last step."""
     eval_batches: int = 20
-    """Fixed validation batches in each evaluation (the last one reads all validation data)."""
+    """Fixed validation batches in each evaluation."""
+    final_eval_tokens: int = 10_000_000
+    """Validation targets of the last evaluation, in windows spread evenly over the data. 0: all, as
+    --eval-only does by default."""
     ckpt_every: int = 1000
     """Steps between checkpoints. 0: only after the last step."""
 
@@ -145,6 +148,7 @@ class TrainingConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: it must be positive")
         not_negative = "eval_every ckpt_every lr_min weight_decay grad_clip_norm warmup_iters seed"
+        not_negative += " final_eval_tokens"
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: it must not be negative")

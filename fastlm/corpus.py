@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fastlm.data.fingerprint import verify_shards
 from fastlm.data.manifest import VERSION, Manifest
+from fastlm.data.staging import cache_directory, locked
 from fastlm.data.text import TextFile
 from fastlm.errors import DataError, OutputError
 from fastlm.prepare import data_fingerprint, prepare
@@ -53,30 +55,36 @@ def default_corpus(vocab_size: int = 4096, *, log: Callable[[str], object] = pri
     """
     say = _prefixed(log)
     files, key, size = _standard_library(vocab_size, say)
-    directory = _cache_directory() / f"stdlib-{key[:16]}"
+    directory = cache_directory() / f"stdlib-{key[:16]}"
     say(
         f"Python {platform.python_version()} standard library: {len(files)} files, "
         f"{size / 1e6:.1f} MB -> {directory}"
     )
-    damage = _damage(directory)
-    if damage is None:
+    if _damage(directory) is None:
         say(f"already prepared; fingerprint {Manifest.load(directory).fingerprint}")
         return directory
 
     _check_writable(directory.parent)
-    if directory.exists():
-        say(f"the cached corpus is damaged ({damage}); it is prepared again")
-        # Out of the way by a rename, which is atomic, so that no other process opens half of it.
-        aside = directory.with_name(f".{directory.name}.damaged-{secrets.token_hex(4)}")
-        directory.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
-    try:
-        prepare(files, directory, vocab_size=vocab_size, val_fraction=VAL_FRACTION, log=say)
-    except OutputError:
-        # Another process was first: its result is the same.
-        if _damage(directory) is not None:
-            raise
-        say("another process has prepared it meanwhile")
+    # One process at a time: another must not take the new corpus for the damaged one.
+    with locked(directory.parent):
+        damage = _damage(directory)
+        if damage is None:
+            say("another process has prepared it meanwhile")
+            return directory
+        if directory.exists():
+            say(f"the cached corpus is damaged ({damage}); it is prepared again")
+            # Out of the way by a rename, which is atomic: no other process opens half of it.
+            aside = directory.with_name(f".{directory.name}.damaged-{secrets.token_hex(4)}")
+            directory.rename(aside)
+        for aside in directory.parent.glob(f".{directory.name}.damaged-*"):  # a killed one's, too
+            shutil.rmtree(aside, ignore_errors=True)
+        try:
+            prepare(files, directory, vocab_size=vocab_size, val_fraction=VAL_FRACTION, log=say)
+        except OutputError:
+            # Without locks another process can be first: its result is the same.
+            if _damage(directory) is not None:
+                raise
+            say("another process has prepared it meanwhile")
     return directory
 
 
@@ -127,17 +135,6 @@ def _python_files(root: Path) -> list[TextFile]:
     return sorted(files, key=lambda file: file.name)
 
 
-def _cache_directory() -> Path:
-    try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    except RuntimeError as error:
-        raise OutputError(
-            f"there is no home directory for the cache ({error}); set XDG_CACHE_HOME to a "
-            f"directory that you can write to"
-        ) from error
-    return root.absolute() / "fastlm"
-
-
 def _check_writable(cache: Path) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -150,7 +147,7 @@ def _check_writable(cache: Path) -> None:
 
 
 def _damage(directory: Path) -> str | None:
-    """What is wrong with a prepared directory, as far as can be told without reading the tokens."""
+    """What is wrong with a prepared directory, if anything is."""
     try:
         manifest = Manifest.load(directory)
         itemsize = np.dtype(manifest.dtype).itemsize
@@ -162,6 +159,7 @@ def _damage(directory: Path) -> str | None:
         tokenizer_json = (directory / manifest.tokenizer).read_bytes()
         if data_fingerprint(tokenizer_json, manifest) != manifest.fingerprint:
             return "the tokenizer or the manifest was changed"
+        verify_shards(directory, manifest)
     except (OSError, ValueError, TypeError) as error:
         return str(error)
     return None

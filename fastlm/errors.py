@@ -44,6 +44,9 @@ class ExtensionError(UserError, ImportError):
 
 def run_command(command: Callable[[], None]) -> int:
     """Runs a command; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # A file name need not be UTF-8: its bytes are printed as they are.
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         command()
     except UserError as error:

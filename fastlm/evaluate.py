@@ -1,4 +1,4 @@
-"""Validation loss: on fixed batches while training, on every token at the end.
+"""Validation loss: on fixed batches while training, on every token, or very many, at the end.
 
 Nothing here draws a random number, so evaluating changes nothing of the training.
 """
@@ -6,13 +6,15 @@ Nothing here draws a random number, so evaluating changes nothing of the trainin
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastlm.config import TrainingConfig
 from fastlm.data.loader import all_batches, spread_batches
+from fastlm.data.progress import progress
 from fastlm.hardware import autocast, select_device, select_dtype
 from fastlm.ops.cross_entropy import check_labels, cross_entropy_loss
 
@@ -72,25 +74,71 @@ def mean_loss(loss: LossFunction, batches: Iterable[tuple[Tensor, Tensor]]) -> f
     Waits for the device once, at the end. Raises ValueError for a label out of range, which makes
     a loss on a GPU NaN.
     """
+    total, targets = _loss_sum(loss, batches)
+    return total / targets
+
+
+def _loss_sum(
+    loss: LossFunction,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    on_targets: Callable[[int], object] = lambda _: None,  # takes the size of each batch
+) -> tuple[float, int]:
+    """(sum of the losses, number of targets)."""
     losses, targets = [], []
     for x, y in batches:
         losses.append(loss(x, y))
         targets.append((y != -100).sum())
+        on_targets(y.numel())
     total = sum(torch.stack(losses).tolist())
     check_labels()
-    return total / int(torch.stack(targets).sum())
+    return total, int(torch.stack(targets).sum())
+
+
+class Evaluation(NamedTuple):
+    """The loss over the targets of some data, or over a part of them."""
+
+    loss: float  # mean, nats
+    targets: int  # that it is the mean of
+    of_targets: int  # in the data
+
+    @property
+    def extent(self) -> str:
+        """Which targets, in words."""
+        if self.targets == self.of_targets:
+            return f"over all {self.targets:,} targets"
+        return f"over {self.targets:,} of {self.of_targets:,} targets, evenly spread"
 
 
 def loss_over_all(
-    loss: LossFunction, data: Any, batch_size: int, context_len: int, device: torch.device
-) -> tuple[float, int]:
-    """(mean loss in nats, number of targets) over every target of `data` once."""
-    targets = sum(len(segment) for segment in data.segments) - 1
-    return mean_loss(loss, all_batches(data, batch_size, context_len, device)), targets
+    loss: LossFunction,
+    data: Any,
+    batch_size: int,
+    context_len: int,
+    device: torch.device,
+    *,
+    max_targets: int = 0,
+) -> Evaluation:
+    """The loss over every target of `data` once, or over about `max_targets` (0: no limit) of them,
+    in windows spread evenly. Shows how far it is.
+    """
+    of_targets = sum(len(segment) for segment in data.segments) - 1
+    batches = all_batches(data, batch_size, context_len, device, max_targets)
+    with progress(
+        "[VAL] final loss",
+        min(max_targets or of_targets, of_targets),
+        partial(print, flush=True),
+        unit="targets",
+        silent_seconds=10.0,
+    ) as on_targets:
+        total, targets = _loss_sum(loss, batches, on_targets)
+    return Evaluation(total / targets, targets, of_targets)
 
 
 def bits_per_byte(mean_nats: float, targets: int, num_bytes: int) -> float:
-    """Total loss in bits over the UTF-8 bytes of the text: comparable between tokenizers."""
+    """Total loss in bits over the UTF-8 bytes of the text: comparable between tokenizers.
+
+    targets: in the text. With the mean loss of a part of them, this estimates the text's.
+    """
     return mean_nats * targets / math.log(2) / num_bytes
 
 

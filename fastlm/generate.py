@@ -6,16 +6,20 @@ B samples at once, T prompt tokens, V vocabulary.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastlm.checkpoint import newest_readable, read_checkpoint, restore_model
 from fastlm.data.text import END_OF_TEXT
+from fastlm.data.tokenizer import encode_batch, encoding_plain_text
 from fastlm.errors import CheckpointError, ConfigError, run_command
 from fastlm.hardware import select_device
 from fastlm.model import KVCache, TransformerLM
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @torch.no_grad()
@@ -111,7 +115,8 @@ def sample_texts(
         tokenizer = Tokenizer.from_str(tokenizer_json)
         end_of_text = tokenizer.token_to_id(END_OF_TEXT)
         start = [] if end_of_text is None else [end_of_text]
-        ids = start + tokenizer.encode(prompt).ids
+        prompt_ids = encode_prompt(tokenizer, prompt)
+        ids = start + prompt_ids
         if not ids:
             raise ConfigError("prompt is empty and the tokenizer has no end-of-text token")
     elif prompt:
@@ -144,8 +149,22 @@ def sample_texts(
         if end_of_text in new:
             new = new[: new.index(end_of_text)]
         # Decoded as a whole: a character's bytes may stand on both sides of the prompt's end.
-        texts.append(tokenizer.decode(tokenizer.encode(prompt).ids + new))
+        texts.append(tokenizer.decode(prompt_ids + new))
     return texts
+
+
+def encode_prompt(tokenizer: "Tokenizer", prompt: str) -> list[int]:
+    """The ids of `prompt`, encoded as prepare encodes a training text.
+
+    `<|endoftext|>` is its token; the names of other special tokens are plain text, and none is
+    added, whatever the tokenizer does by default: the model has never seen them.
+    """
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    parts = [prompt] if end_of_text is None else prompt.split(END_OF_TEXT)
+    first, *others = encode_batch(encoding_plain_text(tokenizer), parts)
+    for ids in others:
+        first += [end_of_text, *ids]
+    return first
 
 
 def load_model(

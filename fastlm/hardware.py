@@ -168,7 +168,7 @@ def back_heap_with_huge_pages() -> int:
     huge_page, madv_hugepage, madv_collapse = 2 << 20, 14, 25  # <asm-generic/mman-common.h>
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     asked = 0
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
         if not line.endswith("[heap]"):
             continue
         begin, end = (int(address, 16) for address in line.split()[0].split("-"))

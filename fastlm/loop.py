@@ -20,16 +20,9 @@ from fastlm.ops.cross_entropy import check_labels
 from fastlm.run.directory import RunDirectory
 from fastlm.run.signals import StopSignals
 from fastlm.run.log import RunLog
-from fastlm.schedule import cosine_lr_schedule, wsd_lr_schedule
+from fastlm.schedule import learning_rate
 from fastlm.step import TrainStep, graphs_compiled
 from fastlm.run.summary import Clock, RunFigures, print_summary
-
-
-def learning_rate(step: int, cfg: TrainingConfig) -> float:
-    """The rate of a step under cfg.schedule."""
-    if cfg.schedule == "wsd":
-        return wsd_lr_schedule(step, cfg.lr_max, cfg.lr_min, cfg.warmup_iters, cfg.total_steps)
-    return cosine_lr_schedule(step, cfg.lr_max, cfg.lr_min, cfg.warmup_iters, cfg.cosine_iters)
 
 
 class Run:
@@ -172,13 +165,19 @@ class Run:
         model_path: Path = self.directory.checkpoint_path("model")
         save_checkpoint(runner.model, None, self.completed, model_path, **self._identity())
         self.log.checkpoint(model_path)
-        with evaluating(runner.model):
-            val_loss, targets = loss_over_all(
-                runner.loss.summed, data.val, cfg.batch_size, cfg.context_len, runner.device
-            )
         self.log.close()
+        with evaluating(runner.model):
+            final = loss_over_all(
+                runner.loss.summed,
+                data.val,
+                cfg.batch_size,
+                cfg.context_len,
+                runner.device,
+                max_targets=cfg.final_eval_tokens,
+            )
         steps = self.completed - self.start_step
-        in_bytes = bits_per_byte(val_loss, targets, data.val_bytes) if data.val_bytes else None
+        known = data.val_bytes
+        in_bytes = bits_per_byte(final.loss, final.of_targets, known) if known else None
         figures = RunFigures(
             steps=steps,
             tokens=steps * runner.tokens,
@@ -187,8 +186,7 @@ class Run:
             compile_seconds=runner.compile_seconds,
             recompiles=graphs_compiled() - self._graphs if cfg.compile else 0,
             flops_per_token=training_flops_per_token(runner.model, cfg.context_len),
-            val_loss=val_loss,
-            val_targets=targets,
+            final=final,
             bits_per_byte=in_bytes,
         )
         self._print_samples()

@@ -85,13 +85,18 @@ class Attention(nn.Module):
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        mask = None
         if cache is not None:
             k, v = cache(k, v)
+            if 1 < q.shape[-2] < k.shape[-2]:  # several positions behind the cached ones
+                mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
+                mask = mask.tril(k.shape[-2] - q.shape[-2])
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            # With a cache: either the whole prompt, or one position that sees all before it.
+            attn_mask=mask,
+            # With a cache: the whole prompt; one position sees all before it and needs no mask.
             is_causal=q.shape[-2] == k.shape[-2],
             dropout_p=self.dropout if self.training else 0.0,
         )

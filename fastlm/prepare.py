@@ -4,21 +4,21 @@ Reads the input three times, in bounded memory: to check and count it, to train 
 training documents, and to encode it. The result appears at DIR complete, or not at all.
 """
 
-import hashlib
 import re
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastlm.data.manifest import Manifest, Split
+from fastlm.data.fingerprint import VERIFIED_NAME, data_fingerprint
+from fastlm.data.manifest import Manifest, Split, readable
+from fastlm.data.progress import progress
 from fastlm.data.shards import ShardWriter
 from fastlm.data.split import TRAIN, VAL, SplitPiece, SplitRule, read_split, survey
 from fastlm.data.staging import staging_directory
@@ -51,7 +51,9 @@ _LONG_WORD = re.compile(r"\S{1024}(?=\S)")
 _BATCH_CHARACTERS = 2 << 20
 _PIECE_OVERHEAD = 100  # characters that an (even empty) document counts for in a batch
 
-_OWN_FILE = re.compile(r"manifest\.json|tokenizer\.json|(train|val)_\d+\.bin")
+_OWN_FILE = re.compile(
+    rf"manifest\.json|tokenizer\.json|(train|val)_\d+\.bin|{re.escape(VERIFIED_NAME)}(\.\d+)?"
+)
 
 
 def prepare(
@@ -94,13 +96,13 @@ def prepare(
     with staging_directory(out, _OWN_FILE, overwrite) as staging:
         encoder = load_tokenizer(tokenizer) if tokenizer is not None else None
         size = sum(file.path.stat().st_size for file in files if file.path.exists())
-        with _progress("reading", size, log) as on_bytes:
+        with progress("reading", size, log) as on_bytes:
             found = survey(files, on_bytes)
         rule = SplitRule.choose(found, val_fraction)
 
         if encoder is None:
             wanted = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
-            with _progress("training the tokenizer", found.bytes, log) as on_bytes:
+            with progress("training the tokenizer", found.bytes, log) as on_bytes:
                 texts = _training_texts(read_split(files, rule), found.bytes, on_bytes)
                 encoder = train_tokenizer(texts, wanted)
             if found.bytes > TOKENIZER_SAMPLE_BYTES:
@@ -122,13 +124,13 @@ def prepare(
             end_of_text=encoder.token_to_id(END_OF_TEXT),
             source={
                 "files": len(files),
-                "first_file": files[0].name,
+                "first_file": readable(files[0].name),
                 "val_fraction": val_fraction,
-                "tokenizer": "trained" if tokenizer is None else Path(tokenizer).name,
+                "tokenizer": "trained" if tokenizer is None else readable(Path(tokenizer).name),
                 "tokenizers": metadata.version("tokenizers"),
             },
         )
-        with _progress("encoding", found.bytes, log) as on_bytes, ExitStack() as stack:
+        with progress("encoding", found.bytes, log) as on_bytes, ExitStack() as stack:
             writers = {
                 name: stack.enter_context(ShardWriter(staging, name, manifest.dtype, shard_tokens))
                 for name in manifest.splits
@@ -147,17 +149,6 @@ def prepare(
         manifest.save(staging)
     _log_summary(manifest, val_fraction, log)
     return manifest
-
-
-def data_fingerprint(tokenizer_json: bytes, manifest: Manifest) -> str:
-    """SHA-256 over the tokenizer's file and each split's shards, in order: which data this is."""
-    digest = hashlib.sha256(hashlib.sha256(tokenizer_json).digest())
-    for name in sorted(manifest.splits):
-        shards = manifest.splits[name].shards
-        digest.update(f"{name} {manifest.dtype} {len(shards)}\n".encode())
-        for shard in shards:
-            digest.update(bytes.fromhex(shard.sha256))
-    return digest.hexdigest()
 
 
 def _training_texts(
@@ -223,32 +214,6 @@ def _log_summary(manifest: Manifest, val_fraction: float, log: Callable[[str], o
             f"documents are held out, and these are few or of very different sizes"
         )
     log(f"fingerprint: {manifest.fingerprint}")
-
-
-@contextmanager
-def _progress(
-    what: str, total_bytes: int, log: Callable[[str], object]
-) -> Iterator[Callable[[int], object]]:
-    """A function that takes the bytes done: a bar on a terminal, else a line every 10 s."""
-    started = time.monotonic()
-    done, said = 0, started
-
-    def count(size: int) -> None:
-        nonlocal done, said
-        done += size
-        if (now := time.monotonic()) - said >= 10:
-            said = now
-            log(f"{what}: {done / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB")
-
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(desc=what, total=total_bytes, unit="B", unit_scale=True, leave=False) as bar:
-            yield bar.update
-            done = bar.n
-    else:
-        yield count
-    log(f"{what}: {done / 1e6:,.1f} MB ({time.monotonic() - started:.1f} s)")
 
 
 def _command(

@@ -1,6 +1,11 @@
-"""Learning-rate schedules: pure functions of the step, and the LambdaLR twin of the cosine."""
+"""Learning-rate schedules: pure functions of the step, and the LambdaLR twin of the cosine.
+
+`cfg` is a TrainingConfig, or anything with its settings of the schedule.
+"""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -39,11 +44,49 @@ def wsd_lr_schedule(
         return lr_max * t / warmup_iters
     if t >= total_iters:
         return lr_min
-    decay_start = max(warmup_iters, total_iters * (1 - decay_fraction))
+    decay_start = wsd_decay_start(warmup_iters, total_iters, decay_fraction)
     if t < decay_start:
         return lr_max
     progress = (t - decay_start) / (total_iters - decay_start)
     return lr_max + (lr_min - lr_max) * progress
+
+
+def wsd_decay_start(warmup_iters: int, total_iters: int, decay_fraction: float = 0.2) -> float:
+    """The step at which wsd_lr_schedule begins to decay."""
+    return max(warmup_iters, total_iters * (1 - decay_fraction))
+
+
+def learning_rate(step: int, cfg: Any) -> float:
+    """The rate of a step under cfg.schedule."""
+    if cfg.schedule == "wsd":
+        return wsd_lr_schedule(step, cfg.lr_max, cfg.lr_min, cfg.warmup_iters, cfg.total_steps)
+    return cosine_lr_schedule(step, cfg.lr_max, cfg.lr_min, cfg.warmup_iters, cfg.cosine_iters)
+
+
+def rate_jump(step: int, stored: Any, cfg: Any) -> str | None:
+    """One line if a run that goes on at `step` has a far higher rate than the step before had.
+
+    stored: the settings in the checkpoint, a dict. So it is where a run that has decayed is made
+    longer: what the decay has gained is lost again. A wsd run is meant to be extended from a
+    checkpoint before its decay (Hägele et al., arXiv:2405.18392).
+    """
+    names = ("schedule", "lr_max", "lr_min", "warmup_iters", "total_steps", "cosine_iters")
+    if not isinstance(stored, dict) or any(name not in stored for name in names):
+        return None  # of another program: nothing is known of its rates
+    before = SimpleNamespace(**{name: stored[name] for name in names})
+    if step <= max(before.warmup_iters, cfg.warmup_iters):
+        return None  # warming up, the rate rises by itself
+    was, becomes = learning_rate(step - 1, before), learning_rate(step, cfg)
+    if becomes <= 1.5 * was:
+        return None
+    line = f"note: the learning rate goes up from {was:.2e} to {becomes:.2e} at step {step}"
+    if before.schedule != "wsd" or cfg.schedule != "wsd":
+        return f"{line}: it has decayed by another schedule than this one"
+    decay_start = int(wsd_decay_start(before.warmup_iters, before.total_steps))
+    return (
+        f"{line}: its decay for {before.total_steps} steps began at step {decay_start}; a wsd run "
+        f"is extended better from a checkpoint before that"
+    )
 
 
 def get_cosine_schedule_with_warmup(

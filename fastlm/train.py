@@ -20,7 +20,8 @@ from fastlm.checkpoint import (
     restore_optimizer,
 )
 from fastlm.config import TrainingConfig
-from fastlm.data.files import Data, as_dataset, check_dataset, open_data
+from fastlm.data.dataset import as_dataset
+from fastlm.data.files import Data, check_dataset, open_data
 from fastlm.data.loader import TrainLoader
 from fastlm.errors import CheckpointError, ConfigError, UserError, run_command
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
@@ -34,6 +35,7 @@ from fastlm.loop import Run
 from fastlm.model import TransformerLM
 from fastlm.run.directory import RunDirectory
 from fastlm.run.log import has_ended
+from fastlm.schedule import rate_jump
 from fastlm.step import (
     ModelLoss,
     TrainStep,
@@ -96,6 +98,8 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
             cfg = _calibrated(cfg, runner)
         if resumed:
             _restore_state(runner, resumed)
+            if note := rate_jump(start_step, resumed.get("config"), cfg):
+                print(f"[resume] {note}")
         directory.begin()
         samples_seen = _samples_seen(resumed, cfg)
         Run(data, cfg, runner, directory, start_step, samples_seen, begin).train()
@@ -192,8 +196,8 @@ def _calibrated(cfg: TrainingConfig, runner: TrainStep) -> TrainingConfig:
     )
 
 
-def _evaluate_only(data: Data, cfg: TrainingConfig) -> None:
-    """--eval-only: the loss over all validation data."""
+def _evaluate_only(data: Data, cfg: TrainingConfig, max_targets: int) -> None:
+    """--eval-only: the loss over the validation data (max_targets 0: all)."""
     device = select_device(cfg.device)
     check_dataset(data.val, "validation", context_len=cfg.context_len, vocab_size=cfg.vocab_size)
     if not (cfg.ckpt_path_to_resume or cfg.init_from):
@@ -202,12 +206,17 @@ def _evaluate_only(data: Data, cfg: TrainingConfig) -> None:
     _weights_to_start_from(model, data, cfg)
     loss_of = ModelLoss(model, device, cfg)
     with evaluating(model):
-        loss, targets = loss_over_all(
-            loss_of.summed, data.val, cfg.batch_size, cfg.context_len, device
+        found = loss_over_all(
+            loss_of.summed,
+            data.val,
+            cfg.batch_size,
+            cfg.context_len,
+            device,
+            max_targets=max_targets,
         )
     known = data.val_bytes
-    in_bytes = f", {bits_per_byte(loss, targets, known):.4f} bits/byte" if known else ""
-    print(f"[VAL] val_loss {loss:.4f}{in_bytes} over all {targets:,} targets")
+    bpb = f", {bits_per_byte(found.loss, found.of_targets, known):.4f} bits/byte" if known else ""
+    print(f"[VAL] val_loss {found.loss:.4f}{bpb} {found.extent}")
 
 
 def _opened(cfg: TrainingConfig, origins: dict[str, str]) -> tuple[Data, TrainingConfig]:
@@ -251,7 +260,8 @@ def _command(argv: list[str] | None) -> None:
     data, cfg = _opened(cfg, invocation.origins)
     try:
         if cfg.eval_only:
-            _evaluate_only(data, cfg)
+            asked = invocation.origins["final_eval_tokens"].startswith(("command line", "file"))
+            _evaluate_only(data, cfg, cfg.final_eval_tokens if asked else 0)
         else:
             train(data, cfg)
     except (MemoryError, RuntimeError) as error:

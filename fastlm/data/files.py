@@ -1,87 +1,32 @@
-"""Token files: opening them, checking them, and seeing several as one dataset.
+"""Token files: opening and checking them, and what a run reads.
 
 Formats: .npy; raw little-endian .bin (nanoGPT); .bin with the 1 KiB header of llm.c and
 modded-nanogpt, told apart by its magic number (20240520 or 20240801).
 """
 
-import bisect
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from fastlm.data.manifest import MANIFEST_NAME, Manifest
+from fastlm.data.dataset import TOKEN_DTYPES, TokenDataset
+from fastlm.data.fingerprint import data_fingerprint, sampled_sha256, verify_shards
+from fastlm.data.manifest import MANIFEST_NAME, Manifest, readable
 from fastlm.errors import DataError
 from fastlm.extension import extension
-from fastlm.ops.gather_batch import TokenSource, check_window_fits, token_segments
+from fastlm.ops.gather_batch import check_window_fits
 
-TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+_MAX_TOKENIZER_BYTES = 256 << 20  # it goes into every checkpoint
 _HEADER_BYTES = 1024
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 _HEADER_MAGIC = {20240520: "uint16", 20240801: "uint32"}  # magic number -> dtype of the tokens
-
-
-class TokenDataset:
-    """One or more 1-D token arrays of one dtype, seen end to end."""
-
-    def __init__(
-        self,
-        segments: Sequence[np.ndarray],
-        paths: Sequence[str | Path] = (),  # the file of each segment
-        offsets: Sequence[int] = (),  # where in its file each segment begins, in tokens; default 0
-    ):
-        if not segments:
-            raise DataError("a dataset needs at least one token array")
-        for array in segments:
-            if array.ndim != 1:
-                raise DataError(f"token arrays must be 1-D, got shape {array.shape}")
-            if array.dtype.name not in TOKEN_DTYPES or not array.dtype.isnative:
-                raise DataError(
-                    f"token arrays must be native {', '.join(TOKEN_DTYPES)}, got {array.dtype}"
-                )
-            if array.dtype != segments[0].dtype:
-                raise DataError(
-                    f"token files of one dataset must have one dtype, got {segments[0].dtype} "
-                    f"and {array.dtype}"
-                )
-        self.segments = [np.ascontiguousarray(array) for array in segments]
-        self.paths = [str(path) for path in paths]
-        self._offsets = list(offsets) or [0] * len(segments)
-        self._ends = list(accumulate(len(array) for array in segments))
-
-    def __len__(self) -> int:
-        """Tokens in all."""
-        return self._ends[-1]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.segments[0].dtype
-
-    def locate(self, position: int) -> tuple[str, int]:
-        """(file, offset in tokens within it) of a position of the dataset."""
-        index = bisect.bisect_right(self._ends, position)
-        name = self.paths[index] if self.paths else f"array {index}"
-        begin = self._ends[index - 1] if index else 0
-        return name, position - begin + self._offsets[index]
-
-    def slice(self, begin: int, end: int) -> "TokenDataset":
-        """The tokens [begin, end), without a copy."""
-        pieces, offsets, starts = [], [], [0, *self._ends[:-1]]
-        for array, start, offset in zip(self.segments, starts, self._offsets, strict=True):
-            first = max(0, begin - start)
-            pieces.append(array[first : max(0, end - start)])
-            offsets.append(offset + first)
-        return TokenDataset(pieces, self.paths, offsets)
-
-
-def as_dataset(data: TokenSource | TokenDataset) -> TokenDataset:
-    """`data` as a TokenDataset, not copied."""
-    if isinstance(data, TokenDataset):
-        return data
-    return TokenDataset(token_segments(data))
 
 
 @dataclass
@@ -90,23 +35,29 @@ class Data:
 
     train: TokenDataset
     val: TokenDataset
-    directory: Path | None = None  # of the manifest
     manifest: Manifest | None = None
-    val_bytes: int | None = None  # UTF-8 bytes of the validation text, if the manifest knows
+    tokenizer_json: str | None = None  # in the format of the `tokenizers` library
+    val_bytes: int | None = None  # UTF-8 bytes of the validation text, if it is the manifest's
 
-    @property
-    def tokenizer_json(self) -> str | None:
-        """The tokenizer in the format of the `tokenizers` library, if the manifest has one."""
-        if self.manifest is None or self.manifest.tokenizer is None:
-            return None
-        return (self.directory / self.manifest.tokenizer).read_text(encoding="utf-8")
-
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Tells whether a resumed run reads the data that it read before."""
-        if self.manifest is not None:
+        """Tells by content whether a resumed run reads the data that it read before.
+
+        The manifest's; for data without one, half of sampled_sha256 of the training and of the
+        validation tokens, joined by "-". Validation files beside a manifest are told likewise.
+        """
+        if self.manifest is not None and self.val_bytes is not None:
             return self.manifest.fingerprint
-        return f"{len(self.train)} {self.train.dtype} tokens without a manifest"
+        train = self.manifest.fingerprint if self.manifest else sampled_sha256(self.train)[:32]
+        return f"{train}-{sampled_sha256(self.val)[:32]}"
+
+    def matches(self, stored: str) -> bool:
+        """Is `stored`, the fingerprint in a checkpoint, that of this data?
+
+        Until version 0.1 data without a manifest was told by its length and dtype alone.
+        """
+        old = f"{len(self.train)} {self.train.dtype} tokens without a manifest"
+        return stored == self.fingerprint or (self.manifest is None and stored == old)
 
 
 def load_token_dataset(
@@ -123,33 +74,46 @@ def load_token_dataset(
             raise DataError(f"{path}: no such token file")
         if path.is_dir():
             raise DataError(f"{path}: is a directory; give a .npy or .bin token file")
+        if not path.is_file():  # a named pipe would wait for ever
+            raise DataError(f"{path}: not a regular file; give a .npy or .bin token file")
         array = _open_npy(path, mmap) if path.suffix == ".npy" else _open_bin(path, mmap, dtype)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if array.size == 0:
-        raise DataError(f"{path}: is empty; a token file holds at least one token")
-    print(f"[load_token_dataset] Loaded {path}, shape={array.shape}, dtype={array.dtype}")
+    print(f"[load_token_dataset] Loaded {readable(path)}, shape={array.shape}, dtype={array.dtype}")
     return array
 
 
 def _open_npy(path: Path, mmap: bool) -> np.ndarray:
-    if path.stat().st_size == 0:
+    size = path.stat().st_size
+    if size == 0:
         raise DataError(f"{path}: is empty; a token file holds at least one token")
     try:
-        # Not np.load: it takes archives under this name, and advises to load pickles.
-        if mmap:
-            array = np.lib.format.open_memmap(path, mode="r")
-        else:
-            with open(path, "rb") as file:
-                array = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        # Not np.load, which takes archives under this name and advises to load pickles, and nothing
+        # that maps before the header is checked: of a dtype of no bytes NumPy dies (SIGFPE).
+        with open(path, "rb") as file:
+            if (version := np.lib.format.read_magic(file)) not in _NPY_HEADERS:
+                raise ValueError(f"version {version}")
+            shape, _, dtype = _NPY_HEADERS[version](file)
+            offset = file.tell()
+    except OSError:
+        raise
+    except Exception as error:
+        # NumPy reads the header as Python source: damage raises nearly anything, TokenError too.
         raise DataError(f"{path}: not a readable .npy file ({error})") from error
-    if array.ndim != 1 or array.dtype.name not in TOKEN_DTYPES:
+    if len(shape) != 1 or dtype.name not in TOKEN_DTYPES:
         raise DataError(
-            f"{path}: holds a {array.ndim}-D array of {array.dtype}; token files hold a 1-D array "
-            f"of {', '.join(TOKEN_DTYPES)}"
+            f"{path}: holds a {len(shape)}-D array of {dtype}; token files hold a 1-D array of "
+            f"{', '.join(TOKEN_DTYPES)}"
         )
-    return array
+    if not dtype.isnative:
+        raise DataError(f"{path}: holds {dtype}; write it again in this machine's byte order")
+    count = shape[0]
+    if type(count) is not int or not 0 <= count <= (size - offset) // dtype.itemsize:
+        raise DataError(
+            f"{path}: not a readable .npy file (its header says {count} tokens of {dtype}, and the "
+            f"file has {size} bytes); it is incomplete or damaged, copy it again"
+        )
+    return _tokens(path, mmap, dtype, offset, count)
 
 
 def _open_bin(path: Path, mmap: bool, dtype: str | None) -> np.ndarray:
@@ -167,18 +131,29 @@ def _open_bin(path: Path, mmap: bool, dtype: str | None) -> np.ndarray:
             f"{path}: {size - offset} bytes are no multiple of {token_dtype.itemsize}, the size of "
             f"{name}; name the file's dtype (--data-dtype) or write the file again"
         )
+    return _tokens(path, mmap, token_dtype, offset, count)
+
+
+def _tokens(path: Path, mmap: bool, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+    """`count` tokens behind the first `offset` bytes of a file that is long enough for them."""
     if count == 0:
         raise DataError(f"{path}: is empty; a token file holds at least one token")
     if mmap:
-        return np.memmap(path, dtype=token_dtype, mode="r", offset=offset, shape=(count,))
-    return np.fromfile(path, dtype=token_dtype, offset=offset)
+        try:
+            return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+        except ValueError as error:
+            raise DataError(f"{path}: was cut while it was opened ({error})") from error
+    array = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+    if len(array) != count:
+        raise DataError(f"{path}: was cut while it was read")
+    return array
 
 
 def _header(path: Path, size: int) -> tuple[int, str | None]:
     """(bytes to skip, dtype) of a file with the llm.c header, (0, None) of one without."""
     if size < _HEADER_BYTES:
         return 0, None
-    magic, _version, tokens = map(int, np.fromfile(path, dtype="<i4", count=3))
+    magic, _version, tokens = np.fromfile(path, dtype="<i4", count=3).tolist()
     dtype = _HEADER_MAGIC.get(magic)
     if dtype is None:
         return 0, None
@@ -242,25 +217,44 @@ def _open_files(paths: Sequence[str], dtype: str | None) -> TokenDataset:
 
 def _open_prepared(directory: Path, val_paths: Sequence[str], dtype: str | None) -> Data:
     manifest = Manifest.load(directory)
-    if manifest.tokenizer and not os.path.isfile(directory / manifest.tokenizer):
-        raise DataError(f"{directory / manifest.tokenizer}: is missing; prepare the data again")
+    tokenizer = _read_tokenizer(directory, manifest)
+    if data_fingerprint(tokenizer, manifest) != manifest.fingerprint:
+        raise DataError(
+            f"{directory}: {manifest.tokenizer} is not the one that the data was prepared with, or "
+            f"{MANIFEST_NAME} was changed: the fingerprint is another; prepare the data again"
+        )
     datasets = {}
     for name, split in manifest.splits.items():
-        files = [directory / shard.file for shard in split.shards]
-        if not files:
-            raise DataError(f"{directory}: its manifest lists no {name} shards; prepare it again")
-        datasets[name] = _open_files([str(file) for file in files], manifest.dtype)
-        if len(datasets[name]) != split.tokens:
-            raise DataError(
-                f"{directory}: the {name} shards hold {len(datasets[name])} tokens, the manifest "
-                f"says {split.tokens}; prepare it again"
-            )
+        files = [str(directory / shard.file) for shard in split.shards]
+        datasets[name] = _open_files(files, manifest.dtype)
+        for shard, segment in zip(split.shards, datasets[name].segments, strict=True):
+            if len(segment) != shard.tokens:
+                raise DataError(
+                    f"{directory / shard.file}: holds {len(segment)} tokens, its manifest says "
+                    f"{shard.tokens}; copy it again, or prepare the data again"
+                )
+    verify_shards(directory, manifest)
+    tokenizer_json = tokenizer.decode("utf-8", "replace") if manifest.tokenizer else None
     if val_paths:
         # Other validation files: the manifest's byte count is not theirs.
         val = _open_files(val_paths, dtype or manifest.dtype)
-        return Data(datasets["train"], val, directory, manifest)
+        return Data(datasets["train"], val, manifest, tokenizer_json)
     val_bytes = manifest.splits["val"].bytes
-    return Data(datasets["train"], datasets["val"], directory, manifest, val_bytes)
+    return Data(datasets["train"], datasets["val"], manifest, tokenizer_json, val_bytes)
+
+
+def _read_tokenizer(directory: Path, manifest: Manifest) -> bytes:
+    if manifest.tokenizer is None:
+        return b""
+    path = directory / manifest.tokenizer
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: is missing; prepare the data again")
+        if path.stat().st_size > _MAX_TOKENIZER_BYTES:
+            raise DataError(f"{path}: over {_MAX_TOKENIZER_BYTES >> 20} MiB, too large a tokenizer")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def check_dataset(dataset: TokenDataset, what: str, *, context_len: int, vocab_size: int) -> None:
@@ -270,6 +264,7 @@ def check_dataset(dataset: TokenDataset, what: str, *, context_len: int, vocab_s
     """
     paths = ", ".join(dataset.paths) or "array"
     check_window_fits(len(dataset), context_len, f"{what} data ({paths})")
+    dataset.check_files()
     base = 0
     for segment in dataset.segments:
         position = extension().first_out_of_range(segment, vocab_size)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.data.files import TokenDataset, as_dataset
+from fastlm.data.dataset import TokenDataset, as_dataset
 from fastlm.data.sampler import WindowSampler
-from fastlm.ops.gather_batch import TokenSource, check_window_fits, gather_batch
+from fastlm.ops.gather_batch import TokenSource, check_window_fits
 
 
 class TrainLoader:
@@ -34,7 +34,7 @@ class TrainLoader:
     def batch(self, first: int) -> tuple[Tensor, Tensor]:
         """(x, y), int64, (B, T) each: the samples first, first + 1, … of the sampler."""
         starts = self.sampler.starts(first, self.batch_size)
-        return gather_batch(self.dataset.segments, starts, self.context_len, self.device)
+        return self.dataset.gather(starts, self.context_len, self.device)
 
 
 def spread_batches(
@@ -46,25 +46,35 @@ def spread_batches(
     last = len(dataset) - context_len - 1
     starts = np.linspace(0, last, num_batches * batch_size).round().astype(np.int64)
     for rows in np.split(starts, num_batches):
-        yield gather_batch(dataset.segments, rows, context_len, device)
+        yield dataset.gather(rows, context_len, device)
 
 
 def all_batches(
-    data: TokenSource | TokenDataset, batch_size: int, context_len: int, device
+    data: TokenSource | TokenDataset,
+    batch_size: int,
+    context_len: int,
+    device,
+    max_targets: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every target of `data` once, in batches of one shape: (x, y), (B, T) each.
 
     What fills up the last window and the last batch is labelled -100, which the loss ignores.
+
+    max_targets: if there are more than that, only so many, in some of the windows (at least one),
+        which are spread evenly over the data. 0: all.
     """
     dataset = as_dataset(data)
     check_window_fits(len(dataset), context_len)
     last = len(dataset) - context_len - 1
     begins = np.arange(0, len(dataset) - 1, context_len)  # of the targets each window adds
+    if 0 < max_targets < len(dataset) - 1:
+        windows = max(1, max_targets // context_len)
+        begins = begins[np.linspace(0, len(begins) - 1, windows).round().astype(np.int64)]
     starts = np.minimum(begins, last)
     for first in range(0, len(starts), batch_size):
         rows = slice(first, first + batch_size)
         padding = batch_size - len(starts[rows])
-        x, y = gather_batch(dataset.segments, np.pad(starts[rows], (0, padding)), context_len)
+        x, y = dataset.gather(np.pad(starts[rows], (0, padding)), context_len, "cpu")
         for row, (start, begin) in enumerate(zip(starts[rows], begins[rows], strict=True)):
             y[row, : begin - start] = -100  # targets the window before has had
         if padding:

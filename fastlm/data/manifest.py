@@ -9,14 +9,22 @@ A prepared directory holds
 """
 
 import json
+import os
+import re
+import stat
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastlm.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "fastlm-tokens"
 VERSION = 1
+
+_MAX_BYTES = 64 << 20  # of the file: 300,000 shards
+_MAX_COUNT = 1 << 62
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
@@ -57,12 +65,21 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Manifest":
+        """Raises DataError if the file cannot be read or holds anything that save() never writes.
+
+        A manifest may come from anywhere: the names in it are base names, numbers have bounds.
+        """
         path = Path(directory) / MANIFEST_NAME
         try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise DataError(f"{path}: not a regular file")
+            if path.stat().st_size > _MAX_BYTES:
+                raise DataError(f"{path}: is larger than any manifest ({_MAX_BYTES >> 20} MiB)")
             payload = json.loads(path.read_text(encoding="utf-8"))
             if (found := (payload.pop("format"), payload.pop("version"))) != (FORMAT, VERSION):
                 raise DataError(
-                    f"{path}: format {found}, this fastlm reads {(FORMAT, VERSION)}; prepare again"
+                    f"{path}: format {found!r:.80}, this fastlm reads {(FORMAT, VERSION)}; "
+                    f"prepare again"
                 )
             splits = {
                 name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
@@ -70,10 +87,67 @@ class Manifest:
             }
             if missing := {"train", "val"} - set(splits):
                 raise DataError(f"{path}: has no {min(missing)} split; prepare the data again")
-            return cls(splits=splits, **payload)
+            manifest = cls(splits=splits, **payload)
+            if wrong := manifest._first_wrong_value():
+                raise DataError(f"{path}: {wrong}; prepare the data again")
+            return manifest
         except DataError:
             raise
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{path}: not a readable manifest ({error}); prepare the data again"
             ) from error
+
+    def _first_wrong_value(self) -> str | None:
+        def number(what: str, value: Any, least: int, most: int = _MAX_COUNT) -> str | None:
+            if type(value) is int and least <= value <= most:  # True is an int, too
+                return None
+            return f"{what}={value!r:.80}: it must be an integer from {least} to {most}"
+
+        def base_name(what: str, value: Any) -> str | None:
+            if is_base_name(value):
+                return None
+            return f"{what}={value!r:.80}: it must be the name of a file beside the manifest"
+
+        def checks():
+            yield number("vocab_size", self.vocab_size, 1, 1 << 32)
+            if self.dtype not in ("uint16", "uint32"):
+                yield f"dtype={self.dtype!r:.80}: it must be uint16 or uint32"
+            if self.tokenizer is not None:
+                yield base_name("tokenizer", self.tokenizer)
+            if self.end_of_text is not None:
+                yield number("end_of_text", self.end_of_text, 0, self.vocab_size - 1)
+            if not (isinstance(self.fingerprint, str) and _SHA256.fullmatch(self.fingerprint)):
+                yield f"fingerprint={self.fingerprint!r:.80}: it must be a SHA-256"
+            if not isinstance(self.source, dict):
+                yield f"source={self.source!r:.80}: it must be an object"
+            for name, split in self.splits.items():
+                for field_name in ("tokens", "bytes", "documents"):
+                    yield number(f"{name}.{field_name}", getattr(split, field_name), 0)
+                if not split.shards:
+                    yield f"it lists no {name} shards"
+                for index, shard in enumerate(split.shards):
+                    what = f"{name}.shards[{index}]"
+                    yield base_name(f"{what}.file", shard.file)
+                    yield number(f"{what}.tokens", shard.tokens, 1)
+                    if not (isinstance(shard.sha256, str) and _SHA256.fullmatch(shard.sha256)):
+                        yield f"{what}.sha256={shard.sha256!r:.80}: it must be a SHA-256"
+                if (held := sum(shard.tokens for shard in split.shards)) != split.tokens:
+                    yield f"the {name} shards hold {held} tokens, {name}.tokens says {split.tokens}"
+
+        return next(filter(None, checks()), None)
+
+
+def is_base_name(name: Any) -> bool:
+    """Can `name` only be that of an entry of the directory that it is joined to?"""
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+        return False
+    try:
+        return len(os.fsencode(name)) <= 255
+    except UnicodeError:  # half a surrogate pair
+        return False
+
+
+def readable(path: str | Path) -> str:
+    """A file name that any stream and any JSON reader takes: bytes that are no UTF-8 are U+FFFD."""
+    return os.fsencode(path).decode("utf-8", "replace")

@@ -1,9 +1,11 @@
 """Which window is sample number i: a pure function of (seed, i), random access in O(1).
 
 An epoch cuts the tokens into windows T apart, from a random phase, and visits them in a random
-order, so that an epoch sees (almost) every target once. Sample number i is window
-i mod W of epoch i // W. Because nothing but (seed, i) enters, a run resumes at any step, with any
-batch size, accumulation or number of processes, on exactly the samples that it had not seen.
+order. The first window and the last are moved to where they fit, so that an epoch sees every
+target: once, but fewer than T of them at either end twice. (Where the phase needs one window less
+than others do, the window over is at a random place.) Sample number i is window i mod W of epoch
+i // W. Because nothing but (seed, i) enters, a run resumes at any step, with any batch size,
+accumulation or number of processes, on exactly the samples that it had not seen.
 
 The order is a keyed permutation: a balanced Feistel network over the smallest even number of bits
 that holds W, walked until the value lies below W (Black & Rogaway, "Ciphers with arbitrary finite
@@ -20,6 +22,10 @@ from fastlm.ops.gather_batch import check_window_fits
 # of any size up to 64 (tests/data/test_sampler.py).
 _ROUNDS = 6
 _MASK64 = (1 << 64) - 1
+
+# Counts up when the same (seed, i) gives another window: a run resumes in the order it began with.
+# 1 left out what the last epoch's windows did not reach: up to a third of small data, always.
+SAMPLER_VERSION = 2
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
@@ -63,11 +69,10 @@ class WindowSampler:
         check_window_fits(num_tokens, context_len)
         self.context_len = context_len
         self.seed = seed
-        # A window more than fits from the largest phase would make epochs of unequal length, and
-        # the sample's epoch no division. (One window if not even two phases fit.)
-        self.windows_per_epoch = max(1, (num_tokens - context_len) // context_len)
-        spare = num_tokens - 1 - self.windows_per_epoch * context_len
-        self._phases = min(context_len, spare + 1)
+        self._last_start = num_tokens - 1 - context_len
+        # As many as cover the n - 1 targets from every phase: of one number, so that the sample's
+        # epoch is a division.
+        self.windows_per_epoch = -(-(num_tokens - 1 + context_len - 1) // context_len)
 
     def starts(self, first: int, count: int) -> np.ndarray:
         """(count,) int64: where samples first, first + 1, … begin."""
@@ -77,6 +82,10 @@ class WindowSampler:
         for epoch in np.unique(epochs):  # one, or two where a batch crosses into the next epoch
             here = epochs == epoch
             window = permute(index[here], self.windows_per_epoch, self.seed, int(epoch))
-            phase = int(_key(self.seed, int(epoch), -1) % np.uint64(self._phases))
-            starts[here] = phase + window * self.context_len
-        return starts
+            phase = int(_key(self.seed, int(epoch), -1) % np.uint64(self.context_len))
+            start = window * self.context_len - phase
+            anywhere = int(_key(self.seed, int(epoch), -2) % np.uint64(self._last_start + 1))
+            nothing_left = start >= self._last_start + self.context_len
+            starts[here] = np.where(nothing_left, anywhere, start)
+        # Before the data begins, or too near to its end: the window nearest to that.
+        return starts.clip(0, self._last_start)

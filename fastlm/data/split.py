@@ -21,7 +21,9 @@ class SplitPiece(NamedTuple):
 def document_hash(name: str, document: int) -> int:
     """A hash in [0, 2**64) of the name, and of the document's index if it is not the first."""
     identity = f"{name}#{document}" if document else name
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big")
+    # File names are bytes: Python's str of them holds what is no UTF-8 as surrogates.
+    encoded = identity.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big")
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""A directory that appears complete or not at all: written beside its place, then renamed."""
+"""A directory that appears complete or not at all: written beside its place, then renamed.
+
+Also the locks that keep processes apart there, and where the user's cache is.
+"""
 
 import contextlib
 import os
@@ -9,6 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastlm.errors import OutputError, UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, and what a killed process leaves stays
+    fcntl = None
 
 
 @contextlib.contextmanager
@@ -23,6 +31,7 @@ def staging_directory(
     Raises OutputError, before the body runs, if `out` may not be replaced or cannot be written.
     """
     target = Path(os.path.realpath(out))  # of a link, the target is replaced and the link stays
+    _clear_leftovers(target)
     _check_replaceable(out, target, own_files, overwrite)
     made = [parent for parent in target.parents if not parent.exists()]  # deepest first
     staging = target.parent / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
@@ -35,11 +44,12 @@ def staging_directory(
                 f"directory that you can write to"
             ) from error
         try:
-            yield staging
-            for path in (*staging.iterdir(), staging):
-                sync(path)  # a rename must not reach the disk before the contents
-            _check_replaceable(out, target, own_files, overwrite)  # may be there by now
-            _replace(staging, target, overwrite)
+            with _locked_anew(staging):
+                yield staging
+                for path in (*staging.iterdir(), staging):
+                    sync(path)  # a rename must not reach the disk before the contents
+                _check_replaceable(out, target, own_files, overwrite)  # may be there by now
+                _replace(staging, target, overwrite)
         except OSError as error:
             if isinstance(error, UserError):
                 raise
@@ -80,16 +90,82 @@ def _replace(staging: Path, target: Path, overwrite: bool) -> None:
     # rename() replaces an empty directory, never a full one: that one steps aside. If the process
     # is killed between the two renames, the old data is still there, under the hidden name.
     aside = staging.with_name(staging.name.replace(".partial-", ".replaced-"))
-    if overwrite and target.exists():
-        target.rename(aside)
+    with contextlib.ExitStack() as stack:
+        if overwrite and target.exists():
+            stack.enter_context(locked(target))
+            target.rename(aside)
+        try:
+            staging.rename(target)
+        except BaseException:
+            if aside.exists():
+                aside.rename(target)
+            raise
+        sync(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Removes what killed processes left beside `target`; brings back what one had set aside."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.(partial|replaced)-\d+-[0-9a-f]{{8}}")
+    with contextlib.suppress(OSError):  # no such directory, or not ours to tidy
+        for path in sorted(target.parent.iterdir(), reverse=True):  # .replaced- before .partial-
+            if not (match := name.fullmatch(path.name)):
+                continue
+            with contextlib.suppress(OSError), locked(path, wait=False):
+                if match[1] == "replaced" and not os.path.lexists(target):
+                    path.rename(target)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked_anew(directory: Path) -> Iterator[None]:
+    """Locks a directory just made, made again should another process have tidied it away before.
+
+    One of its kind without a lock is a leftover.
+    """
+    with contextlib.ExitStack() as stack:
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                stack.enter_context(locked(directory))
+            if directory.exists():
+                break
+            stack.close()
+            directory.mkdir()
+        yield
+
+
+@contextlib.contextmanager
+def locked(directory: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of a directory, which its process's end gives back whatever ends it.
+
+    wait: until another process gives it back; else raises BlockingIOError. A file system without
+    locks raises OSError where not waiting, and is written to without one otherwise.
+    """
+    if fcntl is None:
+        if not wait:
+            raise OSError("no locks here")
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        staging.rename(target)
-    except BaseException:
-        if aside.exists():
-            aside.rename(target)
-        raise
-    sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError) if wait else contextlib.nullcontext():
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def cache_directory() -> Path:
+    """`$XDG_CACHE_HOME/fastlm` or `~/.cache/fastlm`; OutputError where there is no home."""
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:
+        raise OutputError(
+            f"there is no home directory for the cache ({error}); set XDG_CACHE_HOME to a "
+            f"directory that you can write to"
+        ) from error
+    return root.absolute() / "fastlm"
 
 
 def sync(path: Path) -> None:

@@ -108,7 +108,7 @@ def get_batch(
 def token_segments(data: TokenSource) -> list[np.ndarray]:
     """The 1-D arrays that `data` consists of; arrays and CPU tensors are not copied."""
     if isinstance(data, Tensor):
-        return [np.ascontiguousarray(data.cpu().numpy())]
+        return [np.ascontiguousarray(data.detach().cpu().numpy())]
     if isinstance(data, np.ndarray):
         return [np.ascontiguousarray(data)]
     return list(data)

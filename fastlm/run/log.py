@@ -33,7 +33,9 @@ class RunLog:
         self.metrics_path = self.directory / METRICS
         if start_step:
             self._recall(start_step)
-        self._log = open(self.directory / f"{prefix}.log", "a", encoding="utf-8")  # noqa: SIM115
+        path = self.directory / f"{prefix}.log"
+        # A file name need not be UTF-8: its bytes are logged as they are.
+        self._log = open(path, "a", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm

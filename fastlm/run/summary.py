@@ -7,6 +7,7 @@ import torch
 
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
+from fastlm.evaluate import Evaluation
 from fastlm.hardware import device_name, matmul_ceiling, peak_memory_bytes, synchronize
 from fastlm.model import TransformerLM, count_parameters
 from fastlm.step import TrainStep
@@ -74,8 +75,7 @@ class RunFigures:
     compile_seconds: float
     recompiles: int
     flops_per_token: int
-    val_loss: float  # nats per token
-    val_targets: int
+    final: Evaluation  # on the validation data
     bits_per_byte: float | None
 
     @property
@@ -126,8 +126,8 @@ def print_summary(figures: RunFigures, device: torch.device, dtype: torch.dtype)
         else " (bits/byte unknown: the data has no manifest)"
     )
     print(
-        f"[summary] validation  loss {figures.val_loss:.4f} nats/token{in_bytes}, over all "
-        f"{figures.val_targets:,} targets"
+        f"[summary] validation  loss {figures.final.loss:.4f} nats/token{in_bytes}, "
+        f"{figures.final.extent}"
     )
     return {
         "steps": figures.steps,
@@ -141,6 +141,7 @@ def print_summary(figures: RunFigures, device: torch.device, dtype: torch.dtype)
         "matmul_ceiling_flops": ceiling,
         "mfu": mfu,
         "peak_memory_bytes": peak,
-        "val_loss": figures.val_loss,
+        "val_loss": figures.final.loss,
+        "val_targets": figures.final.targets,
         "bits_per_byte": figures.bits_per_byte,
     }

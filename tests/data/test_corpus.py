@@ -1,5 +1,6 @@
 """The default corpus: which files, prepared once, never half, and made again where damaged."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ from prepared_data import decoded_documents, quiet, write_files
 from fastlm import corpus
 from fastlm.corpus import default_corpus
 from fastlm.data.files import open_data
+from fastlm.data.fingerprint import VERIFIED_NAME
 from fastlm.data.manifest import Manifest
 from fastlm.data.split import document_hash
 from fastlm.errors import DataError, OutputError
@@ -125,6 +127,7 @@ def test_made_anew_for_other_contents_names_and_sizes(library, preparations):
         ("train_00000.bin", lambda content: content[:-2]),
         ("val_00000.bin", lambda content: content + b"\0\0"),
         ("val_00000.bin", None),
+        ("val_00000.bin", lambda content: content[:-1] + b"\xff"),
         ("manifest.json", None),
         ("manifest.json", lambda content: content[: len(content) // 2]),
         ("manifest.json", lambda content: b"\xff" + content),
@@ -147,7 +150,9 @@ def test_damage_is_mended(library, preparations, name, damage):
     assert default_corpus(VOCAB_SIZE, log=lines.append) == directory
     assert any("is damaged" in line for line in lines)
     assert len(preparations) == 2
-    assert {path.name: path.read_bytes() for path in directory.iterdir()} == sound
+    found = {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert {name: content for name, content in found.items() if name in sound} == sound
+    assert found.keys() - sound.keys() <= {VERIFIED_NAME}
     assert os.listdir(directory.parent) == [directory.name]
 
 
@@ -180,6 +185,29 @@ def test_the_second_of_two_uses_the_firsts(library, monkeypatch):
     assert [(directory / "manifest.json").stat().st_ino] == winner
     assert os.listdir(directory.parent) == [directory.name]
     assert sorted(documents(directory)) == sorted({**MODULES, **PACKAGED}.values())
+
+
+def test_two_repair_it_at_once(library, preparations, monkeypatch):
+    """The second, which saw the damage and waited, leaves the first one's corpus alone."""
+    directory = default_corpus(VOCAB_SIZE, log=quiet)
+    (directory / "val_00000.bin").unlink()
+    directory.with_name(f".{directory.name}.damaged-0123").mkdir()  # a killed process left it
+    genuine, lines, first = corpus.locked, [], []
+
+    @contextlib.contextmanager
+    def overtaken(path):
+        if not first:
+            first.append(True)
+            default_corpus(VOCAB_SIZE, log=quiet)  # the other process, from here to its end
+            first.append((directory / "manifest.json").stat().st_ino)
+        with genuine(path):
+            yield
+
+    monkeypatch.setattr(corpus, "locked", overtaken)
+    assert default_corpus(VOCAB_SIZE, log=lines.append) == directory
+    assert lines[-1] == "[corpus] another process has prepared it meanwhile"
+    assert (directory / "manifest.json").stat().st_ino == first[1]  # what it opened is still there
+    assert len(preparations) == 2 and os.listdir(directory.parent) == [directory.name]
 
 
 def test_processes_at_once(library):

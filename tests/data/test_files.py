@@ -1,4 +1,4 @@
-"""fastlm/data/files.py: opening token files, checking them, and seeing several as one dataset."""
+"""fastlm/data/files.py: opening token files and checking them."""
 
 import os
 import re
@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prepared_data import seal
 
 from fastlm import DataError, TokenDataset, load_token_dataset
-from fastlm.data.files import TOKEN_DTYPES, as_dataset, check_dataset, open_data
+from fastlm.data.dataset import TOKEN_DTYPES
+from fastlm.data.files import check_dataset, open_data
+from fastlm.data.loader import TrainLoader, all_batches, spread_batches
 from fastlm.data.manifest import MANIFEST_NAME, Manifest, Shard, Split
 
 
@@ -112,9 +115,10 @@ def bad_files(tmp_path):
         (write("data.npy", whole[:-1]), {}, no_npy),
         (write("zip.npy", b"PK\x03\x04 and no more"), {}, no_npy),
         (tmp_path / "archive.npy", {}, no_npy),
-        (npy_file(tmp_path / "object.npy", np.array([{}])), {}, no_npy),
+        (npy_file(tmp_path / "object.npy", np.array([{}])), {}, "1-D array of object"),
         (npy_file(tmp_path / "float.npy", np.ones(3)), {}, "1-D array of float64; .*uint16"),
         (npy_file(tmp_path / "int16.npy", np.ones(3, dtype=np.int16)), {}, "1-D array of int16"),
+        (npy_file(tmp_path / "big.npy", np.ones(3, dtype=">u2")), {}, "holds >u2; .*byte order"),
         (npy_file(tmp_path / "2d.npy", np.ones((2, 3), dtype=np.int64)), {}, "2-D array of int64"),
         (npy_file(tmp_path / "0d.npy", np.uint16(3)), {}, "0-D array of uint16"),
     ]  # fmt: skip
@@ -177,60 +181,40 @@ def test_files_that_may_not_be_read(tmp_path):
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-# Several files as one dataset
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs mkfifo()")
+def test_a_named_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "t.bin")  # to open it would wait for a writer
+    with pytest.raises(DataError, match=r"t\.bin: not a regular file"):
+        load_token_dataset(tmp_path / "t.bin")
 
 
-def test_locate():
-    dataset = TokenDataset(
-        [np.arange(n, dtype=np.uint16) for n in (0, 3, 0, 0, 2, 1, 0)], list("abcdefg")
-    )
-    assert len(dataset) == 6 and dataset.dtype == np.uint16
-    located = [dataset.locate(position) for position in range(6)]
-    assert located == [("b", 0), ("b", 1), ("b", 2), ("e", 0), ("e", 1), ("f", 0)]
-    assert TokenDataset([np.zeros(2, np.uint8)] * 2).locate(3) == ("array 1", 1)
-
-
-def test_slice():
-    tokens = np.arange(30, dtype=np.uint16)
-    pieces = np.split(tokens, [0, 10, 10, 11, 25])
-    dataset = TokenDataset(pieces, list("abcdef"))
-    for begin in range(31):
-        for end in range(begin, 31):
-            part = dataset.slice(begin, end)
-            assert np.concatenate(part.segments).tolist() == list(range(begin, end))
-            assert len(part) == end - begin
-            # The file and the offset in the file, not in the slice.
-            for position in (0, end - begin - 1):
-                if begin < end:
-                    assert part.locate(position) == dataset.locate(begin + position)
-    twice = dataset.slice(5, 28).slice(3, 20)
-    assert np.concatenate(twice.segments).tolist() == list(range(8, 25))
-    assert [twice.locate(i) for i in range(17)] == [dataset.locate(i) for i in range(8, 25)]
-    assert np.shares_memory(twice.segments[1], tokens)  # not copied
-
-
-@pytest.mark.parametrize(
-    "segments, message",
-    [
-        ([], "at least one"),
-        ([np.zeros((2, 2), np.uint16)], r"1-D, got shape \(2, 2\)"),
-        ([np.zeros(2, np.float32)], "got float32"),
-        ([np.zeros(2, np.int16)], "got int16"),
-        ([np.zeros(2, ">u2")], "got >u2"),
-        ([np.zeros(2, np.uint16), np.zeros(2, np.uint32)], "one dtype, got uint16 and uint32"),
-    ],
-)
-def test_arrays_that_are_no_dataset(segments, message):
-    with pytest.raises(DataError, match=message):
-        TokenDataset(segments)
-
-
-def test_as_dataset():
-    tokens = np.arange(9, dtype=np.uint16)
-    dataset = TokenDataset([tokens])
-    assert as_dataset(dataset) is dataset
-    assert np.shares_memory(as_dataset(tokens).segments[0], tokens)
-    assert len(as_dataset([tokens, tokens[:3]])) == 12
+@pytest.mark.parametrize("suffix", ["npy", "bin"])
+def test_a_file_cut_while_it_is_mapped(suffix, tmp_path):
+    """Named before it is read: where the file no longer is, reading ends the process (SIGBUS)."""
+    tokens = np.zeros(100_000, dtype=np.uint16)
+    path = tmp_path / f"t.{suffix}"
+    npy_file(path, tokens) if suffix == "npy" else bin_file(path, tokens)
+    other = bin_file(tmp_path / "other.bin", tokens)
+    data = open_data([str(other), str(path)])
+    loader = TrainLoader(data.train, 4, 16, seed=0)
+    loader.batch(0)
+    size = path.stat().st_size
+    with open(path, "ab") as file:  # to grow does no harm
+        file.write(b"\0" * 64)
+    loader.batch(4)
+    os.truncate(path, 5000)
+    message = rf"^{path}: was cut from {size} to 5000 bytes while it was in use"
+    for read in (
+        lambda: loader.batch(8),
+        lambda: list(spread_batches(data.val, 4, 16, 2, "cpu")),
+        lambda: list(all_batches(data.val, 4, 16, "cpu")),
+        lambda: check_dataset(data.train, "training", context_len=16, vocab_size=1),
+        lambda: data.fingerprint,
+    ):
+        with pytest.raises(DataError, match=message):
+            read()
+    copied = TokenDataset([np.array(tokens)])
+    copied.check_files()  # nothing is mapped: nothing to lose
 
 
 # The scan of the token ids
@@ -278,7 +262,6 @@ def test_one_file_is_split(tmp_path, capsys):
     assert data.train.segments[0].tolist() == list(range(950))
     assert data.val.segments[0].tolist() == list(range(950, 1000))
     assert data.manifest is None and data.val_bytes is None and data.tokenizer_json is None
-    assert data.fingerprint == "950 uint16 tokens without a manifest"
     assert "the last 50 of 1,000 tokens are held out" in capsys.readouterr().out
     assert len(open_data([str(path)], val_fraction=0.5).val) == 500
 
@@ -340,11 +323,9 @@ def prepared(directory: Path, dtype: str = "uint16") -> Manifest:
             "val": Split(2, 17, 1, [shards["val_00000"]]),
         },
         tokenizer="tokenizer.json",
-        fingerprint="f00",
     )
-    manifest.save(directory)
     (directory / "tokenizer.json").write_text("{}")
-    return manifest
+    return seal(directory, manifest)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
@@ -358,7 +339,7 @@ def test_a_prepared_directory(dtype, tmp_path):
         assert np.concatenate(data.train.segments).tolist() == [1, 2, 3, 4]
         assert data.val.segments[0].tolist() == [5, 6]
         assert data.manifest == manifest and data.val_bytes == 17
-        assert data.tokenizer_json == "{}" and data.fingerprint == "f00"
+        assert data.tokenizer_json == "{}" and data.fingerprint == manifest.fingerprint
 
 
 def test_a_prepared_directory_with_other_validation_files(tmp_path):
@@ -383,8 +364,11 @@ def edited(directory: Path, old: str, new: str) -> None:
     [
         (lambda d: (d / "val_00000.bin").unlink(), "val_00000.bin: no such token file"),
         (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json: is missing"),
-        (lambda d: bin_file(d / "val_00000.bin", [1]), "val shards hold 1 tokens, .* says 2"),
-        (lambda d: bin_file(d / "train_00001.bin", [4, 4]), "train shards hold 5 .* says 4"),
+        (lambda d: bin_file(d / "val_00000.bin", [1]), "val_00000.bin: holds 1 tok.* says 2"),
+        (
+            lambda d: bin_file(d / "train_00001.bin", [4, 4]),
+            "_00001.bin: holds 2 tok.* says 1",
+        ),
         (lambda d: (d / MANIFEST_NAME).write_text("{"), "not a readable manifest"),
         (lambda d: (d / MANIFEST_NAME).write_text("[]"), "not a readable manifest"),
         (lambda d: (d / MANIFEST_NAME).write_bytes(b"\xff\xfe"), "not a readable manifest"),

@@ -14,6 +14,8 @@ from command_server import commands
 from prepared_data import bytes_tokenizer, decoded_documents, quiet, write_files
 
 from fastlm import prepare as prepare_module
+from fastlm.data import staging
+from fastlm.data.files import open_data
 from fastlm.data.manifest import Manifest
 from fastlm.data.text import END_OF_TEXT, find_text_files
 from fastlm.data.tokenizer import train_tokenizer
@@ -203,12 +205,84 @@ def test_signals(place, number):
     assert not (place / "out").exists()
     if number == signal.SIGKILL:
         (place / "in" / "large.txt").unlink()
+        assert [name[:13] for name in os.listdir(place) if name != "in"] == [".out.partial-"]
         prepare(find_text_files(["in"]), "out", vocab_size=300, log=quiet)
         assert Manifest.load(place / "out").splits["train"].tokens
+        assert sorted(os.listdir(place)) == ["in", "out"]
         return
     assert result.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert "Traceback" not in result.output
     assert sorted(os.listdir(place)) == ["in"]
+
+
+def test_leftovers_of_a_process_that_lives_stay(place):
+    files = find_text_files(["in"])
+    others = [
+        ".out.partial-notes",
+        ".out.partial-1-abcdefgh",
+        ".output.partial-1-0123abcd",
+        "out.partial-1-0123abcd",
+    ]
+    prepare(files, "out", vocab_size=300, log=quiet)
+    for name in (*others, ".out.partial-7-0123abcd", ".out.replaced-8-0123abcd"):
+        write_files(place / name, {"train_00000.bin": "x"})
+    with staging.locked(place / ".out.partial-7-0123abcd"):  # as long as its process writes it
+        prepare(files, "out", vocab_size=270, overwrite=True, log=quiet)
+        found = sorted(os.listdir(place))
+        assert found == sorted([*others, ".out.partial-7-0123abcd", "in", "out"])
+    prepare(files, "out", vocab_size=300, overwrite=True, log=quiet)
+    assert sorted(os.listdir(place)) == sorted([*others, "in", "out"])
+
+
+def test_data_set_aside_comes_back(place):
+    """Killed between the two renames of --overwrite: the old data is under the hidden name."""
+    files = find_text_files(["in"])
+    prepare(files, "out", vocab_size=300, log=quiet)
+    before = everything(place / "out")
+    (place / "out").rename(place / ".out.replaced-9-0123abcd")
+    write_files(place / ".out.partial-9-0123abcd", {"train_00000.bin": "x"})
+    with pytest.raises(OutputError, match="is not empty; add --overwrite"):
+        prepare(files, "out", vocab_size=270, log=quiet)
+    assert everything(place / "out") == before
+    assert sorted(os.listdir(place)) == ["in", "out"]
+
+
+def test_a_directory_tidied_away_before_its_lock_is_made_again(place, monkeypatch):
+    genuine, calls = staging.locked, []
+
+    def overtaken(directory, **options):
+        calls.append(directory)
+        if len(calls) == 1:
+            directory.rmdir()  # by another process, to which it was a leftover
+        return genuine(directory, **options)
+
+    monkeypatch.setattr(staging, "locked", overtaken)
+    prepare(find_text_files(["in"]), "out", vocab_size=300, log=quiet)
+    assert len(calls) == 2 and sorted(os.listdir(place)) == ["in", "out"]
+
+
+def test_file_names_that_are_not_utf8(place):
+    """On Linux a file's name is bytes. The command prints them as they are: they can be pasted."""
+    try:
+        os.mkdir(b"in\xff")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    for index in range(6):
+        Path(os.fsdecode(b"in\xff/%d\xfe.txt" % index)).write_text("some text\n" * 30)
+    out = os.fsdecode(b"out\xfd")
+    result = subprocess.run(
+        [sys.executable, "-m", "fastlm.prepare", b"in\xff", "--out", out, "--vocab-size", "300"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        capture_output=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.splitlines()[-1] == b"next: python -m fastlm.train --data 'out\xfd'"
+    manifest = Manifest.load(out)
+    assert sum(split.documents for split in manifest.splits.values()) == 6
+    assert manifest.source["first_file"] == "0\ufffd.txt"  # any JSON reader takes it
+    data = open_data([out])
+    assert len(data.train) == manifest.splits["train"].tokens
 
 
 def test_missing_rights(place):

@@ -1,5 +1,6 @@
 """Text files to prepare, and prepared directories read back without fastlm's own readers."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,21 @@ def decoded_documents(directory: Path, split: str) -> list[str]:
     assert len(ids) == 0 or ends[-1] == len(ids) - 1, "every document ends with the marker"
     parts = np.split(ids, ends + 1)[:-1]
     return [tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts]
+
+
+def seal(directory: Path, manifest: Manifest) -> Manifest:
+    """Gives `manifest` the hashes of the files in `directory`, and saves it there."""
+    parts = [hashlib.sha256((directory / manifest.tokenizer).read_bytes()).digest()]
+    for name in ("train", "val"):
+        shards = manifest.splits[name].shards
+        parts.append(f"{name} {manifest.dtype} {len(shards)}\n".encode())
+        for shard in shards:
+            digest = hashlib.sha256((directory / shard.file).read_bytes())
+            shard.sha256 = digest.hexdigest()
+            parts.append(digest.digest())
+    manifest.fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()
+    manifest.save(directory)
+    return manifest
 
 
 def shard_tokens(directory: Path, split: str) -> np.ndarray:

@@ -73,6 +73,8 @@ def write_tokens(directory: Path, train: int = 4000, val: int = 500) -> None:
 
 def write_prepared(directory: Path) -> Path:
     """A prepared directory: a tokenizer, token files and their manifest."""
+    from prepared_data import seal
+
     from fastlm.data.manifest import Manifest, Shard, Split
     from fastlm.data.tokenizer import train_tokenizer
 
@@ -95,9 +97,8 @@ def write_prepared(directory: Path) -> Path:
         splits=splits,
         tokenizer="tokenizer.json",
         end_of_text=0,
-        fingerprint="f" * 64,
     )
-    manifest.save(directory)
+    seal(directory, manifest)
     return directory
 
 

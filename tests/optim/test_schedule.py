@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from training_runs import tiny_config
 
 from fastlm import cosine_lr_schedule, get_cosine_schedule_with_warmup, wsd_lr_schedule
-from fastlm.loop import learning_rate
+from fastlm.schedule import learning_rate, rate_jump
 
 # it = 0..24 with a maximum of 1, a minimum of 0.1, 7 warm-up steps and a cycle of 21 steps.
 CS336_RATES = [
@@ -128,3 +129,36 @@ def test_the_trainer_follows_the_configured_schedule(tmp_path):
     assert learning_rate(50, cfg) == cfg.lr_max
     assert cfg.lr_min < learning_rate(90, cfg) < cfg.lr_max
     assert learning_rate(100, cfg) == cfg.lr_min
+
+
+def settings_of_a_schedule(**changed):
+    sizes = dict(lr_max=1e-3, lr_min=1e-5, warmup_iters=10, total_steps=100, cosine_iters=100)
+    return {"schedule": "wsd", **sizes, **changed}
+
+
+def test_a_rate_that_jumps_at_a_resume_is_told():
+    """Extending a wsd run that has decayed sets its rate back to lr_max, which undoes the decay."""
+    wsd = settings_of_a_schedule()
+    longer = settings_of_a_schedule(total_steps=200, cosine_iters=200)
+    line = jump(100, wsd, longer)
+    assert line.startswith("note: the learning rate goes up from 5.95e-05 to 1.00e-03 at step 100")
+    assert line.endswith(
+        "began at step 80; a wsd run is extended better from a checkpoint before that"
+    )
+    assert "\n" not in line
+    # Nothing is said where nothing jumps: before the decay, unchanged, in the warm-up, at step 0.
+    cosine = settings_of_a_schedule(schedule="cosine")
+    for step, stored, settings in (
+        (80, wsd, longer), (81, wsd, longer), (90, wsd, wsd), (5, wsd, longer), (0, wsd, longer),
+        (60, cosine, longer_cosine(110)), (100, {}, longer), (100, None, longer),
+    ):  # fmt: skip
+        assert jump(step, stored, settings) is None, step
+    assert "it has decayed by another schedule" in jump(100, cosine, longer_cosine(200))
+
+
+def jump(step, stored, settings):
+    return rate_jump(step, stored, SimpleNamespace(**settings))
+
+
+def longer_cosine(steps):
+    return settings_of_a_schedule(schedule="cosine", total_steps=steps, cosine_iters=steps)

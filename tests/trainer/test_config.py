@@ -60,6 +60,7 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
         train_minutes=None, max_minutes=None, eval_batches=20, weight_decay_all=False,
         schedule="cosine", dtype="auto", compile=False, activation_checkpointing=False, seed=0,
         init_from=None, eval_only=False, overwrite=False,
+        final_eval_tokens=10_000_000,
     )  # fmt: skip
 
 

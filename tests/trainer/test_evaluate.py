@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from training_runs import VOCAB_SIZE, tiny_config, tokens
 
 from fastlm import TransformerLM, evaluate_model_loss, validate
-from fastlm.data.files import as_dataset
+from fastlm.data.dataset import as_dataset
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss, summed_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,8 +123,10 @@ def test_the_loss_over_all_targets_counts_each_once(length, batch_size):
         with torch.no_grad():
             return summed_loss(model(x), y)
 
-    mean, targets = loss_over_all(loss, as_dataset(data), batch_size, T, torch.device("cpu"))
-    assert targets == length - 1
+    mean, targets, of_targets = loss_over_all(
+        loss, as_dataset(data), batch_size, T, torch.device("cpu")
+    )
+    assert targets == of_targets == length - 1
     assert seen.tolist() == np.bincount(data[1:], minlength=VOCAB_SIZE).tolist()
     # By hand: window after window, the last one moved back to fit, its first targets left out.
     total = 0.0
@@ -147,6 +149,40 @@ def test_the_loss_over_all_targets_of_several_files():
     assert loss_over_all(loss, parts, 4, T, cpu) == loss_over_all(
         loss, as_dataset(whole), 4, T, cpu
     )
+
+
+def test_the_loss_over_a_part_is_of_windows_spread_evenly():
+    data = tokens(100 * T + 1)
+    model = make_model().eval()
+
+    def loss(x, y):
+        with torch.no_grad():
+            return summed_loss(model(x), y)
+
+    def over(max_targets):
+        cpu = torch.device("cpu")
+        return loss_over_all(loss, as_dataset(data), 4, T, cpu, max_targets=max_targets)
+
+    part = over(12 * T + 3)
+    assert (part.targets, part.of_targets) == (12 * T, 100 * T)
+    # The first window, the last, and ten between: no target twice, none of them chosen.
+    starts = [T * round(i * 99 / 11) for i in range(12)]
+    expected = np.mean([float(window_loss(model, data, start).mean()) for start in starts])
+    assert part.loss == pytest.approx(expected, rel=1e-6)
+    assert part.extent == f"over {12 * T} of {100 * T} targets, evenly spread"
+    assert over(0) == over(100 * T) == over(10**9)
+    assert over(0).targets == 100 * T and over(0).extent == f"over all {100 * T} targets"
+    assert over(1).targets == T  # a window at least
+
+
+def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):
+    now = iter(range(0, 10_000, 4))  # 4 s a look at the clock
+    monkeypatch.setattr("fastlm.data.progress.time.monotonic", lambda: next(now))
+    data = as_dataset(tokens(12 * T + 1))
+    loss_over_all(lambda x, y: torch.tensor(1.0), data, 2, T, torch.device("cpu"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[VAL] final loss: 48 of 96 targets"
+    assert lines[-1] == "[VAL] final loss: 96 targets (28.0 s)" and len(lines) == 3
 
 
 def test_mean_loss_weighs_targets_and_not_batches():

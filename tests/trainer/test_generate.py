@@ -12,7 +12,14 @@ from training_runs import flags, listing, metrics, tiny_config, write_prepared
 
 from fastlm import ConfigError, TransformerLM, create_model_and_optimizer, save_checkpoint
 from fastlm.data.manifest import Manifest
-from fastlm.generate import check_sampling, generate, load_model, sample, sample_texts
+from fastlm.generate import (
+    check_sampling,
+    encode_prompt,
+    generate,
+    load_model,
+    sample,
+    sample_texts,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -220,6 +227,28 @@ def test_a_new_document_begins_with_the_end_of_text(tokenizer_json, monkeypatch)
     monkeypatch.setattr("fastlm.generate.generate", remember)
     assert sample_texts(make_model(vocab_size=270), tokenizer_json, num_samples=2) == ["", ""]
     assert prompts == [[[0], [0]]]
+
+
+def test_a_prompt_is_encoded_as_training_text_is(tokenizer_json):
+    """Only `<|endoftext|>` is a token of its own: what else the tokenizer adds or takes for one,
+    prepare has written as text, and the model has never seen."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    plain = Tokenizer.from_str(tokenizer_json)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.add_special_tokens(["[CLS]"])
+    cls = tokenizer.token_to_id("[CLS]")
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", cls)]
+    )
+    assert tokenizer.encode("def").ids == [cls, *plain.encode("def").ids]  # what must not happen
+
+    prompt = "def f[CLS]<|endoftext|>x"
+    before, after = (plain.encode(part).ids for part in prompt.split("<|endoftext|>"))
+    assert cls not in before
+    assert encode_prompt(tokenizer, prompt) == [*before, 0, *after]
+    assert encode_prompt(tokenizer, "") == []
 
 
 def test_without_a_tokenizer_texts_are_ids():

@@ -216,6 +216,17 @@ def test_cached_logits_equal_those_of_the_whole_sequence():
             torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("pieces", [(1, 3, 4), (5, 2, 1), (2, 2, 2)])
+def test_several_tokens_after_a_cache_are_causal(pieces):
+    model = make_model().eval()
+    ids = random_tokens(3, sum(pieces))
+    with torch.no_grad():
+        cache = KVCache()
+        got = torch.cat([model(piece, cache) for piece in ids.split(pieces, dim=1)], dim=1)
+        torch.testing.assert_close(got, model(ids), rtol=1e-4, atol=1e-4)
+    assert cache.length == sum(pieces)
+
+
 def test_greedy_generation_equals_that_by_whole_forward_passes():
     model = make_model()
     prompt = random_tokens(2, 3)

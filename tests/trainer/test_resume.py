@@ -27,7 +27,8 @@ from fastlm import (
     load_checkpoint,
     train_loop,
 )
-from fastlm.data.files import Data, as_dataset
+from fastlm.data.dataset import as_dataset
+from fastlm.data.files import Data
 from fastlm.data.loader import TrainLoader
 from fastlm.loop import learning_rate
 from fastlm.run.log import RunLog
@@ -225,6 +226,17 @@ def test_train_loop_runs_outside_the_main_thread(tmp_path):
     thread.join()
     run_tiny(tmp_path / "main")
     assert losses(tmp_path / "thread") == losses(tmp_path / "main")
+
+
+def test_a_decayed_run_made_longer_says_that_its_rate_goes_up(tmp_path, capsys):
+    run_tiny(tmp_path / "run", total_steps=10, ckpt_every=6, schedule="wsd")
+    for step, says in (("6", 0), ("final", 1)):
+        settings = dict(total_steps=14, schedule="wsd")
+        path = str(checkpoint(tmp_path / "run", step))
+        capsys.readouterr()
+        run_tiny(tmp_path / f"from_{step}", ckpt_path_to_resume=path, **settings)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "[resume] note" in line]
+        assert len(lines) == says and all("began at step 8" in line for line in lines)
 
 
 def test_train_loop_returns_the_trained_model(tmp_path):

@@ -188,6 +188,15 @@ def test_validation_reads_the_same_batches_every_time(tmp_path):
     assert len({row["val_loss"] for row in metrics(tmp_path, "val")}) == 1
 
 
+def test_the_last_evaluation_has_a_limit(tmp_path, capsys):
+    run_tiny(tmp_path, final_eval_tokens=100)
+    (summary,) = metrics(tmp_path, "summary")
+    assert summary["val_targets"] == 83 and 0 < summary["val_loss"] < 5
+    # Windows of 32, the last of them with the 19 targets that are left.
+    extent = f"over 83 of {len(VAL) - 1} targets, evenly spread"
+    assert re.search(rf"^\[summary\] validation  loss .* {extent}$", capsys.readouterr().out, re.M)
+
+
 def test_grad_accum_is_the_bigger_batch(tmp_path):
     run_tiny(tmp_path / "one", batch_size=8, lr_max=5e-3)
     run_tiny(tmp_path / "four", batch_size=2, grad_accum=4, lr_max=5e-3)

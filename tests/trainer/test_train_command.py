@@ -93,7 +93,7 @@ def test_what_a_run_says(here):
         r"^\[run\] fastlm \S+, preset demo",
         r"^\[load_token_dataset\] Loaded \S+train_00000.bin, shape=\(\d+,\), dtype=uint16$",
         r"^\[run\] model: 0\.\d\d M parameters \(2 layers, d_model 32, 2 heads, vocabulary 270\)$",
-        r"^\[run\] data: [\d,]+ training and \d+ validation tokens, fingerprint f{16}$",
+        r"^\[run\] data: [\d,]+ training and \d+ validation tokens, fingerprint [0-9a-f]{16}$",
         r"^\[run\] on cpu \(.*\), torch \S+, float32, not compiled",
         r"^\[run\] 12 steps of 128 tokens, seed 0, into runs.demo-",
         r"^\[train\] step 0/12 \| avg_loss=",
@@ -133,6 +133,9 @@ def test_validation_at_the_end_is_over_all_targets(straight):
         tiny_flags(eval_only=True, init_from=weights, target_dir="other"), straight.parent
     )
     assert f"[VAL] val_loss {summary['val_loss']:.4f} over" in result.stdout, result.output
+    # The limit of a run's last evaluation is none of this one's, unless it is asked for here.
+    result = commands().run([*argv, "--final-eval-tokens", "70"], straight.parent)
+    assert "over 51 of 499 targets, evenly spread" in result.stdout, result.output
     assert listing(straight.parent) == before  # and nothing was written
 
 
