@@ -22,7 +22,11 @@ def check_optimizer_state(
     """
     stored = stored if isinstance(stored, Mapping) else {}
     groups, state = stored.get("param_groups"), stored.get("state")
-    if not isinstance(state, Mapping) or not isinstance(groups, list) or not all(map(_lists, groups)):
+    if (
+        not isinstance(state, Mapping)
+        or not isinstance(groups, list)
+        or not all(map(_lists, groups))
+    ):
         raise ValueError("it is no state dict of an optimizer")
     sizes = [len(group["params"]) for group in groups]
     expected = [len(group["params"]) for group in optimizer.param_groups]
