@@ -209,9 +209,9 @@ def _fitting_state(model: nn.Module, payload: Mapping[str, Any]) -> dict[str, to
     stored = payload if stored is None else stored
     if not isinstance(stored, Mapping):
         raise CheckpointError(f"the checkpoint holds no weights but a {type(stored).__name__}")
-    odd = next((name for name in stored if not isinstance(name, str)), None)
-    if odd is not None:
-        raise CheckpointError(f"the checkpoint holds weights without a name: {shortened(odd)}")
+    odd = [name for name in stored if not isinstance(name, str)]
+    if odd:
+        raise CheckpointError(f"the checkpoint holds weights without a name: {shortened(odd[0])}")
     state = {strip_prefixes(name): tensor for name, tensor in stored.items()}
     expected = unwrap(model).state_dict()
     differences = [
@@ -306,7 +306,7 @@ def _first(payload: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 
 def _count(value: Any, what: str) -> int | None:
     """`value` as a number of things; other programs store tensors and floats, too."""
-    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.shape == ():
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and shape_of(value) == "()":
         value = value.item()
     if isinstance(value, float) and value.is_integer():
         value = int(value)
