@@ -18,7 +18,7 @@ from fastlm.checkpoint import (
     restore_scaler,
     samples_seen_of,
 )
-from fastlm.foreign_state import shortened
+from fastlm.foreign_state import shape_of, shortened
 
 CPU = torch.device("cpu")
 
@@ -132,7 +132,8 @@ def _nested(depth: int) -> list:
 
 
 def _of(value: Any) -> torch.Tensor:
-    return value if isinstance(value, torch.Tensor) else torch.ones(3)
+    plain = shape_of(value).startswith("(") and value.numel() < 1 << 20
+    return value if plain and value.device.type == "cpu" else torch.ones(3)
 
 
 _ODD_KEYS = (
