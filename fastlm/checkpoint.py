@@ -133,8 +133,7 @@ def read_checkpoint(src: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file raises anything: pickle, zip, key, decode errors
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise CheckpointError(f"{src}: is no readable checkpoint ({reason})") from error
+        raise CheckpointError(f"{src}: is no readable checkpoint ({first_line(error)})") from error
     if not isinstance(payload, Mapping):
         raise CheckpointError(f"{src}: is no checkpoint but a {type(payload).__name__}")
     return dict(payload)
@@ -178,7 +177,8 @@ def restore_scaler(scaler: torch.amp.GradScaler, payload: Mapping[str, Any]) -> 
         for key in ("scale", "growth_factor", "backoff_factor", "growth_interval"):
             if not is_number(stored[key]) or not stored[key] > 0:
                 raise ValueError(f"{key} is {shortened(stored[key])}")
-        _count(stored["_growth_tracker"], "growth tracker")
+        if _count(stored["_growth_tracker"], "growth tracker") is None:
+            raise ValueError("it has no growth tracker")
         scaler.load_state_dict(dict(stored))
     except Exception as error:
         raise CheckpointError(
@@ -192,10 +192,14 @@ def restore_random_state(payload: Mapping[str, Any], device: torch.device) -> No
     Raises CheckpointError for what is no state of a generator.
     """
     stored = payload.get("random_state")
+    if stored is None:
+        return
     try:
-        if stored is not None and "torch" in stored:
+        if not isinstance(stored, Mapping):
+            raise TypeError(f"it is a {type(stored).__name__}")
+        if "torch" in stored:
             torch.set_rng_state(stored["torch"])
-        if stored is not None and "cuda" in stored and device.type == "cuda":
+        if "cuda" in stored and device.type == "cuda":
             torch.cuda.set_rng_state(stored["cuda"], device)
     except Exception as error:
         raise CheckpointError(

@@ -122,4 +122,6 @@ def shortened(value: Any, *, quoted: bool = True) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")[:300] or type(error).__name__
+    """What went wrong, without torch.load's advice to run whatever code a file holds."""
+    lines = [line.strip() for line in str(error).splitlines() if "weights_only" not in line]
+    return next(filter(None, lines), type(error).__name__)[:300]

@@ -37,12 +37,12 @@ def fuzz(count: int, seed: int, directory: Path) -> int:
     for case in range(count):
         rng = random.Random(f"{seed}/{case}")
         payload = copy.deepcopy(whole)
-        told = [_mutate(payload, rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
-        path = directory / "fuzzed.pt"
-        torch.save(payload, path)
+        path, told = directory / "fuzzed.pt", []
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # no optimizer state, and the like
+                warnings.simplefilter("ignore")  # no optimizer state, and the like
+                told += [_mutate(payload, rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+                torch.save(payload, path)
                 if _restores(model, optimizer, path):
                     train_step(model, optimizer, 0)
                     model, optimizer = make_pair(steps=1)
