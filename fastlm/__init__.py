@@ -20,6 +20,7 @@ from fastlm.errors import (
     DataError,
     DeviceError,
     ExtensionError,
+    IncompleteRunError,
     OutputError,
     UserError,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "ExtensionError",
+    "IncompleteRunError",
     "LinearCrossEntropyPlan",
     "LivePlotter",
     "OutputError",

@@ -1,14 +1,12 @@
 """Checkpoints: one file, never half-written, its damage detected, loadable without running code.
 
 A checkpoint is a torch.save file of tensors and plain values, readable with
-`torch.load(path, weights_only=True)`. Its SHA-256 stands in the zip archive's comment, where every
-reader ignores it and a bit flipped anywhere in the file, padding included, is found.
+`torch.load(path, weights_only=True)`. What stands in it is here; how the file is written, and its
+damage found, is in checkpoint_file.py.
 """
 
-import hashlib
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +15,20 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from fastlm.data.staging import sync
-from fastlm.errors import CheckpointError, OutputError
+from fastlm.checkpoint_file import digest_holds, inflates, write_checkpoint
+from fastlm.checkpoint_file import remove_stale_temporaries as remove_stale_temporaries
+from fastlm.errors import CheckpointError
+from fastlm.foreign_state import (
+    check_optimizer_state,
+    first_line,
+    is_number,
+    shape_of,
+    shortened,
+    strip_prefixes,
+)
+from fastlm.hardware import is_out_of_memory
 
 FORMAT_VERSION = 1
-_PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's wrappers
-_COMMENT_TAG = b"sha256:"
-_COMMENT_SIZE = len(_COMMENT_TAG) + 64
-_ZIP_END, _ZIP_END_SIZE = b"PK\5\6", 22  # a zip file's last record, which the comment follows
 _MODEL_KEYS = ("model_state", "model_state_dict", "model")
 _OPTIMIZER_KEYS = ("optimizer_state", "optimizer_state_dict", "optimizer")
 _ITERATION_KEYS = ("iteration", "step", "iter_num")
@@ -44,6 +48,17 @@ def save_checkpoint(
     A path is written under a temporary name, synced and renamed: at every moment there is the old
     file or the whole new one. Raises OutputError if it cannot be written.
     """
+    payload = checkpoint_payload(model, optimizer, iteration, **extra)
+    if isinstance(out, str | os.PathLike):
+        write_checkpoint(payload, Path(out))
+    else:
+        torch.save(payload, out)
+
+
+def checkpoint_payload(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, iteration: int, **extra: Any
+) -> dict[str, Any]:
+    """What save_checkpoint writes; its tensors are the model's and the optimizer's own."""
     payload = {
         "format_version": FORMAT_VERSION,
         "model_state": unwrap(model).state_dict(),
@@ -52,31 +67,7 @@ def save_checkpoint(
     }
     if optimizer is not None:
         payload["optimizer_state"] = optimizer.state_dict()
-    if not isinstance(out, str | os.PathLike):
-        torch.save(payload, out)
-        return
-    out = Path(out)
-    temporary = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # ".tmp" at the end: what a killed process leaves behind is never taken for a checkpoint.
-        handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            _write_with_digest(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would lock colleagues out
-        os.replace(temporary, out)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OutputError(
-                f"{out}: cannot be written ({error.strerror}); make room there or choose another "
-                f"directory"
-            ) from error
-        raise
-    sync(out.parent)
+    return payload
 
 
 def load_checkpoint(
@@ -95,9 +86,10 @@ def load_checkpoint(
     if not isinstance(model, nn.Module):
         model, optimizer, src = optimizer, src, model
     payload = read_checkpoint(src)
+    iteration = iteration_of(payload)
     model_state = _fitting_state(model, payload)
     if optimizer is not None and holds_optimizer_state(payload):
-        restore_optimizer(optimizer, payload)
+        restore_optimizer(optimizer, payload, model)
     elif optimizer is not None:
         warnings.warn(
             f"{src}: holds no optimizer state; the optimizer stays as it is. Pass optimizer=None "
@@ -105,12 +97,17 @@ def load_checkpoint(
             stacklevel=2,
         )
     unwrap(model).load_state_dict(model_state)
-    return iteration_of(payload)
+    return iteration
 
 
 def iteration_of(payload: Mapping[str, Any]) -> int:
-    """The stored step number; 0 if there is none."""
-    return int(_first(payload, _ITERATION_KEYS) or 0)
+    """The stored step number; 0 if there is none. Raises CheckpointError for what is no number."""
+    return _count(_first(payload, _ITERATION_KEYS), "step number") or 0
+
+
+def samples_seen_of(payload: Mapping[str, Any]) -> int | None:
+    """The stored position in the data; None if there is none. Raises CheckpointError likewise."""
+    return _count(payload.get("samples_seen"), "position in the data (samples_seen)")
 
 
 def holds_optimizer_state(payload: Mapping[str, Any]) -> bool:
@@ -119,19 +116,24 @@ def holds_optimizer_state(payload: Mapping[str, Any]) -> bool:
 
 
 def read_checkpoint(src: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
-    """The checkpoint's content on the CPU, its digest checked (other programs' files have none)."""
+    """The checkpoint's content on the CPU, its digest checked (other programs' files have none).
+
+    Raises CheckpointError for a file that is missing, damaged, none, or compressed, which could
+    fill the memory from a few bytes.
+    """
     is_path = isinstance(src, str | os.PathLike)
-    if is_path and not Path(src).is_file():
-        raise CheckpointError(f"{src}: no such checkpoint")
     try:
-        if is_path and not _digest_holds(Path(src)):
+        if is_path and not Path(src).is_file():
+            raise CheckpointError(f"{src}: no such checkpoint")
+        if is_path and not digest_holds(Path(src)):
             raise CheckpointError(f"{src}: is damaged (its SHA-256 does not match)")
+        if is_path and inflates(Path(src)):
+            raise CheckpointError(f"{src}: is compressed, which no checkpoint is; save it again")
         payload = torch.load(src, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file raises anything: pickle, zip, key, decode errors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{src}: is no readable checkpoint ({reason})") from error
+        raise CheckpointError(f"{src}: is no readable checkpoint ({first_line(error)})") from error
     if not isinstance(payload, Mapping):
         raise CheckpointError(f"{src}: is no checkpoint but a {type(payload).__name__}")
     return dict(payload)
@@ -142,31 +144,87 @@ def restore_model(model: nn.Module, payload: Mapping[str, Any]) -> None:
     unwrap(model).load_state_dict(_fitting_state(model, payload))
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, payload: Mapping[str, Any]) -> None:
-    """Loads the optimizer state of a checkpoint that holds one."""
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, payload: Mapping[str, Any], model: nn.Module | None = None
+) -> None:
+    """Loads the optimizer state of a checkpoint that holds one. `model` names its parameters.
+
+    Raises CheckpointError, the optimizer unchanged, if a moment has another shape than its
+    parameter, stands under another name, or a setting is none.
+    """
+    stored = _first(payload, _OPTIMIZER_KEYS)
+    named = [] if model is None else unwrap(model).named_parameters()
+    before = optimizer.state, optimizer.param_groups
     try:
-        optimizer.load_state_dict(_first(payload, _OPTIMIZER_KEYS))
-    except (ValueError, KeyError, TypeError) as error:
+        check_optimizer_state(optimizer, stored, {id(p): strip_prefixes(n) for n, p in named})
+        optimizer.load_state_dict(stored)
+    except Exception as error:  # a foreign state dict raises anything: attribute, index errors, …
+        optimizer.state, optimizer.param_groups = before
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
-            f"the checkpoint's optimizer state does not fit: {error}; group the parameters as its "
-            f"run did"
+            f"the checkpoint's optimizer state does not fit: {first_line(error)}; group the "
+            f"parameters as its run did"
+        ) from error
+
+
+def restore_scaler(scaler: torch.amp.GradScaler, payload: Mapping[str, Any]) -> None:
+    """Sets the loss scale to a checkpoint's, if it has one. Raises CheckpointError for no scale."""
+    stored = payload.get("scaler")
+    if stored is None or (isinstance(stored, Mapping) and not stored):  # without float16
+        return
+    try:
+        for key in ("scale", "growth_factor", "backoff_factor", "growth_interval"):
+            if not is_number(stored[key]) or not stored[key] > 0:
+                raise ValueError(f"{key} is {shortened(stored[key])}")
+        if _count(stored["_growth_tracker"], "growth tracker") is None:
+            raise ValueError("it has no growth tracker")
+        scaler.load_state_dict(dict(stored))
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint's loss scale cannot be restored ({first_line(error)})"
+        ) from error
+
+
+def restore_random_state(payload: Mapping[str, Any], device: torch.device) -> None:
+    """Sets torch's generators, the CPU's and that of `device`, to a checkpoint's, if it has them.
+
+    Raises CheckpointError for what is no state of a generator.
+    """
+    stored = payload.get("random_state")
+    if stored is None:
+        return
+    try:
+        if not isinstance(stored, Mapping):
+            raise TypeError(f"it is a {type(stored).__name__}")
+        if "torch" in stored:
+            torch.set_rng_state(stored["torch"])
+        if "cuda" in stored and device.type == "cuda":
+            torch.cuda.set_rng_state(stored["cuda"], device)
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint's random state cannot be restored ({first_line(error)})"
         ) from error
 
 
 def _fitting_state(model: nn.Module, payload: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint, names without prefixes, checked against those of `model`."""
-    state = _first(payload, _MODEL_KEYS)
-    state = payload if state is None else state
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"the checkpoint holds no weights but a {type(state).__name__}")
-    state = {_strip_prefixes(str(name)): tensor for name, tensor in state.items()}
+    stored = _first(payload, _MODEL_KEYS)
+    stored = payload if stored is None else stored
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(f"the checkpoint holds no weights but a {type(stored).__name__}")
+    odd = [name for name in stored if not isinstance(name, str)]
+    if odd:
+        raise CheckpointError(f"the checkpoint holds weights without a name: {shortened(odd[0])}")
+    state = {strip_prefixes(name): tensor for name, tensor in stored.items()}
     expected = unwrap(model).state_dict()
     differences = [
-        f"{name} is {_shape(state.get(name))}, not {_shape(expected.get(name))}"
+        f"{shortened(name, quoted=False)} is {shape_of(state.get(name))}, not "
+        f"{shape_of(expected.get(name))}"
         for name in sorted(expected.keys() | state.keys())
-        if _shape(state.get(name)) != _shape(expected.get(name))
+        if shape_of(state.get(name)) != shape_of(expected.get(name))
     ]
-    differences = differences or _untied(state, expected)
+    differences = differences or _unreadable(state, expected) or _untied(state, expected)
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
         raise CheckpointError(
@@ -174,6 +232,22 @@ def _fitting_state(model: nn.Module, payload: Mapping[str, Any]) -> dict[str, to
             f"size as the checkpoint's run did"
         )
     return state
+
+
+def _unreadable(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Weights of the right shape that cannot be copied into the model's."""
+    return [
+        f"{name} is of {state[name].dtype} on {state[name].device}, not of {tensor.dtype}"
+        for name, tensor in expected.items()
+        if isinstance(tensor, torch.Tensor) and not _can_be_copied(state[name], tensor)
+    ]
+
+
+def _can_be_copied(source: torch.Tensor, target: torch.Tensor) -> bool:
+    if source.device.type == "meta" != target.device.type:  # without memory
+        return False
+    both_real = source.is_floating_point() and target.is_floating_point()
+    return both_real or source.dtype == target.dtype
 
 
 def _untied(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
@@ -186,7 +260,8 @@ def _untied(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
         first = first_name.setdefault((tensor.data_ptr(), tensor.shape), name)
         a, b = state[first], state[name]
         # Saved tied, they share their memory here too (NaNs would not be equal).
-        if first != name and a.data_ptr() != b.data_ptr() and not torch.equal(a, b):
+        differ = a.data_ptr() != b.data_ptr() and (a.dtype != b.dtype or not torch.equal(a, b))
+        if first != name and differ:
             result.append(f"{first} and {name} are two matrices, not one")
     return result
 
@@ -233,77 +308,12 @@ def _first(payload: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return next((payload[key] for key in keys if key in payload), None)
 
 
-def _strip_prefixes(name: str) -> str:
-    while name.startswith(_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
-
-
-def _shape(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return str(tuple(value.shape))
-    return "missing" if value is None else f"a {type(value).__name__}"
-
-
-class _HashingWriter:
-    """Passes writes on and hashes them, so that saving reads nothing back."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.sha256 = file, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _write_with_digest(payload: dict[str, Any], file: IO[bytes]) -> None:
-    writer = _HashingWriter(file)
-    try:
-        torch.save(payload, writer)
-    except Exception as error:
-        if writer.error is not None:  # torch's own says "unexpected pos", not that the disk is full
-            raise writer.error from error
-        raise
-    # A zip file ends with the length of its comment (two bytes, 0 so far) and the comment.
-    comment = _COMMENT_TAG + writer.sha256.hexdigest().encode()
-    file.seek(-2, os.SEEK_END)
-    file.write(len(comment).to_bytes(2, "little") + comment)
-
-
-def _digest_holds(path: Path) -> bool:
-    """Does the file match its digest? True for a file without one."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        file.seek(max(0, size - _ZIP_END_SIZE - 0xFFFF))  # where zip readers look for the end too
-        tail = file.read()
-        end = tail.rfind(_ZIP_END)
-        if end < 0 or len(tail) < end + _ZIP_END_SIZE:
-            return True  # no zip file; torch.load says what is wrong
-        length = int.from_bytes(tail[end + _ZIP_END_SIZE - 2 : end + _ZIP_END_SIZE], "little")
-        comment = tail[end + _ZIP_END_SIZE :]
-        if length != len(comment):
-            return False  # cut within the comment, or something stands behind it
-        if not comment.startswith(_COMMENT_TAG):
-            return length != _COMMENT_SIZE  # of that size it is ours, its tag damaged
-        sha256, left = hashlib.sha256(), size - length - 2
-        file.seek(0)
-        while left:
-            block = file.read(min(left, 1 << 22))
-            sha256.update(block)
-            left -= len(block)
-        sha256.update(b"\0\0")  # the comment's length, as it was when it was hashed
-    return comment == _COMMENT_TAG + sha256.hexdigest().encode()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _count(value: Any, what: str) -> int | None:
+    """`value` as a number of things; other programs store tensors and floats, too."""
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and shape_of(value) == "()":
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or (type(value) is int and 0 <= value < 1 << 63):
+        return value
+    raise CheckpointError(f"the checkpoint's {what} is none: {shortened(value)}")

@@ -67,6 +67,12 @@ class TrainingConfig:
     --eval-only does by default."""
     ckpt_every: int = 1000
     """Steps between checkpoints. 0: only after the last step."""
+    ckpt_minutes: float | None = None
+    """Save also when this many minutes of wall clock have passed since the last save."""
+    keep_last: int = 3
+    """Numbered checkpoints to keep, beside the best by validation loss and the final. 0: all."""
+    sync_save: bool = False
+    """Wait for each save to be written. Default: training goes on, beside a copy in memory."""
 
     # === Optimizer (AdamW) ===
     lr_max: float = 3e-4
@@ -147,12 +153,14 @@ class TrainingConfig:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: it must be positive")
-        not_negative = "eval_every ckpt_every lr_min weight_decay grad_clip_norm warmup_iters seed"
-        not_negative += " final_eval_tokens"
+        not_negative = (
+            "eval_every ckpt_every keep_last lr_min weight_decay grad_clip_norm warmup_iters seed "
+            "final_eval_tokens"
+        )
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: it must not be negative")
-        for name in ("train_minutes", "max_minutes"):
+        for name in ("train_minutes", "max_minutes", "ckpt_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: it must be positive")
         if not all(0 <= beta < 1 for beta in self.betas):

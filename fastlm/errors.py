@@ -1,5 +1,5 @@
 """The errors a user can cause and mend. Each message names the thing, its value and the fix, in one
-line; the commands print it after `error:` and exit with code 2. Any other exception is a bug.
+line; the commands print it after `error:` and exit with exit_code. Any other exception is a bug.
 """
 
 import sys
@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 class UserError(Exception):
     """Base of them all."""
+
+    exit_code = 2
 
 
 class ConfigError(UserError, ValueError):
@@ -38,12 +40,18 @@ class OutputError(UserError, OSError):
     """A directory or file cannot be written."""
 
 
+class IncompleteRunError(OutputError):
+    """A run has come to its end, and some of its files could not be written. Exit code 1."""
+
+    exit_code = 1
+
+
 class ExtensionError(UserError, ImportError):
     """The compiled extension `fastlm._C` is missing or older than its sources."""
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Runs a command; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    """Runs a command; returns its exit code: 0, the error's, or 130 after Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):
         # A file name need not be UTF-8: its bytes are printed as they are.
         sys.stdout.reconfigure(errors="surrogateescape")
@@ -52,7 +60,7 @@ def run_command(command: Callable[[], None]) -> int:
     except UserError as error:
         # On one line: the messages of the libraries behind it may have several.
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
+        return error.exit_code
     except PermissionError as error:  # already from asking whether something is there
         print(
             f"error: {error.filename}: {error.strerror}; change its or its directory's "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlm import __version__
-from fastlm.checkpoint import save_checkpoint
+from fastlm.checkpoint import checkpoint_files, checkpoint_payload
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
 from fastlm.data.loader import spread_batches
@@ -20,6 +20,7 @@ from fastlm.ops.cross_entropy import check_labels
 from fastlm.run.directory import RunDirectory
 from fastlm.run.signals import StopSignals
 from fastlm.run.log import RunLog
+from fastlm.run.saver import Saver
 from fastlm.schedule import learning_rate
 from fastlm.step import TrainStep, graphs_compiled
 from fastlm.run.summary import Clock, RunFigures, print_summary
@@ -51,6 +52,15 @@ class Run:
             cfg.log_dir, cfg.log_save_prefix, start_step=start_step, total_steps=cfg.total_steps
         )
         self.log.metrics("start", step=start_step, config=asdict(cfg), data=data.fingerprint)
+        resumed = None if cfg.ckpt_path_to_resume is None else Path(cfg.ckpt_path_to_resume)
+        self.saver = Saver(
+            directory.checkpoint_path,
+            keep_last=cfg.keep_last,
+            minutes=cfg.ckpt_minutes,
+            wait_for_each=cfg.sync_save,
+            found=checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix) if resumed else (),
+            resumed=resumed,
+        )
         self._graphs = graphs_compiled() if cfg.compile else 0
         # Sums over the steps since the last log line.
         self._window_loss = torch.zeros((), device=runner.device)
@@ -69,13 +79,15 @@ class Run:
                 self._window_loss += loss
                 self._window_steps += 1
                 self.log.advance()
+                self._report_saves()
                 if step % cfg.log_every == 0:
                     self._log(step, loss, lr)
 
                 last = self.completed == cfg.total_steps
                 stopping = not last and (stop.requested or self._time_is_up())
                 # The checkpoint first: what may fail in an evaluation must not cost the steps.
-                if last or stopping or _is_multiple(self.completed, cfg.ckpt_every):
+                due = _is_multiple(self.completed, cfg.ckpt_every) or self.saver.due()
+                if last or stopping or due:
                     self._save("final" if last else str(self.completed), must=last or stopping)
                 if last or (step > 0 and _is_multiple(step, cfg.eval_every) and not stopping):
                     self._validate(step)
@@ -84,6 +96,7 @@ class Run:
             self.clock.pause()
         if self.completed == cfg.total_steps:
             self._finish()
+            self.saver.check_complete()
             return
         self.log.close()
         print(
@@ -91,6 +104,7 @@ class Run:
             f"({stop.name or f'--max-minutes {cfg.max_minutes:g}'}); continue with: "
             f"python -m fastlm.train{' --compile' * cfg.compile} --resume {cfg.target_dir}"
         )
+        self.saver.check_complete()
         stop.leave()
 
     def _time_is_up(self) -> bool:
@@ -115,29 +129,35 @@ class Run:
         self._window_steps, self._window_begin = 0, self.clock.seconds
 
     def _save(self, name: str, *, must: bool) -> None:
-        """A checkpoint. Where it cannot be written the run goes on, unless it `must` be."""
+        """Begins a checkpoint; `must`: waits for it. The run goes on where it cannot be written."""
         self.clock.pause()
-        runner, path = self.runner, self.directory.checkpoint_path(name)
+        self.saver.save(name, self._payload(), wait=must)
+        self._report_saves()
+        self.clock.start()
+
+    def _payload(self) -> dict[str, Any]:
+        """Everything that the run needs to go on from here."""
+        runner = self.runner
         random_state = {"torch": torch.get_rng_state()}
         if runner.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(runner.device)
-        try:
-            save_checkpoint(
-                runner.model,
-                runner.optimizer,
-                self.completed,
-                path,
-                samples_seen=self.samples_seen,
-                scaler=runner.scaler.state_dict(),
-                random_state=random_state,
-                **self._identity(),
-            )
-            self.log.checkpoint(path)
-        except OSError as error:
-            if must:
-                raise
-            self.log.say(f"[CKPT] FAILED: {path}: {error.strerror or error}; training goes on")
-        self.clock.start()
+        return checkpoint_payload(
+            runner.model,
+            runner.optimizer,
+            self.completed,
+            samples_seen=self.samples_seen,
+            scaler=runner.scaler.state_dict(),
+            random_state=random_state,
+            **self._identity(),
+        )
+
+    def _report_saves(self) -> None:
+        """Says what has become of saves since the last call."""
+        for path, error in self.saver.reports():
+            if error is None:
+                self.log.checkpoint(path)
+            else:
+                self.log.say(f"[CKPT] FAILED: {error}; the run goes on")
 
     def _identity(self) -> dict[str, Any]:
         """Identifies the checkpoint's run, and lets the checkpoint be used without the data."""
@@ -156,15 +176,18 @@ class Run:
             self.data.val, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
         )
         with evaluating(runner.model):
-            self.log.val(step, mean_loss(runner.loss.summed, batches))
+            val_loss = mean_loss(runner.loss.summed, batches)
+        self.saver.evaluated(val_loss)
+        self.log.val(step, val_loss)
         self.clock.start()
 
     def _finish(self) -> None:
         """Weights alone, loss over all validation data, samples, summary."""
         cfg, runner, data = self.cfg, self.runner, self.data
         model_path: Path = self.directory.checkpoint_path("model")
-        save_checkpoint(runner.model, None, self.completed, model_path, **self._identity())
-        self.log.checkpoint(model_path)
+        weights = checkpoint_payload(runner.model, None, self.completed, **self._identity())
+        self.saver.save("model", weights, wait=True)
+        self._report_saves()
         self.log.close()
         with evaluating(runner.model):
             final = loss_over_all(

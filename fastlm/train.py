@@ -9,8 +9,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from fastlm import __version__
 from fastlm.checkpoint import (
     holds_optimizer_state,
@@ -18,6 +16,9 @@ from fastlm.checkpoint import (
     read_checkpoint,
     restore_model,
     restore_optimizer,
+    restore_random_state,
+    restore_scaler,
+    samples_seen_of,
 )
 from fastlm.config import TrainingConfig
 from fastlm.data.dataset import as_dataset
@@ -110,8 +111,9 @@ def _samples_seen(resumed: dict[str, Any] | None, cfg: TrainingConfig) -> int:
     """Where in the data a run goes on: after the samples that it has trained on."""
     if resumed is None:
         return 0
-    if "samples_seen" in resumed:
-        return resumed["samples_seen"]
+    samples_seen = samples_seen_of(resumed)
+    if samples_seen is not None:
+        return samples_seen
     # An older checkpoint, or another program's: its batch has always been the same, as far as known.
     batch = {"batch_size": cfg.batch_size, "grad_accum": cfg.grad_accum, **resumed.get("config", {})}
     return iteration_of(resumed) * batch["batch_size"] * batch["grad_accum"]
@@ -166,16 +168,11 @@ def _restore_state(runner: TrainStep, payload: dict[str, Any]) -> None:
     groups = runner.optimizer.param_groups
     # Its state brings the settings of the run before; this run's are those that it was given.
     settings = [{name: g[name] for name in ("betas", "eps", "weight_decay")} for g in groups]
-    restore_optimizer(runner.optimizer, payload)
+    restore_optimizer(runner.optimizer, payload, runner.model)
     for group, own in zip(runner.optimizer.param_groups, settings, strict=True):
         group.update(own)
-    if payload.get("scaler"):
-        runner.scaler.load_state_dict(payload["scaler"])
-    random_state = payload.get("random_state", {})
-    if "torch" in random_state:
-        torch.set_rng_state(random_state["torch"])
-    if "cuda" in random_state and runner.device.type == "cuda":
-        torch.cuda.set_rng_state(random_state["cuda"], runner.device)
+    restore_scaler(runner.scaler, payload)
+    restore_random_state(payload, runner.device)
     print(f"[resume] at step {iteration_of(payload)}")
 
 

@@ -70,10 +70,10 @@ def train_slowly_from_3(argv: list[str]) -> int:
 
     run = TrainStep.run
 
-    def slow(self, step, lr):
-        if step == 3:
+    def slow(self, first_sample, lr):
+        if first_sample == 3 * self.samples:
             time.sleep(60)
-        return run(self, step, lr)
+        return run(self, first_sample, lr)
 
     TrainStep.run = slow
     return main(argv)
@@ -162,3 +162,79 @@ def prepare_corpus(argv: list[str]) -> None:
     while not os.path.exists(os.path.join(library, "go")):
         time.sleep(0.001)
     print(corpus.default_corpus(300, log=lambda line: None))
+
+
+def die_in_every_call_of_a_save(argv: list[str]) -> None:
+    """Dies in each system call of a save in turn, half of a write done; tells what is left then.
+
+    argv: the path, which has to hold iteration 1, and a seed. A line each: the call, the iteration
+    that the file holds, the leftovers.
+    """
+    import fcntl
+    import io
+    import random
+    from pathlib import Path
+
+    import torch
+
+    from fastlm.checkpoint import checkpoint_payload, read_checkpoint, remove_stale_temporaries
+    from fastlm.checkpoint_file import write_checkpoint
+
+    path, rng = Path(argv[0]), random.Random(int(argv[1]))
+    before = path.read_bytes()
+
+    def save_until(call: int, told: int) -> None:
+        """In a child: counts its calls, and dies in the one of that number."""
+        count = 0
+
+        def dies(name: str, *, half=lambda: None) -> None:
+            nonlocal count
+            count += 1
+            if count == call:
+                half()
+                os.write(told, name.encode())
+                os._exit(9)
+
+        class File(io.FileIO):
+            def write(self, data) -> int:
+                part = bytes(data)[: rng.randrange(len(data) + 1)]
+                dies("write", half=lambda: os.write(self.fileno(), part))
+                return super().write(data)
+
+        def wrapped(module, name: str) -> None:
+            real = getattr(module, name)
+
+            def function(*arguments, **options):
+                dies(name)
+                return real(*arguments, **options)
+
+            setattr(module, name, function)
+
+        os.fdopen = lambda handle, mode: io.BufferedWriter(File(handle, mode))
+        for name in ("statvfs", "open", "fsync", "replace", "close", "posix_fadvise"):
+            wrapped(os, name)
+        wrapped(fcntl, "flock")
+        model = torch.nn.Linear(64, 64)
+        torch.nn.init.constant_(model.weight, 2)
+        write_checkpoint(checkpoint_payload(model, None, 2), path, read_back=True)
+
+    call, code = 0, -1
+    while code != 0:
+        call += 1
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            save_until(call, write)
+            os._exit(0)
+        os.close(write)
+        name = os.read(read, 100).decode() or "done"
+        os.close(read)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, 9), code
+        payload = read_checkpoint(path)
+        assert (payload["model_state"]["weight"] == payload["iteration"]).all()
+        leftovers = [entry.name for entry in path.parent.iterdir() if entry != path]
+        assert [removed.name for removed in remove_stale_temporaries(path.parent)] == leftovers
+        assert list(path.parent.iterdir()) == [path]
+        print(name, payload["iteration"], len(leftovers))
+        path.write_bytes(before)

@@ -45,6 +45,12 @@ def log_events(target_dir) -> list[tuple]:
     return events
 
 
+def apart(events: list[tuple]) -> tuple[list[tuple], list[tuple]]:
+    """(the checkpoints, the others): a save in the background is told when it is done."""
+    saved = [event for event in events if event[0] == "checkpoint"]
+    return saved, [event for event in events if event[0] != "checkpoint"]
+
+
 def expected_events(total: int, log_every: int, eval_every: int, ckpt_every: int) -> list[tuple]:
     """The seeds' rules, their checkpoints named by the number of steps that they hold."""
     events = [("start",)]

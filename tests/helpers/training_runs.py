@@ -20,6 +20,7 @@ TINY = dict(
     eval_every=0,
     eval_batches=2,
     ckpt_every=0,
+    keep_last=0,
     dtype="float32",
     device="cpu",
 )

@@ -371,12 +371,16 @@ def test_directories_that_only_somebody_else_may_enter(here):
 
 
 def test_a_disk_that_is_full(here):
-    """From the first checkpoint on; the log and the metrics still fit."""
-    result = commands().run(tiny_flags(ckpt_every=5, total_steps=8), here, limits={"fsize": 40_000})
-    assert result.returncode == 2, result.output
-    assert result.stderr.startswith("error: run/checkpoints/checkpoint_final.pt: cannot be written")
-    assert "File too large" in result.stderr and result.stderr.count("\n") == 1
-    assert "checkpoint_5.pt" in result.stdout and "training goes on" in result.stdout
+    """From the first checkpoint on; the log, the metrics and the curve still fit."""
+    argv = tiny_flags(ckpt_every=5, total_steps=8)
+    result = commands().run(argv, here, limits={"fsize": 120_000})
+    assert result.returncode == 1, result.output
+    names = ("5", "final", "model")
+    missing = [f"run/checkpoints/checkpoint_{name}.pt (File too large)" for name in names]
+    assert result.stderr == f"error: the run has ended, but could not write {', '.join(missing)}\n"
+    for name in names:
+        assert re.search(rf"CKPT. FAILED: .*checkpoint_{name}\.pt.*the run goes on", result.stdout)
+    assert "[summary] validation" in result.stdout
     assert list((here / "run" / "checkpoints").iterdir()) == []
 
 

@@ -53,6 +53,7 @@ def test_the_defaults_are_the_notebooks():
 
 
 def test_what_is_new_changes_nothing_of_the_notebooks_run():
+    """But for keep_last: of its numbered checkpoints the last three stay, and the best."""
     cfg = TrainingConfig()
     new = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in NOTEBOOK_DEFAULTS}
     assert new == dict(
@@ -61,6 +62,7 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
         schedule="cosine", dtype="auto", compile=False, activation_checkpointing=False, seed=0,
         init_from=None, eval_only=False, overwrite=False,
         final_eval_tokens=10_000_000,
+        ckpt_minutes=None, keep_last=3, sync_save=False,
     )  # fmt: skip
 
 
@@ -131,10 +133,12 @@ POSITIVE = [
     "rope_theta",
     "train_minutes",
     "max_minutes",
+    "ckpt_minutes",
 ]
 NOT_NEGATIVE = [
     "eval_every",
     "ckpt_every",
+    "keep_last",
     "lr_min",
     "weight_decay",
     "grad_clip_norm",

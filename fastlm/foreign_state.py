@@ -1,0 +1,127 @@
+"""What a checkpoint of unknown origin may hold: checks of an optimizer's state, and plain words."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's wrappers
+# Their shape is that of the parameter, in every optimizer that has them.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+
+
+def check_optimizer_state(
+    optimizer: torch.optim.Optimizer, stored: Any, names: Mapping[int, str]
+) -> None:
+    """Raises ValueError, naming the parameter, unless `stored` is a state dict for `optimizer`.
+
+    names: id(parameter) -> its name, where it is known. State dicts map by position: parameters in
+    another order would get one another's moments, if their names or shapes did not tell.
+    """
+    stored = stored if isinstance(stored, Mapping) else {}
+    groups, state = stored.get("param_groups"), stored.get("state")
+    if (
+        not isinstance(state, Mapping)
+        or not isinstance(groups, list)
+        or not all(map(_lists, groups))
+    ):
+        raise ValueError("it is no state dict of an optimizer")
+    sizes = [len(group["params"]) for group in groups]
+    expected = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != expected:
+        raise ValueError(f"it has groups of {shortened(sizes)} parameters, not of {expected}")
+    ids = [saved_id for group in groups for saved_id in group["params"]]
+    if not all(isinstance(i, int | str) for i in ids) or len(set(ids)) != len(ids):
+        raise ValueError("its parameters are not numbered")
+    for g, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        _check_settings(group, own, g)
+        stored_names = group.get("param_names")
+        for i, (saved_id, param) in enumerate(zip(group["params"], own["params"], strict=True)):
+            name = names.get(id(param), f"parameter {i} of group {g}")
+            if id(param) in names and isinstance(stored_names, list) and i < len(stored_names):
+                there = stored_names[i]
+                if not isinstance(there, str) or strip_prefixes(there) != name:
+                    raise ValueError(f"its {shortened(there)} stands where {name} is here")
+            _check_entry(state.get(saved_id, {}), param, name)
+
+
+def _lists(group: Any) -> bool:
+    return isinstance(group, Mapping) and isinstance(group.get("params"), list)
+
+
+def _check_settings(group: Mapping[str, Any], own: Mapping[str, Any], g: int) -> None:
+    """The numbers of a group: learning rate, betas, …"""
+    for key, value in own.items():
+        if key in ("params", "param_names") or not isinstance(value, float | tuple | list):
+            continue
+        if key not in group:
+            raise ValueError(f"its group {g} has no {key}")
+        stored = group[key]
+        several = isinstance(value, tuple | list)
+        if several and not (isinstance(stored, tuple | list) and len(stored) == len(value)):
+            raise ValueError(f"{key} of its group {g} is {shortened(stored)}")
+        limit = 1 if key == "betas" else math.inf
+        for number in stored if several else [stored]:
+            if not is_number(number) or not 0 <= number < limit:
+                raise ValueError(f"{key} of its group {g} is {shortened(stored)}")
+
+
+def _check_entry(entry: Any, param: Tensor, name: str) -> None:
+    """What is stored of one parameter."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"the state of {name} is a {type(entry).__name__}")
+    for key in _MOMENTS:
+        moment = entry.get(key)
+        if isinstance(moment, Tensor) and moment.device.type == "meta":
+            raise ValueError(f"{key} of {name} has no memory")
+        if moment is not None and shape_of(moment) != shape_of(param):
+            raise ValueError(f"{key} of {name} is {shape_of(moment)}, not {shape_of(param)}")
+    step = entry.get("step", 0)
+    if not is_number(step) or step < 0:
+        raise ValueError(f"the step of {name} is {shortened(step)}")
+
+
+def strip_prefixes(name: str) -> str:
+    """A parameter's own name, without those of the wrappers around its model."""
+    while name.startswith(_PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def is_number(value: Any) -> bool:
+    """A finite real number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        plain = shape_of(value) == "()" and not value.is_complex()
+        return plain and value.device.type != "meta" and bool(torch.isfinite(value))
+    return isinstance(value, int | float) and abs(value) < math.inf
+
+
+def shape_of(value: Any) -> str:
+    """The shape of a plain tensor, in words; or what else `value` is."""
+    if isinstance(value, Tensor):
+        if value.is_nested or value.layout != torch.strided or value.is_quantized:
+            return "no plain tensor"
+        return str(tuple(value.shape))
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+def shortened(value: Any, *, quoted: bool = True) -> str:
+    """`value` for a line of text: its start if it is long, escapes for what does not print."""
+    if isinstance(value, str):
+        text = value[:80] + "…" * (len(value) > 80)
+        return ascii(text) if quoted or not text.isprintable() else text
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {shape_of(value)}"
+    if type(value) in (bool, float) or (type(value) is int and abs(value) < 1 << 256):
+        return repr(value)
+    if isinstance(value, list | tuple) and len(value) < 9 and all(type(v) is int for v in value):
+        return f"[{', '.join(shortened(v) for v in value)}]"
+    return f"a {type(value).__name__}"
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, without torch.load's advice to run whatever code a file holds."""
+    lines = [line.strip() for line in str(error).splitlines() if "weights_only" not in line]
+    return next(filter(None, lines), type(error).__name__)[:300]

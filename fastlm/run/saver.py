@@ -1,0 +1,238 @@
+"""A run's checkpoints: written in the background, one at a time; old ones deleted.
+
+A save never ends a run. What became of it is told by Saver.reports, and at the end by
+Saver.check_complete.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm.checkpoint_file import write_checkpoint
+from fastlm.errors import IncompleteRunError
+from fastlm.hardware import is_out_of_memory
+
+
+class Report(NamedTuple):
+    """A checkpoint that has been written, or why it has not."""
+
+    path: Path
+    error: str | None = None
+
+
+class Saver:
+    """Writes payloads as {prefix}_{name}.pt and keeps the last `keep_last` numbered ones.
+
+    Only numbered checkpoints are ever deleted: those that this object wrote, and of those found at
+    the start the ones that carry this run's id. One is deleted only when a newer one has been
+    written, read back and found whole; never the one with the best validation loss.
+    """
+
+    def __init__(
+        self,
+        path_of: Callable[[str], Path],  # name -> path
+        *,
+        keep_last: int,  # 0: all
+        minutes: float | None = None,  # of wall clock, after which a save is due
+        wait_for_each: bool = False,  # write before `save` returns
+        found: Iterable[Path] = (),  # numbered checkpoints of the run's earlier processes
+        resumed: Path | None = None,  # the checkpoint that the run goes on from
+    ):
+        self._path_of, self._keep_last, self._wait_for_each = path_of, keep_last, wait_for_each
+        self._seconds = math.inf if minutes is None else minutes * 60
+        self._last_save = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._buffers: dict[Any, Tensor] = {}
+        self._reports: deque[Report] = deque()
+        self._bug: BaseException | None = None
+        self._failed: dict[str, str] = {}  # name -> why
+        # step -> file; of those found, whether they are this run's is looked up before deletion.
+        self._numbered: dict[int, Path] = {}
+        self._found = {step: path for path in found if (step := _step_of(path)) is not None}
+        self._numbered.update(self._found)
+        self._unevaluated: int | None = None  # the step of the last numbered save
+        self._best: tuple[float, int] | None = None  # (validation loss, step)
+        if resumed is not None:
+            best = _stored_best(_peek(resumed))
+            self._best = best if best and best[1] in self._numbered else None
+
+    def save(self, name: str, payload: dict[str, Any], *, wait: bool = False) -> None:
+        """Copies the tensors of `payload` and starts to write it; waits for the save before it.
+
+        name: a number of steps, or "final", "model", …; wait: returns when the file is there, or is
+        known to fail.
+        """
+        self.wait()
+        self._last_save = time.monotonic()
+        self._unevaluated = int(name) if name.isdecimal() else None
+        if name.isdecimal() or name == "final":
+            payload = {**payload, "best_checkpoint": self._best_as_stored()}
+        if self._wait_for_each:
+            self._write(name, payload)
+        else:
+            try:
+                copy = self._copied(payload)
+                thread = threading.Thread(target=self._write, args=(name, copy), name="checkpoint")
+                thread.start()
+                self._thread = thread
+            except (MemoryError, RuntimeError) as error:
+                if not (is_out_of_memory(error) or "start new thread" in str(error)):
+                    raise
+                self._buffers.clear()
+                self._write(name, payload)  # which needs neither
+        if wait:
+            self.wait()
+
+    def due(self) -> bool:
+        """Have the minutes gone by since the last save?"""
+        return time.monotonic() - self._last_save >= self._seconds
+
+    def wait(self) -> None:
+        """Returns when no save is in flight."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def reports(self) -> list[Report]:
+        """What has become of saves since the last call; usually nothing. To be called every step.
+
+        Raises what a save has raised, unless it is the disk's or the memory's failure.
+        """
+        if self._bug is not None:
+            bug, self._bug = self._bug, None
+            raise bug
+        reports = []
+        while self._reports:
+            reports.append(self._reports.popleft())
+        return reports
+
+    def evaluated(self, val_loss: float) -> None:
+        """The validation loss of the model now: that of the newest checkpoint, unless it has one.
+
+        Saves and evaluations need not coincide: the first evaluation behind a checkpoint counts.
+        """
+        step, self._unevaluated = self._unevaluated, None
+        if step is not None and (self._best is None or val_loss < self._best[0]):
+            if math.isfinite(val_loss):
+                self._best = (val_loss, step)
+
+    def emergency(self, payload: dict[str, Any]) -> Report:
+        """Writes {prefix}_emergency.pt now, in an exception's wake; raises nothing of its own.
+
+        No resume takes it unless it is named, and nothing deletes it.
+        """
+        self.wait()
+        self._buffers.clear()
+        path = self._path_of("emergency")
+        try:
+            write_checkpoint(payload, path, read_back=True)
+        except Exception as error:  # the exception that led here is the one to raise
+            return Report(path, str(error) or type(error).__name__)
+        return Report(path)
+
+    def check_complete(self) -> None:
+        """At a run's end. Raises IncompleteRunError if a file that should be there could not be
+        written: the final one, the weights, or one of the last numbered ones."""
+        self.wait()
+        missing = [
+            f"{self._path_of(name)} ({why})"
+            for name, why in self._failed.items()
+            if not (name.isdecimal() and self._is_old(int(name)))
+        ]
+        if missing:
+            raise IncompleteRunError(
+                f"the run has ended, but could not write {', '.join(missing)}"
+            )
+
+    def _is_old(self, step: int) -> bool:
+        """Would its checkpoint have been deleted by now, its loss apart?"""
+        return 0 < self._keep_last <= sum(other > step for other in self._numbered)
+
+    def _best_as_stored(self) -> dict[str, float] | None:
+        return None if self._best is None else {"val_loss": self._best[0], "step": self._best[1]}
+
+    def _copied(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """`payload` with every tensor copied to the CPU; one that stands in it twice stays one."""
+        copies: dict[Any, Tensor] = {}
+
+        def copied(value: Any, place: tuple) -> Any:
+            if isinstance(value, dict):
+                return {key: copied(item, (*place, key)) for key, item in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(copied(item, (*place, i)) for i, item in enumerate(value))
+            if not isinstance(value, Tensor):
+                return value
+            memory = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+            if memory not in copies or not value.numel():
+                buffer = self._buffers.get(place)
+                if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+                    buffer = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                self._buffers[place] = copies[memory] = buffer.copy_(value.detach())
+            return copies[memory]
+
+        return copied(payload, ())
+
+    def _write(self, name: str, payload: dict[str, Any]) -> None:
+        path = self._path_of(name)
+        try:
+            write_checkpoint(payload, path, read_back=True)
+        except (OSError, MemoryError) as error:
+            cause = error.__cause__  # OutputError's own text names the path, which stands before it
+            self._failed[name] = getattr(cause, "strerror", None) or str(error) or "out of memory"
+            self._reports.append(Report(path, str(error) or "out of memory"))
+        except BaseException as error:  # of a payload that torch.save does not take
+            self._bug = error
+        else:
+            self._failed.pop(name, None)
+            self._reports.append(Report(path))
+            if name.isdecimal():
+                self._numbered[int(name)] = path
+                self._found.pop(int(name), None)
+                self._delete_old(int(name), payload.get("run_id"))
+
+    def _delete_old(self, newest: int, run_id: str | None) -> None:
+        """Deletes what is neither among the last, nor the best, nor `newest`, just read back."""
+        if not self._keep_last:
+            return
+        keep = {newest, *sorted(self._numbered)[-self._keep_last :]}
+        if self._best is not None:
+            keep.add(self._best[1])
+        for step in sorted(self._numbered.keys() - keep):
+            path = self._numbered.pop(step)
+            found = self._found.pop(step, None)
+            if found is not None and not (run_id and _peek(path).get("run_id") == run_id):
+                continue  # another run's, or nobody knows
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                self._numbered[step] = path  # tried again after the next save
+                self._reports.append(Report(path, f"{path}: cannot be deleted ({error.strerror})"))
+
+
+def _step_of(path: Path) -> int | None:
+    step = path.stem.rpartition("_")[2]
+    return int(step) if step.isdecimal() else None
+
+
+def _peek(path: Path) -> dict[str, Any]:
+    """A checkpoint's content without reading its tensors; {} if there is none."""
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # gone, damaged, or another program's
+        return {}
+    return payload if isinstance(payload, dict) else {}
+
+
+def _stored_best(payload: dict[str, Any]) -> tuple[float, int] | None:
+    best = payload.get("best_checkpoint")
+    if not isinstance(best, dict):
+        return None
+    val_loss, step = best.get("val_loss"), best.get("step")
+    return (val_loss, step) if type(val_loss) is float and type(step) is int else None
