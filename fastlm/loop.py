@@ -17,7 +17,9 @@ from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss
 from fastlm.generate import sample_texts
 from fastlm.model import training_flops_per_token
 from fastlm.ops.cross_entropy import check_labels
+from fastlm.run.commands import generate_command, resume_command
 from fastlm.run.directory import RunDirectory
+from fastlm.run.environment import environment, random_state
 from fastlm.run.signals import StopSignals
 from fastlm.run.log import RunLog
 from fastlm.schedule import cosine_lr_schedule, wsd_lr_schedule
@@ -96,9 +98,16 @@ class Run:
         print(
             f"[train] stopped after {self.completed} of {cfg.total_steps} steps "
             f"({stop.name or f'--max-minutes {cfg.max_minutes:g}'}); continue with: "
-            f"python -m fastlm.train{' --compile' * cfg.compile} --resume {cfg.target_dir}"
+            f"{self._how_to_continue()}"
         )
         stop.leave()
+
+    def _how_to_continue(self) -> str:
+        if self.data.train.paths:
+            return resume_command(self.cfg)
+        # Of train_loop's arrays the command knows nothing.
+        path = self.directory.checkpoint_path(str(self.completed))
+        return f"ckpt_path_to_resume={str(path)!r}"
 
     def _time_is_up(self) -> bool:
         minutes = self.cfg.max_minutes
@@ -125,9 +134,6 @@ class Run:
         """A checkpoint. Where it cannot be written the run goes on, unless it `must` be."""
         self.clock.pause()
         runner, path = self.runner, self.directory.checkpoint_path(name)
-        random_state = {"torch": torch.get_rng_state()}
-        if runner.device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(runner.device)
         try:
             save_checkpoint(
                 runner.model,
@@ -136,7 +142,7 @@ class Run:
                 path,
                 samples_seen=self.samples_seen,
                 scaler=runner.scaler.state_dict(),
-                random_state=random_state,
+                random_state=random_state(runner.device),
                 **self._identity(),
             )
             self.log.checkpoint(path)
@@ -148,7 +154,11 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """Identifies the checkpoint's run, and lets the checkpoint be used without the data."""
+        runner = self.runner
         return {
+            "run_id": self.directory.run_id,
+            "saved_at": time.time(),
+            "environment": environment(runner.device, runner.dtype, compiled=self.cfg.compile),
             "config": asdict(self.cfg),
             "data_fingerprint": self.data.fingerprint,
             "tokenizer": self.data.tokenizer_json,
@@ -194,10 +204,8 @@ class Run:
         self._print_samples()
         self.log.metrics("summary", **print_summary(figures, runner.device, runner.dtype))
         print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
-        print(
-            f'[summary] try it      python -m fastlm.generate --ckpt {model_path} --prompt "..."',
-            flush=True,
-        )
+        command = generate_command(model_path, cfg, tokenizer=data.tokenizer_json is not None)
+        print(f"[summary] try it      {command}", flush=True)
 
     def _print_samples(self) -> None:
         """Five samples, the first five: none is chosen."""
