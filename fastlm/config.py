@@ -203,10 +203,17 @@ class TrainingConfig:
         """What no setting may be, whichever it is."""
         for name, value in vars(self).items():
             texts = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(text, str) and "\0" in text for text in texts):
-                raise ConfigError(f"{name}={shown(value)}: it must not hold a null character")
+            if not all(_can_be_a_path(text) for text in texts if isinstance(text, str)):
+                raise ConfigError(f"{name}={shown(value)}: holds a character that no path can have")
             if isinstance(value, float) and math.isinf(value):
                 raise ConfigError(f"{name}={value}: it must be finite")
             power = _POWERS.get(name, 63)
             if isinstance(value, int) and value >= 2**power:
                 raise ConfigError(f"{name}={shown(value)}: it must be below 2^{power}")
+
+
+def _can_be_a_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False

@@ -2,6 +2,7 @@
 line; the commands print it after `error:` and exit with code 2. Any other exception is a bug.
 """
 
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,8 @@ def shown(value: Any) -> str:
 
 def run_command(command: Callable[[], None]) -> int:
     """Runs a command; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names that are not UTF-8 go out as they are
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         command()
     except UserError as error:

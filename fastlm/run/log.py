@@ -33,7 +33,10 @@ class RunLog:
         self.metrics_path = self.directory / METRICS
         if start_step:
             self._recall(start_step)
-        self._log = open(self.directory / f"{prefix}.log", "a", encoding="utf-8")  # noqa: SIM115
+        # File names that are not UTF-8 stand in it as they are.
+        self._log = open(  # noqa: SIM115
+            self.directory / f"{prefix}.log", "a", encoding="utf-8", errors="surrogateescape"
+        )
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm

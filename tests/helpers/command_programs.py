@@ -70,10 +70,10 @@ def train_slowly_from_3(argv: list[str]) -> int:
 
     run = TrainStep.run
 
-    def slow(self, step, lr):
-        if step == 3:
+    def slow(self, first_sample, lr):
+        if first_sample == 3 * self.samples:
             time.sleep(60)
-        return run(self, step, lr)
+        return run(self, first_sample, lr)
 
     TrainStep.run = slow
     return main(argv)
