@@ -1,4 +1,4 @@
-"""Where a run lives: a directory of its own, one writer, nothing overwritten, nothing left behind."""
+"""Where a run lives: a directory of its own, one writer, nothing overwritten or left behind."""
 
 import errno
 import fcntl
@@ -181,7 +181,7 @@ def test_a_run_is_not_resumed_into_another_runs_directory(tmp_path):
 def test_a_directory_that_holds_only_a_runs_weights_is_not_a_new_runs(tmp_path):
     run_tiny(tmp_path)
     checkpoint(tmp_path).unlink()
-    with pytest.raises(OutputError, match="checkpoint_model.pt.*--overwrite"):
+    with pytest.raises(OutputError, match=r"checkpoint_model\.pt.*--overwrite"):
         run_tiny(tmp_path)
 
 
@@ -191,9 +191,9 @@ def test_a_checkpoint_that_appears_while_a_run_starts_is_not_retired(tmp_path):
         checkpoint(tmp_path, name).rename(tmp_path / f"{name}.pt")
     resumed = Resumed.read(checkpoint(tmp_path, 4))
     (tmp_path / "8.pt").rename(checkpoint(tmp_path, 8))
-    with pytest.raises(OutputError, match=r"another process has saved checkpoint_8\.pt"):
-        with RunDirectory(tiny_config(tmp_path), resumed):
-            pass
+    directory = RunDirectory(tiny_config(tmp_path), resumed)
+    with pytest.raises(OutputError, match=r"another process has saved checkpoint_8\.pt"), directory:
+        pass
 
 
 def test_going_back_retires_the_later_checkpoints(tmp_path, monkeypatch, capsys):
