@@ -2,7 +2,6 @@
 line; the commands print it after `error:` and exit with code 2. Any other exception is a bug.
 """
 
-import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +54,8 @@ def shown(value: Any) -> str:
 
 def run_command(command: Callable[[], None]) -> int:
     """Runs a command; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # file names that are not UTF-8 go out as they are
+    if hasattr(sys.stdout, "reconfigure"):
+        # A file name need not be UTF-8: its bytes are printed as they are.
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
         command()

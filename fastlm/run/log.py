@@ -1,6 +1,7 @@
 """What a run shows and keeps: progress on the console, the log file, metrics as JSON lines."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ METRICS = "metrics.jsonl"
 def has_ended(directory: str) -> bool:
     """Did the run that logs there come to its end? The summary is the last that it writes."""
     path = Path(directory) / METRICS
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, also for what is too long for a path
         return False
     lines = path.read_text(encoding="utf-8").splitlines()
     return bool(lines) and lines[-1].startswith('{"event": "summary"')
@@ -33,10 +34,9 @@ class RunLog:
         self.metrics_path = self.directory / METRICS
         if start_step:
             self._recall(start_step)
-        # File names that are not UTF-8 stand in it as they are.
-        self._log = open(  # noqa: SIM115
-            self.directory / f"{prefix}.log", "a", encoding="utf-8", errors="surrogateescape"
-        )
+        path = self.directory / f"{prefix}.log"
+        # A file name need not be UTF-8: its bytes are logged as they are.
+        self._log = open(path, "a", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm

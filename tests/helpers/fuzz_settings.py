@@ -132,6 +132,7 @@ def _flags(rng: random.Random, whole: dict) -> tuple[str, list[str]]:
     from fastlm.config import TrainingConfig
 
     argv = tiny_flags(num_layers=1, target_dir="out")
+    argv += rng.choice(([], ["--resume", "good"], ["--resume", "good", "--total-steps", "2"]))
     names = [f.name for f in dataclasses.fields(TrainingConfig)]
     texts = [*TEXTS, "nan", "inf", "1e400", "10**19", "9" * 30, "9" * 5000, "-1", "0", "1"]
     for _ in range(rng.choice((1, 1, 2))):

@@ -124,9 +124,8 @@ def test_a_compiled_run_that_is_resumed_is_the_uninterrupted_one(tmp_path, dtype
     write_tokens(tmp_path)
     settings = dict(compile=True, dropout=0.1, grad_accum=2, dtype=dtype, num_layers=1)
     for place, extra in (
-        ("straight", {}),
-        ("half", dict(ckpt_every=5, max_minutes=None)),
-        ("rest", dict(resume="half/checkpoints/checkpoint_5.pt")),
+        ("straight", dict(ckpt_every=5)),
+        ("rest", dict(resume="straight/checkpoints/checkpoint_5.pt")),
     ):
         argv = tiny_flags(**settings, target_dir=place, **extra)
         result = commands().run(argv, tmp_path, timeout=500)
@@ -135,6 +134,14 @@ def test_a_compiled_run_that_is_resumed_is_the_uninterrupted_one(tmp_path, dtype
     assert same(*(state(checkpoint(tmp_path / name)) for name in ("rest", "straight")))
     straight = losses(tmp_path / "straight")
     assert losses(tmp_path / "rest") == {step: straight[step] for step in range(5, 12)}
+
+
+def test_the_largest_seed(tmp_path):
+    run_tiny(tmp_path, seed=2**64 - 1, total_steps=2, ckpt_every=1, dropout=0.1)
+    path = str(checkpoint(tmp_path, 1))
+    settings = dict(seed=2**64 - 1, total_steps=2, dropout=0.1)
+    run_tiny(tmp_path / "on", ckpt_path_to_resume=path, **settings)
+    assert same(*(state(checkpoint(place)) for place in (tmp_path, tmp_path / "on")))
 
 
 # --- memory and time ---
