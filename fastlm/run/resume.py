@@ -111,7 +111,7 @@ class Resumed:
                 f"new run with its weights: --init-from"
             )
         for line in changed:
-            print(f"[resume] changed: {line}; the run goes on at the same sample number")
+            print(f"[resume] --allow-data-change: {line}; goes on at the same sample number")
 
     def free(self) -> None:
         """Lets go of the tensors, whoever else holds this object: the run has its own now."""

@@ -55,7 +55,7 @@ def test_another_position_in_the_data_is_refused_unless_it_is_allowed(
     run_tiny(
         tmp_path / "on", ckpt_path_to_resume=path, total_steps=6, allow_data_change=True, **settings
     )
-    assert "[resume] changed: " + what.split()[0] in capsys.readouterr().out
+    assert "[resume] --allow-data-change: " + what.split()[0] in capsys.readouterr().out
     payload = read_checkpoint(checkpoint(tmp_path / "on"))
     assert payload["samples_seen"] == 6 * 4
     # The new data is the run's from now on.
