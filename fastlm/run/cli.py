@@ -98,7 +98,7 @@ def parse(argv: list[str] | None = None) -> Invocation:
     _place(settings, origins, asked, preset, resumed)
     config = TrainingConfig(**settings)
     changed = [
-        f"{name}: {stored[name]} -> {getattr(config, name)}"
+        f"{name}: {shown(stored[name])} -> {shown(getattr(config, name))}"
         for name in sorted(stored)
         if getattr(config, name) != stored[name]
     ]

@@ -29,6 +29,7 @@ _NOT_RESUMED = (
     "target_dir", "ckpt_dir", "log_dir", "ckpt_path_to_resume", "init_from", "eval_only",
     "overwrite", "max_minutes", "device", "allow_data_change",
 )  # fmt: skip
+_MAX_SAMPLES = 2**62  # a position far below 2^63, so that what follows it is one, too
 _POSITION = ("seed", "context_len")  # what decides with the data which tokens come next
 
 
@@ -67,7 +68,7 @@ class Resumed:
         checks = {
             "iteration": 0 <= step < 2**63,
             "samples_seen": samples_seen is None
-            or (type(samples_seen) is int and 0 <= samples_seen < 2**63),
+            or (type(samples_seen) is int and 0 <= samples_seen < _MAX_SAMPLES),
             "run_id": run_id is None or (isinstance(run_id, str) and 0 < len(run_id) <= 100),
             "random_state": _is_random_state(payload.get("random_state", {})),
         }
@@ -86,7 +87,13 @@ class Resumed:
             return self.samples_seen
         # An older checkpoint, or another program's: its batch never changed, as far as is known.
         batch_size = self.settings.get("batch_size", cfg.batch_size)
-        return self.step * batch_size * self.settings.get("grad_accum", cfg.grad_accum)
+        position = self.step * batch_size * self.settings.get("grad_accum", cfg.grad_accum)
+        if not 0 <= position < _MAX_SAMPLES:
+            raise CheckpointError(
+                f"{self.path}: its step and batch cannot be a run's ({self.step} steps of "
+                f"{shown(batch_size)}); start with its weights: --init-from"
+            )
+        return position
 
     def check(self, fingerprint: str, cfg: TrainingConfig) -> None:
         """Raises CheckpointError if it cannot be resumed, or would read on in other data."""
@@ -97,7 +104,7 @@ class Resumed:
             )
         stored = self.payload.get("data_fingerprint")
         changed = [
-            f"{name} {self.settings[name]} -> {getattr(cfg, name)}"
+            f"{name} {shown(self.settings[name])} -> {getattr(cfg, name)}"
             for name in _POSITION
             if self.settings.get(name, getattr(cfg, name)) != getattr(cfg, name)
         ]

@@ -27,7 +27,7 @@ MEMORY = 12 << 30  # bytes of address space: a size that passes the checks fails
 SECONDS = 30  # a case may take
 
 NUMBERS = [-1, 0, 1, 2, 7, 2**31, 2**63 - 1, 2**63, 2**64, 10**19, 10**30, 0.5, -0.5, 1e308]
-NUMBERS += [float("nan"), float("inf"), float("-inf"), True, 16**5000]
+NUMBERS += [float("nan"), float("inf"), float("-inf"), True, 10**600]
 TEXTS = ["", "x", "-", "../../evil/x", "a/b", "a\\b", "..", "a\0b", "\ud800", "é", "x" * 5000]
 SHAPES = [None, [], (), {}, [1], ["x"], [[[]]], {"a": 1}, (0.5, "x"), b"x", (0.9, 0.99, 0.9)]
 # In TOML's own spelling.

@@ -263,6 +263,15 @@ def test_what_names_nothing(tmp_path, monkeypatch):
     assert listing(tmp_path).keys() == {"a.toml"}
 
 
+def test_stored_settings_that_flags_override(tmp_path):
+    """They are shown, and may be what no run could have."""
+    path = str(write(tmp_path / "bad.pt", config=dict(seed=10**600, batch_size=2**62)))
+    invocation = parse(["--resume", path, "--seed", "1", "--batch-size", "2"])
+    assert f"seed: 1{'0' * 99}… -> 1" in invocation.changed
+    with pytest.raises(CheckpointError, match="its step and batch cannot be a run's"):
+        invocation.resumed.position(invocation.config)
+
+
 # --- a preset that has no effect ---
 
 
