@@ -5,10 +5,12 @@ A checkpoint is a torch.save file of tensors and plain values, readable with
 damage found, is in checkpoint_file.py.
 """
 
+import math
 import os
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -201,6 +203,8 @@ def restore_random_state(payload: Mapping[str, Any], device: torch.device) -> No
             torch.set_rng_state(stored["torch"])
         if "cuda" in stored and device.type == "cuda":
             torch.cuda.set_rng_state(stored["cuda"], device)
+        if "mps" in stored and device.type == "mps":
+            torch.mps.set_rng_state(stored["mps"])
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint's random state cannot be restored ({first_line(error)})"
@@ -266,17 +270,80 @@ def _untied(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
     return result
 
 
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A checkpoint in a run's directory, known by its name and what it says of itself."""
+
+    path: Path
+    prefix: str
+    step: float  # completed steps; of an unreadable file its name's, infinite for _final and _model
+    run_id: str | None  # None: written by another program, or unreadable
+    saved_at: float  # seconds since the epoch; of other programs' the file's time
+    readable: bool
+
+
+def list_checkpoints(
+    directory: str | os.PathLike, prefix: str | None = None, names: str = r"\d+|final"
+) -> list[CheckpointFile]:
+    """The files {prefix}_{name}.pt in `directory`, newest first.
+
+    prefix None: any. names: pattern of what stands behind it. A run's files are ordered by their
+    steps, and runs (a prefix and a run id) by the time that they have stored: a file's own time is
+    another after `cp -r`. Only the pickled record is read, milliseconds for a file of any size; an
+    unreadable one counts as the latest run's of its prefix.
+    """
+    directory = Path(directory)
+    form = re.compile(f"({'.+' if prefix is None else re.escape(prefix)})_({names})\\.pt")
+    if not directory.is_dir():
+        return []
+    found = []
+    for path in sorted(directory.iterdir()):
+        name = form.fullmatch(path.name)
+        # What does not exist is a link without its target: it is reported, not overlooked.
+        if name and (path.is_file() or not path.exists()):
+            found.append(_described(path, *name.groups()))
+    newest: dict[tuple, float] = {}
+    for file in found:
+        if file.readable:
+            run = (file.prefix, file.run_id)
+            newest[run] = max(newest.get(run, 0.0), file.saved_at)
+
+    def age(file: CheckpointFile) -> tuple:
+        times = {run: time for run, time in newest.items() if run[0] == file.prefix}
+        run = (file.prefix, file.run_id)
+        if not file.readable:
+            run = max(times, key=times.get, default=run)
+        return (-times.get(run, file.saved_at), str(run), -file.step, -file.saved_at)
+
+    return sorted(found, key=age)
+
+
+def _described(path: Path, prefix: str, name: str) -> CheckpointFile:
+    saved_at = path.lstat().st_mtime
+    try:
+        # Mapped, the tensors are not read. A damaged file raises anything.
+        header = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        step = float(iteration_of(header))
+    except Exception:
+        step = float(name) if name.isdecimal() else math.inf
+        return CheckpointFile(path, prefix, step, None, saved_at, False)
+    run_id, stored = header.get("run_id"), header.get("saved_at")
+    return CheckpointFile(
+        path,
+        prefix,
+        step,
+        run_id if isinstance(run_id, str) else None,
+        stored if type(stored) is float and math.isfinite(stored) else saved_at,
+        True,
+    )
+
+
 def checkpoint_files(directory: str | os.PathLike, prefix: str | None = None) -> list[Path]:
     """The resumable checkpoints {prefix}_{step}.pt and {prefix}_final.pt, newest first.
 
-    prefix None: any.
+    prefix None: any. The order is that of list_checkpoints.
     """
-    name = re.compile((".+" if prefix is None else re.escape(prefix)) + r"_(\d+|final)\.pt")
-    directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if name.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return [file.path for file in list_checkpoints(directory, prefix)]
 
 
 def newest_readable(

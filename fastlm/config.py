@@ -3,12 +3,19 @@
 The comment behind a field is its help text (`python -m fastlm.train --help`).
 """
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
 
-from fastlm.errors import ConfigError
+from fastlm.errors import ConfigError, shown
 from fastlm.model import check_heads, default_d_ff
+
+# Integers lie below 2 to these powers, so that no tensor's size overflows 64 bits and building the
+# layers does not take for ever before memory runs out.
+_POWERS = {"seed": 64, "num_layers": 14, "num_heads": 24, "d_model": 24, "d_ff": 24}
+_POWERS |= {"context_len": 31, "vocab_size": 31}
+_STEP_TOKENS_POWER = 56
 
 
 @dataclass
@@ -105,6 +112,9 @@ class TrainingConfig:
     """Dtype of the matmuls; weights stay float32. auto: bfloat16 if it is faster there."""
     compile: bool = False
     """torch.compile the training and the evaluation step."""
+    deterministic: bool = False
+    """On CUDA: let torch choose the algorithms that give the same bits each time, and stop with an
+    error at an operation that has none. A CPU gives the same bits without it."""
     activation_checkpointing: bool = False
     """Recompute activations in backward: less memory, a third more work."""
 
@@ -129,8 +139,12 @@ class TrainingConfig:
     """Evaluate the checkpoint of --resume or --init-from and stop."""
     overwrite: bool = False
     """Allow a target_dir that already holds checkpoints."""
+    allow_data_change: bool = False
+    """Resume although data, seed or context_len differ from the checkpoint's: the run goes on at
+    the same sample number, in another order or other data."""
 
     def __post_init__(self):
+        self._check_ranges()
         if self.d_ff is None:
             self.d_ff = self.cal_d_ff(self.d_model)
         if self.ckpt_dir is None:
@@ -146,23 +160,24 @@ class TrainingConfig:
 
     def validate(self) -> None:
         """Raises ConfigError, naming the first invalid setting, its value and what is valid."""
+        self._check_ranges()
         positive = (
             "batch_size context_len grad_accum vocab_size num_layers num_heads d_model d_ff "
             "total_steps log_every eval_batches lr_max eps rope_theta"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: it must be positive")
+                raise ConfigError(f"{name}={shown(getattr(self, name))}: it must be positive")
         not_negative = (
             "eval_every ckpt_every keep_last lr_min weight_decay grad_clip_norm warmup_iters seed "
             "final_eval_tokens"
         )
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: it must not be negative")
+                raise ConfigError(f"{name}={shown(getattr(self, name))}: it must not be negative")
         for name in ("train_minutes", "max_minutes", "ckpt_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: it must be positive")
+                raise ConfigError(f"{name}={shown(getattr(self, name))}: it must be positive")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas={self.betas}: both must lie in [0, 1)")
         if not 0 <= self.dropout < 1:
@@ -175,7 +190,42 @@ class TrainingConfig:
         ):
             if getattr(self, name) not in values:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: it must be {', '.join(values)}")
+        if self.batch_size * self.grad_accum * self.context_len >= 2**_STEP_TOKENS_POWER:
+            raise ConfigError(
+                f"batch_size={self.batch_size} * grad_accum={self.grad_accum} * "
+                f"context_len={self.context_len}: a step must have less than "
+                f"2^{_STEP_TOKENS_POWER} tokens"
+            )
+        for name in ("ckpt_save_prefix", "log_save_prefix"):
+            prefix = getattr(self, name)
+            if not prefix or "/" in prefix or "\\" in prefix or len(os.fsencode(prefix)) > 200:
+                raise ConfigError(
+                    f"{name}={shown(prefix)}: it must be the beginning of a file's name, without "
+                    f"/ and of at most 200 bytes"
+                )
+        for name in ("target_dir", "ckpt_dir", "log_dir", "ckpt_path_to_resume", "init_from"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name}='': it must name a path; leave it out for the default")
         try:
             check_heads(self.d_model, self.num_heads)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    def _check_ranges(self) -> None:
+        """What no setting may be, whichever it is."""
+        for name, value in vars(self).items():
+            texts = value if isinstance(value, tuple) else (value,)
+            if not all(_can_be_a_path(text) for text in texts if isinstance(text, str)):
+                raise ConfigError(f"{name}={shown(value)}: holds a character that no path can have")
+            if isinstance(value, float) and math.isinf(value):
+                raise ConfigError(f"{name}={value}: it must be finite")
+            power = _POWERS.get(name, 63)
+            if isinstance(value, int) and value >= 2**power:
+                raise ConfigError(f"{name}={shown(value)}: it must be below 2^{power}")
+
+
+def _can_be_a_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False

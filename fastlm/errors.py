@@ -4,6 +4,7 @@ line; the commands print it after `error:` and exit with exit_code. Any other ex
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class UserError(Exception):
@@ -48,6 +49,15 @@ class IncompleteRunError(OutputError):
 
 class ExtensionError(UserError, ImportError):
     """The compiled extension `fastlm._C` is missing or older than its sources."""
+
+
+def shown(value: Any) -> str:
+    """`value` as a message shows it: its repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def run_command(command: Callable[[], None]) -> int:

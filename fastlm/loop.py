@@ -13,17 +13,20 @@ from fastlm.checkpoint import checkpoint_files, checkpoint_payload
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
 from fastlm.data.loader import spread_batches
+from fastlm.data.sampler import SAMPLER_VERSION
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss
 from fastlm.generate import sample_texts
 from fastlm.model import training_flops_per_token
 from fastlm.ops.cross_entropy import check_labels
+from fastlm.run.commands import generate_command, resume_command
 from fastlm.run.directory import RunDirectory
-from fastlm.run.signals import StopSignals
+from fastlm.run.environment import environment, random_state
 from fastlm.run.log import RunLog
 from fastlm.run.saver import Saver
+from fastlm.run.signals import StopSignals
+from fastlm.run.summary import Clock, RunFigures, print_summary
 from fastlm.schedule import learning_rate
 from fastlm.step import TrainStep, graphs_compiled
-from fastlm.run.summary import Clock, RunFigures, print_summary
 
 
 class Run:
@@ -102,10 +105,17 @@ class Run:
         print(
             f"[train] stopped after {self.completed} of {cfg.total_steps} steps "
             f"({stop.name or f'--max-minutes {cfg.max_minutes:g}'}); continue with: "
-            f"python -m fastlm.train{' --compile' * cfg.compile} --resume {cfg.target_dir}"
+            f"{self._how_to_continue()}"
         )
         self.saver.check_complete()
         stop.leave()
+
+    def _how_to_continue(self) -> str:
+        if self.data.train.paths:
+            return resume_command(self.cfg)
+        # Of train_loop's arrays the command knows nothing.
+        path = self.directory.checkpoint_path(str(self.completed))
+        return f"ckpt_path_to_resume={str(path)!r}"
 
     def _time_is_up(self) -> bool:
         minutes = self.cfg.max_minutes
@@ -138,16 +148,13 @@ class Run:
     def _payload(self) -> dict[str, Any]:
         """Everything that the run needs to go on from here."""
         runner = self.runner
-        random_state = {"torch": torch.get_rng_state()}
-        if runner.device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(runner.device)
         return checkpoint_payload(
             runner.model,
             runner.optimizer,
             self.completed,
             samples_seen=self.samples_seen,
             scaler=runner.scaler.state_dict(),
-            random_state=random_state,
+            random_state=random_state(runner.device),
             **self._identity(),
         )
 
@@ -161,9 +168,14 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """Identifies the checkpoint's run, and lets the checkpoint be used without the data."""
+        runner = self.runner
         return {
+            "run_id": self.directory.run_id,
+            "saved_at": time.time(),
+            "environment": environment(runner.device, runner.dtype, compiled=self.cfg.compile),
             "config": asdict(self.cfg),
             "data_fingerprint": self.data.fingerprint,
+            "sampler_version": SAMPLER_VERSION,
             "tokenizer": self.data.tokenizer_json,
             "fastlm_version": __version__,
         }
@@ -215,10 +227,8 @@ class Run:
         self._print_samples()
         self.log.metrics("summary", **print_summary(figures, runner.device, runner.dtype))
         print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
-        print(
-            f'[summary] try it      python -m fastlm.generate --ckpt {model_path} --prompt "..."',
-            flush=True,
-        )
+        command = generate_command(model_path, cfg, tokenizer=data.tokenizer_json is not None)
+        print(f"[summary] try it      {command}", flush=True)
 
     def _print_samples(self) -> None:
         """Five samples, the first five: none is chosen."""

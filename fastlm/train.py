@@ -11,20 +11,17 @@ from typing import Any
 
 from fastlm import __version__
 from fastlm.checkpoint import (
-    holds_optimizer_state,
-    iteration_of,
     read_checkpoint,
     restore_model,
     restore_optimizer,
     restore_random_state,
     restore_scaler,
-    samples_seen_of,
 )
 from fastlm.config import TrainingConfig
 from fastlm.data.dataset import as_dataset
 from fastlm.data.files import Data, check_dataset, open_data
 from fastlm.data.loader import TrainLoader
-from fastlm.errors import CheckpointError, ConfigError, UserError, run_command
+from fastlm.errors import CheckpointError, ConfigError, UserError, run_command, shown
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
 from fastlm.hardware import (
     back_heap_with_huge_pages,
@@ -35,7 +32,10 @@ from fastlm.hardware import (
 from fastlm.loop import Run
 from fastlm.model import TransformerLM
 from fastlm.run.directory import RunDirectory
+from fastlm.run.environment import deterministic_algorithms, differences, environment
 from fastlm.run.log import has_ended
+from fastlm.run.resume import Resumed
+from fastlm.run.summary import describe
 from fastlm.schedule import rate_jump
 from fastlm.step import (
     ModelLoss,
@@ -44,20 +44,44 @@ from fastlm.step import (
     create_model_and_optimizer,
     set_seed,
 )
-from fastlm.run.summary import describe
 
 
 def train_loop(train_data: Any, val_data: Any, cfg: TrainingConfig) -> TransformerLM:
     """Trains a TransformerLM under `cfg` and returns it; writes checkpoints, log and loss curve.
 
     train_data, val_data: (n,) token ids, NumPy arrays or memory maps (load_token_dataset).
-    Ctrl-C saves a checkpoint at the next step's end, then raises KeyboardInterrupt.
+    With cfg.eval_only it evaluates, and returns, the model of cfg.ckpt_path_to_resume or
+    cfg.init_from. Ctrl-C saves a checkpoint at the next step's end, then raises KeyboardInterrupt.
+
+    The same call gives the same model bit for bit, however often it was interrupted and resumed:
+    on a CPU always, on CUDA with cfg.deterministic (fastlm/run/environment.py says what it takes).
     """
     return train(Data(as_dataset(train_data), as_dataset(val_data)), cfg)
 
 
-def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
-    """train_loop for opened data. Every check that can fail comes before anything is written."""
+def train(
+    data: Data, cfg: TrainingConfig, resumed: Resumed | None = None, *, new_name: bool = False
+) -> TransformerLM:
+    """train_loop for opened data. Every check that can fail comes before anything is written.
+
+    resumed: what cfg.ckpt_path_to_resume names, if it has been read already; it is freed.
+    new_name: cfg.target_dir is a new run's, and gets a counter if it is there already.
+    """
+    with deterministic_algorithms(cfg.deterministic):
+        if cfg.ckpt_path_to_resume and cfg.init_from:
+            raise ConfigError(
+                "--resume continues a run and --init-from starts one: give one of them"
+            )
+        if resumed is None and cfg.ckpt_path_to_resume:
+            resumed = Resumed.read(cfg.ckpt_path_to_resume)
+        if cfg.eval_only:
+            return _evaluate_only(data, cfg, resumed)
+        return _train(data, cfg, resumed, new_name)
+
+
+def _train(
+    data: Data, cfg: TrainingConfig, resumed: Resumed | None, new_name: bool
+) -> TransformerLM:
     begin = time.perf_counter()
     device = select_device(cfg.device)
     if device.type == "cpu":
@@ -67,27 +91,26 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
 
     set_seed(cfg.seed)
     model, optimizer, _ = create_model_and_optimizer(cfg)
-    resumed = _weights_to_start_from(model, data, cfg)
-    start_step = iteration_of(resumed) if resumed else 0
-    # Killed behind its last step, a run still lacks its end: weights alone, samples, summary.
-    lacks_its_end = start_step == cfg.total_steps and not has_ended(cfg.log_dir)
-    if resumed and start_step >= cfg.total_steps and not lacks_its_end:
-        print(
-            f"[resume] the run is complete: {start_step} of {cfg.total_steps} steps; "
-            f"--total-steps N continues it up to N"
-        )
-        return model
-    loader = TrainLoader(
-        data.train,
-        cfg.batch_size,
-        cfg.context_len,
-        seed=cfg.seed,
-        device=device,
-    )
-    runner = TrainStep(model, optimizer, loader, cfg)
-    describe(data, cfg, model, runner)
+    _load_weights(model, cfg, resumed)
+    start_step = resumed.step if resumed else 0
+    if resumed:
+        resumed.check(data, cfg)
+        # Killed behind its last step, a run still lacks its end: weights, samples, summary.
+        lacks_its_end = start_step == cfg.total_steps and not has_ended(cfg.log_dir)
+        if start_step >= cfg.total_steps and not lacks_its_end:
+            print(
+                f"[resume] the run is complete: {start_step} of {cfg.total_steps} steps; "
+                f"--total-steps N continues it up to N"
+            )
+            return model
 
-    with RunDirectory(cfg, resuming=resumed is not None) as directory:
+    with RunDirectory(cfg, resumed, new_name=new_name) as directory:
+        cfg = directory.cfg
+        loader = TrainLoader(
+            data.train, cfg.batch_size, cfg.context_len, seed=cfg.seed, device=device
+        )
+        runner = TrainStep(model, optimizer, loader, cfg)
+        describe(data, cfg, model, runner)
         if cfg.compile:
             print("[compile] compiling the training and the evaluation step ...", flush=True)
         runner.warm_up()
@@ -97,58 +120,27 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
             print(f"[compile] done in {runner.compile_seconds:.1f} s, not counted in tokens/s")
         if cfg.train_minutes is not None:
             cfg = _calibrated(cfg, runner)
+        samples_seen = 0
         if resumed:
-            _restore_state(runner, resumed)
-            if note := rate_jump(start_step, resumed.get("config"), cfg):
+            _restore_state(runner, resumed, compiled=cfg.compile)
+            samples_seen = resumed.position(cfg)
+            if note := rate_jump(start_step, resumed.settings, cfg):
                 print(f"[resume] {note}")
+            resumed.free()
         directory.begin()
-        samples_seen = _samples_seen(resumed, cfg)
         Run(data, cfg, runner, directory, start_step, samples_seen, begin).train()
     return model
 
 
-def _samples_seen(resumed: dict[str, Any] | None, cfg: TrainingConfig) -> int:
-    """Where in the data a run goes on: after the samples that it has trained on."""
-    if resumed is None:
-        return 0
-    samples_seen = samples_seen_of(resumed)
-    if samples_seen is not None:
-        return samples_seen
-    # An older checkpoint, or another program's: its batch has always been the same, as far as known.
-    batch = {"batch_size": cfg.batch_size, "grad_accum": cfg.grad_accum, **resumed.get("config", {})}
-    return iteration_of(resumed) * batch["batch_size"] * batch["grad_accum"]
-
-
-def _weights_to_start_from(
-    model: TransformerLM, data: Data, cfg: TrainingConfig
-) -> dict[str, Any] | None:
-    """Loads what --init-from or --resume names; returns the checkpoint to resume, or None."""
-    if cfg.ckpt_path_to_resume and cfg.init_from:
-        raise ConfigError("--resume continues a run and --init-from starts one: give one of them")
-    if cfg.init_from:
-        _load_weights(model, cfg.init_from, cfg)
-        print(f"[init] weights of {cfg.init_from}")
-    if not cfg.ckpt_path_to_resume:
-        return None
-    print(f"[resume] Loading checkpoint from {cfg.ckpt_path_to_resume}")
-    payload = _load_weights(model, cfg.ckpt_path_to_resume, cfg)
-    if not (holds_optimizer_state(payload) or cfg.eval_only):
-        raise CheckpointError(
-            f"{cfg.ckpt_path_to_resume}: holds no optimizer state and cannot be resumed; "
-            f"--init-from starts a new run with its weights"
-        )
-    stored = payload.get("data_fingerprint")
-    if stored is not None and stored != data.fingerprint and not cfg.eval_only:
-        raise CheckpointError(
-            f"{cfg.ckpt_path_to_resume}: its run read other data ({stored}) than this one "
-            f"({data.fingerprint}); --init-from starts a new run with its weights"
-        )
-    return payload
-
-
-def _load_weights(model: TransformerLM, path: str, cfg: TrainingConfig) -> dict[str, Any]:
-    """Restores the weights in `path`; returns all of its content."""
-    payload = read_checkpoint(path)
+def _load_weights(model: TransformerLM, cfg: TrainingConfig, resumed: Resumed | None) -> None:
+    """Loads the weights that --resume or --init-from names, if they name any."""
+    if resumed is not None:
+        print(f"[resume] Loading checkpoint from {resumed.path}")
+        path, payload = str(resumed.path), resumed.payload
+    elif cfg.init_from is not None:
+        path, payload = cfg.init_from, _read(cfg.init_from)
+    else:
+        return
     try:
         restore_model(model, payload)
     except CheckpointError as error:
@@ -157,23 +149,39 @@ def _load_weights(model: TransformerLM, path: str, cfg: TrainingConfig) -> dict[
     num_heads = stored.get("num_heads") if isinstance(stored, dict) else None
     if num_heads not in (None, cfg.num_heads):  # the shapes of the weights do not tell
         raise CheckpointError(
-            f"{path}: the checkpoint is of another architecture: num_heads={num_heads}, not "
+            f"{path}: the checkpoint is of another architecture: num_heads={shown(num_heads)}, not "
             f"{cfg.num_heads}; set the model's size as the checkpoint's run did"
         )
-    return payload
+    if resumed is None:
+        print(f"[init] weights of {cfg.init_from}")
 
 
-def _restore_state(runner: TrainStep, payload: dict[str, Any]) -> None:
-    """Everything but the weights: moments, loss scale, random state."""
-    groups = runner.optimizer.param_groups
+def _read(path: str) -> dict[str, Any]:
+    try:
+        return read_checkpoint(path)
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)}: cannot be read ({error.strerror})") from error
+
+
+def _restore_state(runner: TrainStep, resumed: Resumed, *, compiled: bool) -> None:
+    """Everything but the weights: moments, loss scale, random state. Says what now differs."""
+    payload, groups = resumed.payload, runner.optimizer.param_groups
     # Its state brings the settings of the run before; this run's are those that it was given.
     settings = [{name: g[name] for name in ("betas", "eps", "weight_decay")} for g in groups]
-    restore_optimizer(runner.optimizer, payload, runner.model)
-    for group, own in zip(runner.optimizer.param_groups, settings, strict=True):
-        group.update(own)
-    restore_scaler(runner.scaler, payload)
-    restore_random_state(payload, runner.device)
-    print(f"[resume] at step {iteration_of(payload)}")
+    try:
+        restore_optimizer(runner.optimizer, payload, runner.model)
+        restore_scaler(runner.scaler, payload)
+        restore_random_state(payload, runner.device)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{resumed.path}: {error}; --init-from starts a new run with its weights"
+        ) from error
+    for group, values in zip(runner.optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    now = environment(runner.device, runner.dtype, compiled=compiled)
+    for line in differences(payload.get("environment"), now):
+        print(f"[resume] differs: {line}; the results may, in their last bits")
+    print(f"[resume] at step {resumed.step}")
 
 
 def _calibrated(cfg: TrainingConfig, runner: TrainStep) -> TrainingConfig:
@@ -193,14 +201,16 @@ def _calibrated(cfg: TrainingConfig, runner: TrainStep) -> TrainingConfig:
     )
 
 
-def _evaluate_only(data: Data, cfg: TrainingConfig, max_targets: int) -> None:
-    """--eval-only: the loss over the validation data (max_targets 0: all)."""
+def _evaluate_only(data: Data, cfg: TrainingConfig, resumed: Resumed | None) -> TransformerLM:
+    """--eval-only: the loss over the validation data. Returns the model."""
     device = select_device(cfg.device)
     check_dataset(data.val, "validation", context_len=cfg.context_len, vocab_size=cfg.vocab_size)
-    if not (cfg.ckpt_path_to_resume or cfg.init_from):
+    if not (resumed or cfg.init_from):
         raise ConfigError("--eval-only needs the checkpoint to evaluate: --resume or --init-from")
     model = create_model(cfg)
-    _weights_to_start_from(model, data, cfg)
+    _load_weights(model, cfg, resumed)
+    if resumed:
+        resumed.free()
     loss_of = ModelLoss(model, device, cfg)
     with evaluating(model):
         found = loss_over_all(
@@ -209,11 +219,12 @@ def _evaluate_only(data: Data, cfg: TrainingConfig, max_targets: int) -> None:
             cfg.batch_size,
             cfg.context_len,
             device,
-            max_targets=max_targets,
+            max_targets=cfg.final_eval_tokens,
         )
     known = data.val_bytes
     bpb = f", {bits_per_byte(found.loss, found.of_targets, known):.4f} bits/byte" if known else ""
     print(f"[VAL] val_loss {found.loss:.4f}{bpb} {found.extent}")
+    return model
 
 
 def _opened(cfg: TrainingConfig, origins: dict[str, str]) -> tuple[Data, TrainingConfig]:
@@ -227,7 +238,8 @@ def _opened(cfg: TrainingConfig, origins: dict[str, str]) -> tuple[Data, Trainin
     if data.manifest is None:
         return data, cfg
     vocab_size = data.manifest.vocab_size
-    if origins["vocab_size"].startswith(("command line", "file")):
+    # Asked for, or a resumed run's: it may be padded.
+    if origins["vocab_size"].startswith(("command line", "file", "checkpoint")):
         if cfg.vocab_size < vocab_size:
             raise ConfigError(
                 f"vocab_size={cfg.vocab_size} is less than the {vocab_size} of the data's "
@@ -253,14 +265,18 @@ def _command(argv: list[str] | None) -> None:
     print(f"[run] fastlm {__version__}, preset {invocation.preset}: --help lists every setting")
     for line in invocation.changed:
         print(f"[resume] changed: {line}")
+    if invocation.ignored:
+        print(
+            f"[resume] --preset {invocation.preset}: the checkpoint's settings go before its "
+            f"{', '.join(invocation.ignored)}; flags go before both"
+        )
+    asked = invocation.origins["final_eval_tokens"].startswith(("command line", "file"))
+    if cfg.eval_only and not asked:
+        cfg = replace(cfg, final_eval_tokens=0)
     select_device(cfg.device)  # before the time that the data may take
     data, cfg = _opened(cfg, invocation.origins)
     try:
-        if cfg.eval_only:
-            asked = invocation.origins["final_eval_tokens"].startswith(("command line", "file"))
-            _evaluate_only(data, cfg, cfg.final_eval_tokens if asked else 0)
-        else:
-            train(data, cfg)
+        train(data, cfg, invocation.resumed, new_name=invocation.origins["target_dir"] == "time")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

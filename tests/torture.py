@@ -6,8 +6,6 @@ program with a traceback.
 
 import argparse
 import collections
-import contextlib
-import io
 import random
 import sys
 import tempfile

@@ -5,28 +5,17 @@ Each layer overrides the ones before it, and every value remembers which layer i
 
 import argparse
 import dataclasses
-import difflib
-import json
 import os
 import sys
 import time
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from fastlm.checkpoint import checkpoint_files, newest_readable, read_checkpoint
 from fastlm.config import TrainingConfig
-from fastlm.errors import CheckpointError, ConfigError, DeviceError
+from fastlm.errors import ConfigError, DeviceError, shown
 from fastlm.presets import PRESETS
-
-RUNS = "runs"  # where runs go unless --target-dir says otherwise
-# Settings of the invocation, not of the run: a checkpoint does not bring them back.
-_NOT_RESUMED = (
-    "target_dir", "ckpt_dir", "log_dir", "ckpt_path_to_resume", "init_from", "eval_only",
-    "overwrite", "max_minutes", "device",
-)  # fmt: skip
+from fastlm.run.resume import RUNS, Resumed, find
+from fastlm.run.settings import nearest, read_toml, to_toml
 
 
 @dataclass
@@ -55,7 +44,9 @@ class Invocation:
     preset: str
     print_config: bool
     origins: dict[str, str] = field(default_factory=dict)  # setting -> the layer it came from
+    resumed: Resumed | None = None  # the checkpoint that --resume means
     changed: list[str] = field(default_factory=list)  # settings that differ from the checkpoint's
+    ignored: list[str] = field(default_factory=list)  # the preset's that the checkpoint's go before
 
 
 def parse(argv: list[str] | None = None) -> Invocation:
@@ -64,7 +55,7 @@ def parse(argv: list[str] | None = None) -> Invocation:
 
     argv = _explicit_resume(list(sys.argv[1:] if argv is None else argv))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "device", "target-dir", "ckpt-dir"):
+    for name in ("preset", "config", "device", "target-dir", "ckpt-dir", "ckpt-save-prefix"):
         early.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
     early.add_argument("--resume", "--ckpt-path-to-resume", "--ckpt_path_to_resume", dest="resume")
     try:
@@ -72,18 +63,19 @@ def parse(argv: list[str] | None = None) -> Invocation:
     except argparse.ArgumentError:  # a flag without its value, which tyro reports below
         first, _ = early.parse_known_args([])
 
-    file_settings = read_toml(first.config) if first.config else {}
+    file_settings = read_toml(first.config) if first.config is not None else {}
     of_file = file_settings.pop("preset", None)
-    preset = first.preset or of_file or _default_preset(first.device)
+    chosen = of_file if first.preset is None else first.preset
+    preset = _default_preset(first.device) if chosen is None else chosen
     if preset not in PRESETS:
-        raise ConfigError(f"preset={preset!r} is unknown{_nearest(preset, PRESETS)}")
+        raise ConfigError(f"preset={shown(preset)} is unknown{nearest(preset, PRESETS)}")
 
     layers: list[tuple[str, dict[str, Any]]] = [(f"preset {preset}", PRESETS[preset])]
-    resume_path, stored = None, {}
-    first.resume = first.resume or file_settings.get("ckpt_path_to_resume")
-    if first.resume and "--help" not in argv and "-h" not in argv:
-        resume_path, payload = _find_resume(first, file_settings)
-        stored = _stored_settings(payload)
+    resumed = None
+    if not {"--help", "-h"} & set(argv):
+        resumed = _find_resumed(first, file_settings)
+    stored = resumed.settings if resumed else {}
+    if stored:
         layers.append(("checkpoint", stored))
     if file_settings:
         layers.append((f"file {first.config}", file_settings))
@@ -103,14 +95,38 @@ def parse(argv: list[str] | None = None) -> Invocation:
     settings = {name: getattr(parsed, name) for name in names}
     asked = flags | set(file_settings)  # by this invocation, not by a preset or a checkpoint
     _follow(settings, origins, flags, asked, stored)
-    _place(settings, origins, asked, preset, resume_path)
+    _place(settings, origins, asked, preset, resumed)
     config = TrainingConfig(**settings)
     changed = [
-        f"{name}: {stored[name]} -> {getattr(config, name)}"
+        f"{name}: {shown(stored[name])} -> {shown(getattr(config, name))}"
         for name in sorted(stored)
         if getattr(config, name) != stored[name]
     ]
-    return Invocation(config, preset, parsed.print_config, origins, changed)
+    ignored = [
+        name
+        for name, value in PRESETS[preset].items()
+        if chosen and name in stored and value != getattr(config, name) and name != "train_minutes"
+    ]
+    return Invocation(config, preset, parsed.print_config, origins, resumed, changed, ignored)
+
+
+def _find_resumed(first: argparse.Namespace, file_settings: dict) -> Resumed | None:
+    """The checkpoint that --resume means; a setting of the command line goes before the file's."""
+    resume = first.resume
+    if resume is None:
+        resume = file_settings.get("ckpt_path_to_resume")
+    if resume is None:
+        return None
+    if not resume:
+        raise ConfigError(
+            "--resume '' names nothing; --resume alone takes the newest run, and a run is started "
+            "without it"
+        )
+    places = {}
+    for name in ("ckpt_dir", "target_dir", "ckpt_save_prefix"):
+        value = getattr(first, name)
+        places[name] = file_settings.get(name) if value is None else value
+    return find(resume, prefix=places.pop("ckpt_save_prefix"), **places)
 
 
 def _follow(settings: dict, origins: dict, flags: set[str], asked: set[str], stored: dict) -> None:
@@ -134,24 +150,24 @@ def _follow(settings: dict, origins: dict, flags: set[str], asked: set[str], sto
         origins["total_steps"] = "follows train_minutes"
     if settings["d_ff"] is None:
         origins["d_ff"] = "follows d_model"
-    if "vocab_size" not in asked:
+    if "vocab_size" not in asked | stored.keys():
         origins["vocab_size"] += ", until the data's manifest says"
 
 
 def _place(
-    settings: dict, origins: dict, asked: set[str], preset: str, resume_path: Path | None
+    settings: dict, origins: dict, asked: set[str], preset: str, resumed: Resumed | None
 ) -> None:
     """Where the run's files go: a resumed run's own place, or runs/<preset>-<time>."""
-    if resume_path is not None:
-        settings["ckpt_path_to_resume"] = str(resume_path)
+    if resumed is not None:
+        settings["ckpt_path_to_resume"] = str(resumed.path)
         if "ckpt_path_to_resume" not in asked:
             origins["ckpt_path_to_resume"] = "command line"
     if "target_dir" not in asked:
-        if resume_path is None:
+        if resumed is None:
             name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
             settings["target_dir"], origins["target_dir"] = os.path.join(RUNS, name), "time"
         else:
-            parent = resume_path.parent
+            parent = resumed.path.parent
             in_run = parent.name == "checkpoints"
             settings["target_dir"] = str(parent.parent if in_run else parent)
             origins["target_dir"] = "where the checkpoint is"
@@ -160,74 +176,18 @@ def _place(
             origins[name] = "follows target_dir"
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    """The settings in a TOML file: names and types checked. Raises ConfigError."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: is no TOML ({error})") from error
-    hints = {**typing.get_type_hints(TrainingConfig), "preset": str}
-    settings = {}
-    for raw_name, value in values.items():
-        name = raw_name.replace("-", "_")
-        if name not in hints:
-            raise ConfigError(f"{path}: {raw_name!r} is no setting{_nearest(name, hints)}")
-        settings[name] = _coerce(f"{path}: {raw_name}", value, hints[name])
-    return settings
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type, if TOML's type is one that a person would write for it."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):  # X | None; TOML has no None
-        return _coerce(name, value, next(a for a in arguments if a is not type(None)))
-    if origin is typing.Literal and value in arguments:
-        return value
-    if origin is tuple and isinstance(value, list):
-        repeated = arguments[1:] == (Ellipsis,)
-        if repeated or len(arguments) == len(value):
-            kinds = [arguments[0]] * len(value) if repeated else arguments
-            return tuple(_coerce(name, v, kind) for v, kind in zip(value, kinds, strict=True))
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (int, bool, str) and type(value) is hint:
-        return value
-    if origin is typing.Literal:
-        expected = f"one of {', '.join(map(repr, arguments))}"
-    else:
-        expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
-    raise ConfigError(f"{name} = {value!r}: it must be {expected}")
-
-
 def format_config(invocation: Invocation) -> str:
     """Every setting as TOML, with its origin behind it: it can be kept and passed to --config."""
-    lines = [f"preset = {_toml(invocation.preset)}"]
+    lines = [f"preset = {to_toml(invocation.preset)}"]
     for f in dataclasses.fields(TrainingConfig):
         value, origin = getattr(invocation.config, f.name), invocation.origins[f.name]
-        setting = f"{f.name} is not set" if value is None else f"{f.name} = {_toml(value)}"
+        setting = f"{f.name} is not set" if value is None else f"{f.name} = {to_toml(value)}"
         # What follows from something else stays a comment, so that it follows in the next run too.
         computed = origin.startswith(("follows", "time", "where")) or "manifest" in origin
         if value is None or computed:
             setting = f"# {setting}"
         lines.append(f"{setting:<48} # {origin}")
     return "\n".join(lines)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # its escapes are TOML's too
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_toml, value))}]"
-    return repr(value)
 
 
 def _default_preset(device: str | None) -> str:
@@ -251,48 +211,6 @@ def _explicit_resume(argv: list[str]) -> list[str]:
     return result
 
 
-def _find_resume(first: argparse.Namespace, file_settings: dict) -> tuple[Path, dict[str, Any]]:
-    """(file, content) of the checkpoint that --resume means."""
-    if first.resume != "auto":
-        path = Path(first.resume)
-        if not path.exists():
-            raise CheckpointError(f"--resume {path}: no such checkpoint or directory")
-        if path.is_file():
-            return path, read_checkpoint(path)
-        directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        return newest_readable(directory)
-    ckpt_dir = first.ckpt_dir or file_settings.get("ckpt_dir")
-    target_dir = first.target_dir or file_settings.get("target_dir")
-    if ckpt_dir or target_dir:
-        return newest_readable(ckpt_dir or Path(target_dir) / "checkpoints")
-    runs = Path(RUNS).glob("*/checkpoints")
-    newest = [(files[0].stat().st_mtime, run) for run in runs if (files := checkpoint_files(run))]
-    if not newest:
-        raise CheckpointError(
-            f"--resume: no run under {RUNS}/ has a checkpoint; name one: --resume PATH"
-        )
-    return newest_readable(max(newest)[1])
-
-
-def _stored_settings(payload: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the checkpoint's run had."""
-    config = payload.get("config")
-    if not isinstance(config, dict):
-        return {}  # another program's: the model's size must come from flags
-    known = {f.name for f in dataclasses.fields(TrainingConfig)}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in config.items()
-        if name in known and name not in _NOT_RESUMED
-    }
-
-
 def _setting_name(token: str) -> str:
     name = token[2:].split("=", 1)[0].replace("-", "_")
     return name.removeprefix("no_")
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    known = list(known)
-    match = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"

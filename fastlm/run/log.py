@@ -1,6 +1,7 @@
 """What a run shows and keeps: progress on the console, the log file, metrics as JSON lines."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ METRICS = "metrics.jsonl"
 def has_ended(directory: str) -> bool:
     """Did the run that logs there come to its end? The summary is the last that it writes."""
     path = Path(directory) / METRICS
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, also for what is too long for a path
         return False
     lines = path.read_text(encoding="utf-8").splitlines()
     return bool(lines) and lines[-1].startswith('{"event": "summary"')

@@ -60,7 +60,7 @@ class Command:
         os.kill(self.pid, number)
 
     def _text(self, index: int) -> str:
-        return self.files[index].read_text()
+        return self.files[index].read_text(errors="surrogateescape")
 
 
 class CommandServer:

@@ -10,8 +10,8 @@ import torch
 from training_runs import TINY, same, tiny_config
 
 from fastlm import CheckpointError, ConfigError, TrainingConfig, TransformerLM, save_checkpoint
-from fastlm.run.cli import format_config, parse
 from fastlm.presets import PRESETS
+from fastlm.run.cli import format_config, parse
 from fastlm.train import main
 
 

@@ -63,6 +63,7 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
         init_from=None, eval_only=False, overwrite=False,
         final_eval_tokens=10_000_000,
         ckpt_minutes=None, keep_last=3, sync_save=False,
+        allow_data_change=False, deterministic=False,
     )  # fmt: skip
 
 
@@ -186,3 +187,33 @@ def test_a_config_error_is_a_value_error_in_one_line():
     with pytest.raises(ValueError) as caught:
         TrainingConfig(num_heads=7)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(seed=2**64), r"seed=18446744073709551616: it must be below 2\^64"),
+        (dict(batch_size=2**63), r"batch_size=\d+: it must be below 2\^63"),
+        (
+            dict(d_model=16**5000),
+            r"d_model=a number of thousands of digits: it must be below 2\^24",
+        ),
+        (dict(batch_size=2**40, context_len=2**20), r"must have less than 2\^56 tokens"),
+        (dict(lr_max=float("inf")), "lr_max=inf: it must be finite"),
+        (dict(target_dir="a\0b"), r"target_dir='a\\x00b': holds a character that no path can have"),
+        (dict(data=("a", "\ud800")), "data=.*: holds a character that no path can have"),
+        (dict(target_dir=""), "target_dir='': it must name a path"),
+        (dict(ckpt_save_prefix="a/b"), "ckpt_save_prefix='a/b': it must be the beginning"),
+        (dict(log_save_prefix="a\\b"), "log_save_prefix=.*: it must be the beginning"),
+        (dict(log_save_prefix=""), "log_save_prefix='': it must be the beginning"),
+        (dict(ckpt_save_prefix="x" * 201), "ckpt_save_prefix='x+…: it must be the beginning"),
+    ],
+)
+def test_values_beyond_what_can_be_meant(settings, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        TrainingConfig(**settings)
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_values_at_the_edge():
+    TrainingConfig(seed=2**64 - 1, ckpt_save_prefix="é" * 100, total_steps=2**63 - 1)

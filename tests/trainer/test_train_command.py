@@ -154,7 +154,7 @@ def test_a_signal_saves_and_stops(here, straight, name, code):
     assert log_events(here / "run")[-2:] == [("checkpoint", str(stopped)), ("finish",)]
     # It says how to go on; and so it does, at the right step.
     again = re.search(r"continue with: python -m fastlm\.train (.*)", result.stdout)[1]
-    assert again == "--resume run"
+    assert again == "--resume run --device cpu"
     result = commands().run([*tiny_flags(**LONG), *again.split()], here)
     assert result.returncode == 0, result.output
     assert f"[resume] at step {stopped}" in result.stdout
@@ -187,7 +187,7 @@ def test_a_second_ctrl_c_exits_at_once(here):
     assert time.monotonic() - begin < 5
     assert result.returncode == 130 and "stopped at once" in result.stderr
     names = sorted(path.name for path in checkpoint(here / "run").parent.iterdir())
-    assert names == ["checkpoint_2.pt"]
+    assert names == ["checkpoint_2.pt", "run.lock"]  # which nobody holds any more
 
 
 def test_a_run_in_pieces_of_max_minutes(here):

@@ -1,0 +1,220 @@
+"""What a run resumes: finding its checkpoint, and checking that the run can go on from it."""
+
+import dataclasses
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlm.checkpoint import (
+    CheckpointFile,
+    checkpoint_files,
+    holds_optimizer_state,
+    iteration_of,
+    list_checkpoints,
+    newest_readable,
+    read_checkpoint,
+)
+from fastlm.config import TrainingConfig
+from fastlm.data.files import Data
+from fastlm.data.sampler import SAMPLER_VERSION
+from fastlm.errors import CheckpointError, ConfigError, UserError, shown
+from fastlm.run.settings import coerce
+
+RUNS = "runs"  # where runs go unless --target-dir says otherwise
+# Settings of the invocation, not of the run: a checkpoint does not bring them back.
+_NOT_RESUMED = (
+    "target_dir", "ckpt_dir", "log_dir", "ckpt_path_to_resume", "init_from", "eval_only",
+    "overwrite", "max_minutes", "device", "allow_data_change",
+)  # fmt: skip
+_MAX_SAMPLES = 2**62  # a position far below 2^63, so that what follows it is one, too
+_POSITION = ("seed", "context_len")  # what decides with the data which tokens come next
+
+
+@dataclass
+class Resumed:
+    """A checkpoint that a run goes on from, its plain values checked and typed."""
+
+    path: Path
+    payload: dict[str, Any]
+    step: int  # completed steps
+    samples_seen: int | None  # None: another program's, which did not count them
+    run_id: str | None  # None likewise
+    settings: dict[str, Any]  # its run's, those of the invocation left out
+    beside: frozenset[str]  # the checkpoints that were in its directory when it was chosen
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Resumed":
+        """Raises CheckpointError."""
+        path = Path(path)
+        try:
+            beside = _names(path.parent)
+            return cls.of(path, read_checkpoint(path), beside)
+        except OSError as error:
+            raise CheckpointError(
+                f"{shown(str(path))}: cannot be read ({error.strerror})"
+            ) from error
+
+    @classmethod
+    def of(cls, path: Path, payload: dict[str, Any], beside: frozenset[str]) -> "Resumed":
+        """Raises CheckpointError for values that no run has written."""
+        try:
+            step = iteration_of(payload)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            step = -1
+        samples_seen, run_id = payload.get("samples_seen"), payload.get("run_id")
+        checks = {
+            "iteration": 0 <= step < 2**63,
+            "samples_seen": samples_seen is None
+            or (type(samples_seen) is int and 0 <= samples_seen < _MAX_SAMPLES),
+            "run_id": run_id is None or (isinstance(run_id, str) and 0 < len(run_id) <= 100),
+            "random_state": _is_random_state(payload.get("random_state", {})),
+        }
+        for name, holds in checks.items():
+            if not holds:
+                raise CheckpointError(
+                    f"{path}: its {name} cannot be a run's ({shown(payload.get(name))}); resume "
+                    f"another checkpoint, or start with its weights: --init-from"
+                )
+        settings = _stored_settings(path, payload)
+        return cls(path, payload, step, samples_seen, run_id, settings, beside)
+
+    def position(self, cfg: TrainingConfig) -> int:
+        """The number of the first sample that it has not trained on."""
+        if self.samples_seen is not None:
+            return self.samples_seen
+        # An older checkpoint, or another program's: its batch never changed, as far as is known.
+        batch_size = self.settings.get("batch_size", cfg.batch_size)
+        position = self.step * batch_size * self.settings.get("grad_accum", cfg.grad_accum)
+        if not 0 <= position < _MAX_SAMPLES:
+            raise CheckpointError(
+                f"{self.path}: its step and batch cannot be a run's ({self.step} steps of "
+                f"{shown(batch_size)}); start with its weights: --init-from"
+            )
+        return position
+
+    def check(self, data: Data, cfg: TrainingConfig) -> None:
+        """Raises CheckpointError if it cannot be resumed, or would read on in other data."""
+        if not holds_optimizer_state(self.payload):
+            raise CheckpointError(
+                f"{self.path}: holds no optimizer state and cannot be resumed; --init-from starts "
+                f"a new run with its weights"
+            )
+        stored = self.payload.get("data_fingerprint")
+        changed = [
+            f"{name} {shown(self.settings[name])} -> {getattr(cfg, name)}"
+            for name in _POSITION
+            if self.settings.get(name, getattr(cfg, name)) != getattr(cfg, name)
+        ]
+        # Version 0.1 without the number drew the samples in the first order.
+        order = self.payload.get("sampler_version", 1 if "fastlm_version" in self.payload else None)
+        if order not in (None, SAMPLER_VERSION):
+            changed.append(f"sampler_version {shown(order)} -> {SAMPLER_VERSION}")
+        if stored is not None and not data.matches(stored):
+            changed.append(f"data {shown(stored)} -> {data.fingerprint!r}")
+        if changed and not cfg.allow_data_change:
+            what = "data" if changed[-1].startswith("data ") else changed[-1].split()[0]
+            raise CheckpointError(
+                f"{self.path}: its run read other data or in another order ({', '.join(changed)}); "
+                f"give the same {what}, or go on all the same with --allow-data-change, or start a "
+                f"new run with its weights: --init-from"
+            )
+        for line in changed:
+            print(f"[resume] --allow-data-change: {line}; goes on at the same sample number")
+
+    def free(self) -> None:
+        """Lets go of the tensors, whoever else holds this object: the run has its own now."""
+        self.payload.clear()
+
+
+def find(
+    name: str,
+    *,
+    ckpt_dir: str | None = None,
+    target_dir: str | None = None,
+    prefix: str | None = None,
+) -> Resumed:
+    """The checkpoint that `--resume name` means: a file, or the newest one of a directory.
+
+    name "auto": the newest one of ckpt_dir or target_dir if they are given, else of the newest run
+    under runs/, by the time that its checkpoints have stored. prefix None: any.
+    """
+    try:
+        path = None if name == "auto" else Path(name)
+        if path is not None and not path.exists():
+            raise CheckpointError(f"--resume {path}: no such checkpoint or directory")
+        if path is not None and path.is_file():
+            return Resumed.read(path)
+        directory = _directory(path, ckpt_dir, target_dir)
+        beside = _names(directory)
+        return Resumed.of(*newest_readable(directory, prefix), beside)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"--resume {shown(name)}: cannot be read ({reason})") from error
+
+
+def _directory(path: Path | None, ckpt_dir: str | None, target_dir: str | None) -> Path:
+    if path is not None:
+        return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if ckpt_dir or target_dir:
+        return Path(ckpt_dir or Path(target_dir) / "checkpoints")
+    runs = [(_last_saved(run), run) for run in Path(RUNS).glob("*/checkpoints")]
+    runs = [(time, run) for time, run in runs if time is not None]
+    if not runs:
+        raise CheckpointError(
+            f"--resume: no run under {RUNS}/ has a checkpoint; name one: --resume PATH"
+        )
+    return max(runs)[1]
+
+
+def _last_saved(directory: Path) -> float | None:
+    """When the newest checkpoint there was saved."""
+    return max((file.saved_at for file in list_checkpoints(directory)), default=None)
+
+
+def _names(directory: Path) -> frozenset[str]:
+    return frozenset(file.name for file in checkpoint_files(directory))
+
+
+def belongs(file: CheckpointFile, resumed: Resumed, directory: str | os.PathLike) -> bool:
+    """Is `file`, in `directory`, of the run that `resumed` goes on with?
+
+    Where one of them has no run id they are, if they are in one directory.
+    """
+    if None in (file.run_id, resumed.run_id):
+        return os.path.realpath(directory) == os.path.realpath(resumed.path.parent)
+    return file.run_id == resumed.run_id
+
+
+def _stored_settings(path: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the checkpoint's run had, typed like those of a TOML file."""
+    config = payload.get("config")
+    if not isinstance(config, Mapping):
+        return {}  # another program's: the model's size must come from flags
+    hints = typing.get_type_hints(TrainingConfig)
+    settings = {}
+    for name in (f.name for f in dataclasses.fields(TrainingConfig)):
+        if name not in config or name in _NOT_RESUMED:
+            continue
+        value, hint = config[name], hints[name]
+        if value is None and type(None) in typing.get_args(hint):
+            settings[name] = None
+            continue
+        try:
+            value = list(value) if isinstance(value, tuple) else value
+            settings[name] = coerce(f"{path}: its setting {name}", value, hint)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+    return settings
+
+
+def _is_random_state(state: Any) -> bool:
+    return isinstance(state, Mapping) and all(
+        isinstance(value, torch.Tensor) and value.dtype == torch.uint8 for value in state.values()
+    )
