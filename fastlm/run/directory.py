@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from fastlm.checkpoint import checkpoint_files, list_checkpoints
+from fastlm.checkpoint import checkpoint_files, list_checkpoints, remove_stale_temporaries
 from fastlm.config import TrainingConfig
 from fastlm.data.staging import sync
 from fastlm.errors import OutputError, UserError
@@ -48,10 +48,7 @@ class RunDirectory:
                 self._make(name)
             self._lock()
             self._check_owner()  # again: until it was locked, another run may have written
-            with contextlib.suppress(ImportError):  # MERGE: exists on branch ckpt; no suppress then
-                from fastlm.checkpoint import remove_stale_temporaries
-
-                remove_stale_temporaries(self.cfg.ckpt_dir)
+            remove_stale_temporaries(self.cfg.ckpt_dir)
         except BaseException:
             self._take_back()
             raise

@@ -119,9 +119,10 @@ class Saver:
         Saves and evaluations need not coincide: the first evaluation behind a checkpoint counts.
         """
         step, self._unevaluated = self._unevaluated, None
-        if step is not None and (self._best is None or val_loss < self._best[0]):
-            if math.isfinite(val_loss):
-                self._best = (val_loss, step)
+        if step is None or not math.isfinite(val_loss):
+            return
+        if self._best is None or val_loss < self._best[0]:
+            self._best = (val_loss, step)
 
     def emergency(self, payload: dict[str, Any]) -> Report:
         """Writes {prefix}_emergency.pt now, in an exception's wake; raises nothing of its own.

@@ -9,8 +9,11 @@ from fastlm.checkpoint import checkpoint_files, newest_readable
 
 
 def damage_newest(directory: Path, rng: random.Random, flips: int, truncations: int) -> int:
-    """Flips a bit of the newest checkpoint in `directory`, or cuts it, one damage at a time; returns
-    how often it was found and the one before taken. The other times what was loaded is equal."""
+    """Flips a bit of the newest checkpoint in `directory`, or cuts it, one damage at a time.
+
+    Returns how often it was found and the one before taken. The other times what was loaded is
+    equal.
+    """
     newest, before = checkpoint_files(directory)[:2]
     content = newest.read_bytes()
     expected = newest_readable(directory)

@@ -115,7 +115,8 @@ def train(argv: list[str]) -> int:
 def start(directory: Path, argv: list[str], fatal: dict | None = None):
     # Compiled in the process itself, which is forked: no pool of compilers comes along.
     env = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    return commands().start([json.dumps(fatal), *argv], directory, call="killed_runs:train", env=env)
+    argv = [json.dumps(fatal), *argv]
+    return commands().start(argv, directory, call="killed_runs:train", env=env)
 
 
 class Undisturbed:
