@@ -38,12 +38,16 @@ class OutputError(UserError, OSError):
     """A directory or file cannot be written."""
 
 
+class DivergedError(UserError, RuntimeError):
+    """Training does not go on: one bad step follows the other."""
+
+
 class ExtensionError(UserError, ImportError):
     """The compiled extension `fastlm._C` is missing or older than its sources."""
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Runs a command; returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    """Runs a command; returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
     try:
         command()
     except UserError as error:

@@ -242,10 +242,42 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most memory held so far: of the device for a GPU, of the process for the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+class PeakMemory:
+    """The most memory that was allocated, as far as `sample` saw.
+
+    On a GPU the allocator's own peak. On Linux the process's anonymous memory: what it allocated,
+    not the files that it maps, the token files for one; keep_freed_memory() keeps what a step has
+    used, so that a sample between steps sees it. Elsewhere the peak of the process, with what it
+    maps. None: not known.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bytes: int | None = None
+        self.what = "on the device" if device.type == "cuda" else "of the process"
+
+    def sample(self) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        elif (now := _anonymous_bytes()) is not None:
+            self.what = "allocated by the process"
+            self.bytes = max(now, self.bytes or 0)
+        else:
+            self.bytes = _peak_of_process()
+
+
+def _anonymous_bytes() -> int | None:
+    try:
+        status = Path("/proc/self/status").read_bytes()
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith(b"RssAnon:"):
+            return int(line.split()[1]) << 10
+    return None
+
+
+def _peak_of_process() -> int | None:
     try:
         import resource
     except ImportError:  # Windows

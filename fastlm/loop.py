@@ -1,6 +1,6 @@
 """The training loop: steps, log lines, evaluations, checkpoints, and the end of a run."""
 
-import time
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from fastlm import __version__
-from fastlm.checkpoint import save_checkpoint
+from fastlm.checkpoint import iteration_of, restore_model, save_checkpoint
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
 from fastlm.data.loader import spread_batches
+from fastlm.errors import DivergedError, OutputError
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss
-from fastlm.generate import sample_texts
+from fastlm.hardware import PeakMemory
 from fastlm.model import training_flops_per_token
 from fastlm.ops.cross_entropy import check_labels
 from fastlm.run.directory import RunDirectory
-from fastlm.run.signals import StopSignals
+from fastlm.run.guard import GuardWatch
 from fastlm.run.log import RunLog
+from fastlm.run.output import Missing
+from fastlm.run.signals import Stopped, StopSignals
+from fastlm.run.summary import Clock, RunFigures, measured_ceiling, print_samples, print_summary
 from fastlm.schedule import cosine_lr_schedule, wsd_lr_schedule
 from fastlm.step import TrainStep, graphs_compiled
-from fastlm.run.summary import Clock, RunFigures, print_summary
 
 
 def learning_rate(step: int, cfg: TrainingConfig) -> float:
@@ -48,86 +51,149 @@ class Run:
         directory: RunDirectory,
         start_step: int,
         samples_seen: int,  # before start_step; the data goes on from there
-        begin: float,  # time.perf_counter() when the run began
+        clock: Clock,
+        stop: StopSignals,
+        missing: Missing,  # what the run could not show or write
     ):
         self.data, self.cfg, self.runner, self.directory = data, cfg, runner, directory
-        self.start_step, self.completed, self.begin = start_step, start_step, begin
-        self.samples_seen = samples_seen
-        self.clock = Clock(runner.device)
+        self.start_step, self.completed = start_step, start_step
+        self.samples_seen = self.start_samples = samples_seen
+        self.clock, self.stop, self.missing = clock, stop, missing
+        self.memory = PeakMemory(runner.device)
         self.log = RunLog(
-            cfg.log_dir, cfg.log_save_prefix, start_step=start_step, total_steps=cfg.total_steps
+            cfg.log_dir,
+            cfg.log_save_prefix,
+            missing=missing,
+            resuming=bool(cfg.ckpt_path_to_resume),
+            start_step=start_step,
+            total_steps=cfg.total_steps,
         )
         self.log.metrics("start", step=start_step, config=asdict(cfg), data=data.fingerprint)
+        self.watch = GuardWatch(runner)
         self._graphs = graphs_compiled() if cfg.compile else 0
-        # Sums over the steps since the last log line.
+        # Sums over the good steps since the last log line.
         self._window_loss = torch.zeros((), device=runner.device)
+        self._window_good = torch.zeros((), device=runner.device)
         self._window_steps, self._window_begin = 0, 0.0
 
     def train(self) -> None:
-        """Runs all steps. After Ctrl-C or SIGTERM: saves, then ends as the signal would have."""
-        cfg = self.cfg
-        with StopSignals() as stop:
-            self.clock.start()
-            for step in range(self.start_step, cfg.total_steps):
-                lr = learning_rate(step, cfg)
-                loss = self.runner.run(self.samples_seen, lr)
-                self.samples_seen += self.runner.samples
-                self.completed = step + 1
-                self._window_loss += loss
-                self._window_steps += 1
-                self.log.advance()
+        """Runs all steps, and what follows the last. After a signal: saves, then ends as the signal
+        would have."""
+        self.stop.promise = "a checkpoint follows"
+        try:
+            finished = self._steps() and self._finish()
+        finally:
+            self.log.flush()
+        if not finished:
+            print(
+                f"[train] stopped after {self.completed} of {self.cfg.total_steps} steps "
+                f"({self.stop.name or f'--max-minutes {self.cfg.max_minutes:g}'}); continue with: "
+                f"python -m fastlm.train{' --compile' * self.cfg.compile} "
+                f"--resume {self.cfg.target_dir}",
+                flush=True,
+            )
+            self.stop.leave()
+
+    def _steps(self) -> bool:
+        """All steps that are left; False if it was stopped before the last. After an error: saves
+        what there is as …_emergency.pt, then raises it."""
+        try:
+            self._run_steps()
+        except (DivergedError, OutputError):
+            raise  # all is saved, or nothing can be
+        except Exception:
+            self._save_emergency()
+            raise
+        return self.completed == self.cfg.total_steps
+
+    def _run_steps(self) -> None:
+        cfg, step = self.cfg, self.completed - 1
+        if self._is_evaluated(step) and not self.log.has_evaluated(step):
+            self._validate(step)  # the run was stopped in the evaluation
+        self.clock.start()
+        while self.completed < cfg.total_steps:
+            step, lr = self.completed, learning_rate(self.completed, cfg)
+            loss = self.runner.run(self.samples_seen, lr, lambda: self.stop.requested)
+            if loss is not None:  # None: stopped before the step's last micro-batch
+                self._count(loss)
                 if step % cfg.log_every == 0:
                     self._log(step, loss, lr)
+                    if self._rolled_back():
+                        continue
 
-                last = self.completed == cfg.total_steps
-                stopping = not last and (stop.requested or self._time_is_up())
-                # The checkpoint first: what may fail in an evaluation must not cost the steps.
-                if last or stopping or _is_multiple(self.completed, cfg.ckpt_every):
-                    self._save("final" if last else str(self.completed), must=last or stopping)
-                if last or (step > 0 and _is_multiple(step, cfg.eval_every) and not stopping):
-                    self._validate(step)
-                if stopping:
-                    break
-            self.clock.pause()
-        if self.completed == cfg.total_steps:
-            self._finish()
-            return
-        self.log.close()
-        print(
-            f"[train] stopped after {self.completed} of {cfg.total_steps} steps "
-            f"({stop.name or f'--max-minutes {cfg.max_minutes:g}'}); continue with: "
-            f"python -m fastlm.train{' --compile' * cfg.compile} --resume {cfg.target_dir}"
-        )
-        stop.leave()
+            last = self.completed == cfg.total_steps
+            stopping = not last and (self.stop.requested or self._time_is_up())
+            # The checkpoint first: what may fail in an evaluation must not cost the steps.
+            if last or stopping or _is_multiple(self.completed, cfg.ckpt_every):
+                self._save("final" if last else str(self.completed), must=last or stopping)
+            if stopping:
+                break
+            if self._is_evaluated(step):
+                self._validate(step)
+        self.clock.pause()
+
+    def _count(self, loss: Tensor) -> None:
+        """A step is done; the samples of a skipped one are passed, too."""
+        self.samples_seen += self.runner.samples
+        self.completed += 1
+        self._window_loss += torch.where(self.runner.good, loss, 0.0)
+        self._window_good += self.runner.good
+        self._window_steps += 1
+        self.log.advance()
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = _is_multiple(step, self.cfg.eval_every) and step > 0
+        return every or step == self.cfg.total_steps - 1
 
     def _time_is_up(self) -> bool:
         minutes = self.cfg.max_minutes
         return minutes is not None and self.clock.seconds >= minutes * 60
 
     def _log(self, step: int, loss: Tensor, lr: float) -> None:
-        average = float(self._window_loss) / self._window_steps  # waits for the device
+        total, good = torch.stack((self._window_loss, self._window_good)).tolist()  # waits
         check_labels()
         seconds = self.clock.seconds - self._window_begin
         norm = self.runner.optimizer.last_grad_norm
         self.log.train(
             step,
             loss=float(loss),
-            avg_loss=average,
+            avg_loss=total / good if good else float("nan"),
             lr=lr,
             grad_norm=float("nan") if norm is None else float(norm),
             steps_per_second=self._window_steps / seconds,
             tokens_per_second=self._window_steps * self.runner.tokens / seconds,
         )
+        self._begin_window()
+        self.memory.sample()
+
+    def _begin_window(self) -> None:
         self._window_loss.zero_()
+        self._window_good.zero_()
         self._window_steps, self._window_begin = 0, self.clock.seconds
+
+    def _rolled_back(self) -> bool:
+        """At a log line: says what the guard has skipped. Goes back to the last good checkpoint, or
+        gives up, if it has skipped one step after the other."""
+        try:
+            found = self.watch.look(self.log, self.completed, self.directory)
+        except DivergedError:
+            self._save(str(self.completed), must=True)
+            raise
+        if found is None:
+            return False
+        path, payload = found
+        restore_model(self.runner.model, payload)
+        self.runner.restore(payload)
+        self.completed = iteration_of(payload)
+        self.watch.went_back(self.log, path, self.completed)
+        self._begin_window()
+        return True
 
     def _save(self, name: str, *, must: bool) -> None:
         """A checkpoint. Where it cannot be written the run goes on, unless it `must` be."""
         self.clock.pause()
         runner, path = self.runner, self.directory.checkpoint_path(name)
-        random_state = {"torch": torch.get_rng_state()}
-        if runner.device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(runner.device)
+        random_state = runner.random_state()
         try:
             save_checkpoint(
                 runner.model,
@@ -137,6 +203,7 @@ class Run:
                 samples_seen=self.samples_seen,
                 scaler=runner.scaler.state_dict(),
                 random_state=random_state,
+                **self._progress(),
                 **self._identity(),
             )
             self.log.checkpoint(path)
@@ -145,6 +212,34 @@ class Run:
                 raise
             self.log.say(f"[CKPT] FAILED: {path}: {error.strerror or error}; training goes on")
         self.clock.start()
+
+    def _progress(self) -> dict[str, Any]:
+        """What the run's end needs to know of all its pieces."""
+        return {"guard": self.runner.guard.state_dict(), "clock": self.clock.state_dict()}
+
+    def _save_emergency(self) -> None:
+        """{prefix}_emergency.pt: the state before the step that failed, which a bare --resume never
+        takes. Says so where that fails, too: the error that led here is the one to see."""
+        if self.completed == self.start_step:
+            return
+        path = self.directory.checkpoint_path("emergency")
+        try:
+            self.runner.drop()
+            save_checkpoint(
+                self.runner.model,
+                self.runner.optimizer,
+                self.completed,
+                path,
+                samples_seen=self.samples_seen,
+                scaler=self.runner.scaler.state_dict(),
+                random_state=self.runner.random_state(),
+                **self._progress(),
+                **self._identity(),
+            )
+        except Exception as error:
+            self.log.say(f"[CKPT] FAILED: {path}: {error}")
+        else:
+            self.log.checkpoint(path)
 
     def _identity(self) -> dict[str, Any]:
         """Identifies the checkpoint's run, and lets the checkpoint be used without the data."""
@@ -156,58 +251,67 @@ class Run:
         }
 
     def _validate(self, step: int) -> None:
-        """The mean loss on the fixed batches."""
+        """The mean loss on the fixed batches. Left between two of them at a signal; the resumed run
+        does it then."""
         self.clock.pause()
         cfg, runner = self.cfg, self.runner
         batches = spread_batches(
             self.data.val, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
         )
-        with evaluating(runner.model):
-            self.log.val(step, mean_loss(runner.loss.summed, batches))
+        with contextlib.suppress(Stopped), evaluating(runner.model):
+            self.log.val(step, mean_loss(self.stop.interruptible(runner.loss.summed), batches))
         self.clock.start()
 
-    def _finish(self) -> None:
-        """Weights alone, loss over all validation data, samples, summary."""
-        cfg, runner, data = self.cfg, self.runner, self.data
+    def _finish(self) -> bool:
+        """Weights alone, loss over all validation data, samples, summary. False if it was stopped:
+        the resumed run does it then."""
+        cfg, runner, data, clock = self.cfg, self.runner, self.data, self.clock
         model_path: Path = self.directory.checkpoint_path("model")
         save_checkpoint(runner.model, None, self.completed, model_path, **self._identity())
         self.log.checkpoint(model_path)
-        with evaluating(runner.model):
-            val_loss, targets = loss_over_all(
-                runner.loss.summed, data.val, cfg.batch_size, cfg.context_len, runner.device
-            )
+        self.stop.promise = "the run's end can be had by --resume"
+        try:
+            with evaluating(runner.model):
+                loss = self.stop.interruptible(runner.loss.summed)
+                val_loss, targets = loss_over_all(
+                    loss, data.val, cfg.batch_size, cfg.context_len, runner.device
+                )
+        except Stopped:
+            return False
         self.log.close()
-        steps = self.completed - self.start_step
+        self.memory.sample()
         in_bytes = bits_per_byte(val_loss, targets, data.val_bytes) if data.val_bytes else None
+        whole = clock.knows_all
         figures = RunFigures(
-            steps=steps,
-            tokens=steps * runner.tokens,
-            step_seconds=self.clock.seconds,
-            run_seconds=time.perf_counter() - self.begin,
+            steps=self.completed - (0 if whole else self.start_step),
+            tokens=(self.samples_seen - (0 if whole else self.start_samples)) * cfg.context_len,
+            step_seconds=clock.all_seconds,
+            run_seconds=clock.run_seconds,
+            start_step=self.start_step,
+            whole=whole,
             compile_seconds=runner.compile_seconds,
             recompiles=graphs_compiled() - self._graphs if cfg.compile else 0,
             flops_per_token=training_flops_per_token(runner.model, cfg.context_len),
+            peak_memory=self.memory,
+            skipped=self.watch.report.skipped,
+            rolled_back=runner.guard.rolled_back,
             val_loss=val_loss,
             val_targets=targets,
             bits_per_byte=in_bytes,
         )
-        self._print_samples()
-        self.log.metrics("summary", **print_summary(figures, runner.device, runner.dtype))
+        tokenizer = data.tokenizer_json
+        self.log.attempt("samples", lambda: print_samples(runner.model, tokenizer, cfg.seed))
+        ceiling = self.log.attempt(
+            "matmul ceiling", lambda: measured_ceiling(runner.device, runner.dtype)
+        )
+        self.log.metrics("summary", **print_summary(figures, runner.device, runner.dtype, ceiling))
+        self.watch.complain(self.missing, val_loss)
         print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
         print(
             f'[summary] try it      python -m fastlm.generate --ckpt {model_path} --prompt "..."',
             flush=True,
         )
-
-    def _print_samples(self) -> None:
-        """Five samples, the first five: none is chosen."""
-        tokenizer = self.data.tokenizer_json
-        if tokenizer is None:
-            print("[sample] none: the data has no tokenizer to turn ids into text")
-            return
-        texts = sample_texts(self.runner.model, tokenizer, num_samples=5, seed=self.cfg.seed)
-        for index, text in enumerate(texts):
-            print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
+        return True
 
 
 def _is_multiple(number: int, every: int) -> bool:

@@ -2,6 +2,16 @@
 
 main() is the command; train_loop() is the same run for data and settings of one's own. Here a run
 is set up and checked; fastlm/loop.py runs it, fastlm/step.py is the step.
+
+Exit codes
+    0    the run is complete, or SIGUSR1 asked for its checkpoint
+    1    it came to its end and something is missing: lines of a log, a checkpoint, a model that
+         learnt anything; the last line says what
+    2    a setting, a file or the training itself must be changed first; the error says which
+    129, 130, 143
+         SIGHUP, SIGINT (Ctrl-C), SIGTERM: a checkpoint is saved, unless no step was done yet
+    128 + its number
+         a second signal, which ends the process at once
 """
 
 import sys
@@ -9,15 +19,12 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from fastlm import __version__
 from fastlm.checkpoint import (
     holds_optimizer_state,
     iteration_of,
     read_checkpoint,
     restore_model,
-    restore_optimizer,
 )
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data, as_dataset, check_dataset, open_data
@@ -34,6 +41,9 @@ from fastlm.loop import Run
 from fastlm.model import TransformerLM
 from fastlm.run.directory import RunDirectory
 from fastlm.run.log import has_ended
+from fastlm.run.output import fill_closed_descriptors, silence_broken_streams, surviving_output
+from fastlm.run.signals import StopSignals
+from fastlm.run.summary import Clock, describe
 from fastlm.step import (
     ModelLoss,
     TrainStep,
@@ -41,7 +51,6 @@ from fastlm.step import (
     create_model_and_optimizer,
     set_seed,
 )
-from fastlm.run.summary import describe
 
 
 def train_loop(train_data: Any, val_data: Any, cfg: TrainingConfig) -> TransformerLM:
@@ -50,7 +59,8 @@ def train_loop(train_data: Any, val_data: Any, cfg: TrainingConfig) -> Transform
     train_data, val_data: (n,) token ids, NumPy arrays or memory maps (load_token_dataset).
     Ctrl-C saves a checkpoint at the next step's end, then raises KeyboardInterrupt.
     """
-    return train(Data(as_dataset(train_data), as_dataset(val_data)), cfg)
+    with surviving_output():
+        return train(Data(as_dataset(train_data), as_dataset(val_data)), cfg)
 
 
 def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
@@ -67,7 +77,8 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
     resumed = _weights_to_start_from(model, data, cfg)
     start_step = iteration_of(resumed) if resumed else 0
     # Killed behind its last step, a run still lacks its end: weights alone, samples, summary.
-    lacks_its_end = start_step == cfg.total_steps and not has_ended(cfg.log_dir)
+    ended = has_ended(cfg.log_dir, cfg.log_save_prefix)
+    lacks_its_end = start_step == cfg.total_steps and not ended
     if resumed and start_step >= cfg.total_steps and not lacks_its_end:
         print(
             f"[resume] the run is complete: {start_step} of {cfg.total_steps} steps; "
@@ -84,21 +95,31 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
     runner = TrainStep(model, optimizer, loader, cfg)
     describe(data, cfg, model, runner)
 
-    with RunDirectory(cfg, resuming=resumed is not None) as directory:
+    with (
+        surviving_output() as missing,
+        RunDirectory(cfg, resuming=resumed is not None) as directory,
+        StopSignals() as stop,
+    ):
         if cfg.compile:
             print("[compile] compiling the training and the evaluation step ...", flush=True)
         runner.warm_up()
+        stop.leave()
         if device.type == "cpu":
             back_heap_with_huge_pages()  # now that the heap has grown to what a step needs
         if cfg.compile:
             print(f"[compile] done in {runner.compile_seconds:.1f} s, not counted in tokens/s")
         if cfg.train_minutes is not None:
-            cfg = _calibrated(cfg, runner)
+            cfg = _calibrated(cfg, runner, stop)
+            stop.leave()
         if resumed:
-            _restore_state(runner, resumed)
+            runner.restore(resumed)
+            print(f"[resume] at step {start_step}")
         directory.begin()
         samples_seen = _samples_seen(resumed, cfg)
-        Run(data, cfg, runner, directory, start_step, samples_seen, begin).train()
+        clock = Clock(device, begin, resumed)
+        run = Run(data, cfg, runner, directory, start_step, samples_seen, clock, stop, missing)
+        del resumed
+        run.train()
     return model
 
 
@@ -157,27 +178,9 @@ def _load_weights(model: TransformerLM, path: str, cfg: TrainingConfig) -> dict[
     return payload
 
 
-def _restore_state(runner: TrainStep, payload: dict[str, Any]) -> None:
-    """Everything but the weights: moments, loss scale, random state."""
-    groups = runner.optimizer.param_groups
-    # Its state brings the settings of the run before; this run's are those that it was given.
-    settings = [{name: g[name] for name in ("betas", "eps", "weight_decay")} for g in groups]
-    restore_optimizer(runner.optimizer, payload)
-    for group, own in zip(runner.optimizer.param_groups, settings, strict=True):
-        group.update(own)
-    if payload.get("scaler"):
-        runner.scaler.load_state_dict(payload["scaler"])
-    random_state = payload.get("random_state", {})
-    if "torch" in random_state:
-        torch.set_rng_state(random_state["torch"])
-    if "cuda" in random_state and runner.device.type == "cuda":
-        torch.cuda.set_rng_state(random_state["cuda"], runner.device)
-    print(f"[resume] at step {iteration_of(payload)}")
-
-
-def _calibrated(cfg: TrainingConfig, runner: TrainStep) -> TrainingConfig:
+def _calibrated(cfg: TrainingConfig, runner: TrainStep, stop: StopSignals) -> TrainingConfig:
     """`cfg` with the number of steps that take cfg.train_minutes on this machine."""
-    seconds = runner.seconds_per_step()
+    seconds = runner.seconds_per_step(stop=lambda: stop.requested)
     steps = max(10, round(cfg.train_minutes * 60 / seconds / 10) * 10)
     print(
         f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about "
@@ -233,7 +236,13 @@ def _opened(cfg: TrainingConfig, origins: dict[str, str]) -> tuple[Data, Trainin
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    return run_command(lambda: _command(argv))
+    fill_closed_descriptors()
+    try:
+        with surviving_output() as missing:
+            code = run_command(lambda: _command(argv))
+        return code or int(bool(missing))
+    finally:
+        silence_broken_streams()
 
 
 def _command(argv: list[str] | None) -> None:

@@ -1,13 +1,13 @@
 """A run's directories."""
 
 import contextlib
-import os
 import tempfile
 from pathlib import Path
 
 from fastlm.checkpoint import checkpoint_files
 from fastlm.config import TrainingConfig
 from fastlm.errors import OutputError
+from fastlm.run.log import metrics_path
 
 
 class RunDirectory:
@@ -53,7 +53,7 @@ class RunDirectory:
             for path in (
                 *old,
                 self.checkpoint_path("model"),
-                logs / "metrics.jsonl",
+                metrics_path(logs, self.cfg.log_save_prefix),
                 logs / f"{self.cfg.log_save_prefix}.log",
             ):
                 path.unlink(missing_ok=True)

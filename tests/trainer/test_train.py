@@ -321,7 +321,7 @@ def test_warm_up_and_calibration_change_nothing(dtype):
 
 def test_a_calibrated_run_is_the_run_of_that_many_steps(tmp_path, monkeypatch, capsys):
     measure = TrainStep.seconds_per_step
-    monkeypatch.setattr(TrainStep, "seconds_per_step", lambda self: measure(self, seconds=0.05))
+    monkeypatch.setattr(TrainStep, "seconds_per_step", lambda self, stop: measure(self, seconds=0.05))
     run_tiny(tmp_path / "calibrated", train_minutes=1e-9, dropout=0.1)
     said = capsys.readouterr().out
     steps = int(re.search(r"\[calibrate\] .* --total-steps (\d+)\)", said)[1])
@@ -340,7 +340,7 @@ def test_a_calibrated_run_is_the_run_of_that_many_steps(tmp_path, monkeypatch, c
 
 def test_the_calibration_fills_the_minutes():
     class Measured:
-        def seconds_per_step(self):
+        def seconds_per_step(self, stop):
             return 0.25
 
     cfg = tiny_config("unused", train_minutes=2.0)
