@@ -218,28 +218,15 @@ class Run:
         return {"guard": self.runner.guard.state_dict(), "clock": self.clock.state_dict()}
 
     def _save_emergency(self) -> None:
-        """{prefix}_emergency.pt: the state before the step that failed, which a bare --resume never
-        takes. Says so where that fails, too: the error that led here is the one to see."""
+        """{prefix}_emergency.pt: the state before the step that failed. A bare --resume never takes
+        it. Where that fails, too, it says so: the error that led here is the one to raise."""
         if self.completed == self.start_step:
             return
-        path = self.directory.checkpoint_path("emergency")
         try:
             self.runner.drop()
-            save_checkpoint(
-                self.runner.model,
-                self.runner.optimizer,
-                self.completed,
-                path,
-                samples_seen=self.samples_seen,
-                scaler=self.runner.scaler.state_dict(),
-                random_state=self.runner.random_state(),
-                **self._progress(),
-                **self._identity(),
-            )
+            self._save("emergency", must=True)
         except Exception as error:
-            self.log.say(f"[CKPT] FAILED: {path}: {error}")
-        else:
-            self.log.checkpoint(path)
+            self.log.say(f"[CKPT] FAILED: the emergency checkpoint: {error}")
 
     def _identity(self) -> dict[str, Any]:
         """Identifies the checkpoint's run, and lets the checkpoint be used without the data."""

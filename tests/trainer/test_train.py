@@ -30,6 +30,7 @@ from fastlm import (
 )
 from fastlm.data.loader import TrainLoader
 from fastlm.loop import learning_rate
+from fastlm.run.signals import StopSignals
 from fastlm.step import TrainStep
 from fastlm.train import _calibrated
 
@@ -321,7 +322,8 @@ def test_warm_up_and_calibration_change_nothing(dtype):
 
 def test_a_calibrated_run_is_the_run_of_that_many_steps(tmp_path, monkeypatch, capsys):
     measure = TrainStep.seconds_per_step
-    monkeypatch.setattr(TrainStep, "seconds_per_step", lambda self, stop: measure(self, seconds=0.05))
+    quick = lambda self, stop: measure(self, seconds=0.05)  # noqa: E731
+    monkeypatch.setattr(TrainStep, "seconds_per_step", quick)
     run_tiny(tmp_path / "calibrated", train_minutes=1e-9, dropout=0.1)
     said = capsys.readouterr().out
     steps = int(re.search(r"\[calibrate\] .* --total-steps (\d+)\)", said)[1])
@@ -344,7 +346,7 @@ def test_the_calibration_fills_the_minutes():
             return 0.25
 
     cfg = tiny_config("unused", train_minutes=2.0)
-    chosen = _calibrated(cfg, Measured())
+    chosen = _calibrated(cfg, Measured(), StopSignals())
     assert (chosen.total_steps, chosen.cosine_iters, chosen.train_minutes) == (480, 480, None)
-    chosen = _calibrated(replace(cfg, cosine_iters=7), Measured())
+    chosen = _calibrated(replace(cfg, cosine_iters=7), Measured(), StopSignals())
     assert (chosen.total_steps, chosen.cosine_iters) == (480, 7)
