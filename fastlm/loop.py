@@ -82,6 +82,8 @@ class Run:
         self.stop.promise = "a checkpoint follows"
         try:
             finished = self._steps() and self._finish()
+            if not finished:
+                self.log.close()
         finally:
             self.log.flush()
         if not finished:

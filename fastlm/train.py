@@ -110,7 +110,6 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
             print(f"[compile] done in {runner.compile_seconds:.1f} s, not counted in tokens/s")
         if cfg.train_minutes is not None:
             cfg = _calibrated(cfg, runner, stop)
-            stop.leave()
         if resumed:
             runner.restore(resumed)
             print(f"[resume] at step {start_step}")
@@ -181,6 +180,7 @@ def _load_weights(model: TransformerLM, path: str, cfg: TrainingConfig) -> dict[
 def _calibrated(cfg: TrainingConfig, runner: TrainStep, stop: StopSignals) -> TrainingConfig:
     """`cfg` with the number of steps that take cfg.train_minutes on this machine."""
     seconds = runner.seconds_per_step(stop=lambda: stop.requested)
+    stop.leave()
     steps = max(10, round(cfg.train_minutes * 60 / seconds / 10) * 10)
     print(
         f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about "

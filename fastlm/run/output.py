@@ -189,7 +189,8 @@ def _append(path: Path, data: bytes) -> None:
             while data:
                 data = data[os.write(handle, data) :]
         except OSError:
-            os.ftruncate(handle, size)  # no torn line that the next one would continue
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, size)  # no torn line that the next one would continue
             raise
     finally:
         os.close(handle)

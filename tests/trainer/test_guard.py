@@ -256,10 +256,10 @@ def small_window(monkeypatch):
 def test_ordinary_runs_never_touch_the_bound(tmp_path):
     """Warm-up to a high rate, the batch of one short window: nothing is skipped."""
     for name, settings in {
-        "warm-up": dict(lr_max=1e-2, warmup_iters=200),
+        "warm-up": dict(lr_max=1e-2, warmup_iters=150),
         "noisy": dict(lr_max=3e-3, batch_size=1, context_len=8),
     }.items():
-        run_tiny(tmp_path / name, total_steps=400, log_every=400, **settings)
+        run_tiny(tmp_path / name, total_steps=250, log_every=250, **settings)
         (summary,) = metrics(tmp_path / name, "summary")
         assert summary["skipped"] == 0
 
