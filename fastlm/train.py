@@ -77,8 +77,8 @@ def train(data: Data, cfg: TrainingConfig) -> TransformerLM:
     resumed = _weights_to_start_from(model, data, cfg)
     start_step = iteration_of(resumed) if resumed else 0
     # Killed behind its last step, a run still lacks its end: weights alone, samples, summary.
-    ended = has_ended(cfg.log_dir, cfg.log_save_prefix)
-    lacks_its_end = start_step == cfg.total_steps and not ended
+    prefix = cfg.log_save_prefix
+    lacks_its_end = start_step == cfg.total_steps and not has_ended(cfg.log_dir, prefix)
     if resumed and start_step >= cfg.total_steps and not lacks_its_end:
         print(
             f"[resume] the run is complete: {start_step} of {cfg.total_steps} steps; "

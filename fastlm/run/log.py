@@ -68,7 +68,7 @@ class RunLog:
         lines = _lines(path)
         rows = _parsed(lines)
         begins = [i for i, row in enumerate(rows) if row and (row["event"], row["step"]) == BEGIN]
-        first = begins[-1] if begins else 0
+        first = begins[-1] if begins else -1
         kept = [
             i for i, row in enumerate(rows)
             if row is not None and (i <= first or row["step"] is None or row["step"] < step)

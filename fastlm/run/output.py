@@ -30,6 +30,9 @@ class Missing:
         if what not in self._notes:
             self._notes.append(what)
 
+    def lost(self, place: str) -> bool:
+        return place in self._lines
+
     def __bool__(self) -> bool:
         return bool(self._lines or self._notes)
 
@@ -104,14 +107,13 @@ def surviving_output() -> Iterator[Missing]:
     finally:
         for stream in filter(None, (stdout, stderr)):
             stream.finish()
-        if missing:
-            line = f"[train] missing: {missing}"
-            print(line, flush=True)
-            if stdout is not None and "stdout" in missing._lines and stderr is not None:
-                print(line, file=sys.stderr, flush=True)
         if (sys.stdout, sys.stderr) == (stdout, stderr):
             sys.stdout, sys.stderr = streams
         _missing = None
+        if missing:
+            for stream in streams if missing.lost("stdout") else streams[:1]:
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"[train] missing: {missing}", file=stream, flush=True)
 
 
 def fill_closed_descriptors() -> None:

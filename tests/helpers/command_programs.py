@@ -94,7 +94,6 @@ def train_slowly_from_3(argv: list[str]) -> int:
 def train_onto(argv: list[str]) -> int:
     """In a process of its own: trains with stdout or stderr (argv[0]) on a full disk, on a pipe
     that nobody reads ("pipe"), or closed from the start (argv[1])."""
-    import io
     import sys
 
     from fastlm.train import main
@@ -114,10 +113,6 @@ def train_onto(argv: list[str]) -> int:
         os.dup2(handle, descriptor)
         os.close(handle)
     code = main(argv)
-    # What it may still hold must not raise at exit: the stream goes nowhere now.
-    if kind != "closed":
-        getattr(sys, stream).write("x" * (2 * io.DEFAULT_BUFFER_SIZE))
-        getattr(sys, stream).flush()
     os.dup2(kept, descriptor)
     return code
 

@@ -1,4 +1,4 @@
-"""Closed pipes, full disks, removed directories: a run goes on, and its end says what is missing."""
+"""Closed pipes, full disks, removed directories: a run goes on, its end says what is missing."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def test_a_user_error_with_a_lost_stderr_keeps_its_code(tmp_path):
 
 
 def test_python_says_nothing_of_a_closed_pipe_at_exit():
-    """In a real process, whose interpreter flushes stdout at its end: exit code 120 without this."""
+    """In a real process, whose interpreter flushes stdout at its end: else its code is 120."""
     path = fastlm.run.output.__file__
     script = f"""
 import importlib.util
@@ -79,6 +79,7 @@ sys.exit(int(bool(missing)))
     process = subprocess.Popen(
         [sys.executable, "-c", script],
         stdin=subprocess.PIPE, stdout=writer, stderr=subprocess.PIPE, text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
     )  # fmt: skip
     os.close(writer)
     os.close(reader)
@@ -201,7 +202,7 @@ def test_logs_that_are_removed_come_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(RunLog, "train", removing)
     run_tiny(tmp_path / "run")
     assert losses(tmp_path / "run").keys() == set(range(5, 12))
-    assert (tmp_path / "run" / "logs" / "train.log").read_text().count(" step 0000") == 7
+    assert (tmp_path / "run" / "logs" / "train.log").read_text().count(" loss ") == 7
     said = capsys.readouterr().out
     last = said.splitlines()[-1]
     assert last.startswith("[train] missing: the beginning of ") and "metrics.jsonl" in last
@@ -251,7 +252,7 @@ def test_hostile_lines_never_stop_a_resume(tmp_path):
         assert has_ended(path.parent) in (False, True)
         run_tiny(tmp_path / "run", ckpt_path_to_resume=str(checkpoint(tmp_path / "run", 6)))
         steps = [row["step"] for row in rows_of(path) if row["event"] == "train"]
-        assert steps[-12:] == list(range(12)), line
+        assert [step for step in steps if step >= 6] == [*range(6, 12)], line
 
 
 def test_a_resumed_run_repeats_no_row(tmp_path):
