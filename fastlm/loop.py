@@ -288,8 +288,9 @@ class Run:
             val_targets=targets,
             bits_per_byte=in_bytes,
         )
-        tokenizer = data.tokenizer_json
-        self.log.attempt("samples", lambda: print_samples(runner.model, tokenizer, cfg.seed))
+        self.log.attempt(
+            "samples", lambda: print_samples(runner.model, data.tokenizer_json, cfg.seed)
+        )
         ceiling = self.log.attempt(
             "matmul ceiling", lambda: measured_ceiling(runner.device, runner.dtype)
         )

@@ -129,7 +129,11 @@ def _samples_seen(resumed: dict[str, Any] | None, cfg: TrainingConfig) -> int:
     if "samples_seen" in resumed:
         return resumed["samples_seen"]
     # An older checkpoint, or another program's: its batch has always been the same, as far as known.
-    batch = {"batch_size": cfg.batch_size, "grad_accum": cfg.grad_accum, **resumed.get("config", {})}
+    batch = {
+        "batch_size": cfg.batch_size,
+        "grad_accum": cfg.grad_accum,
+        **resumed.get("config", {}),
+    }
     return iteration_of(resumed) * batch["batch_size"] * batch["grad_accum"]
 
 

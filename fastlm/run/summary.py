@@ -121,7 +121,9 @@ class RunFigures:
     def covers(self) -> str:
         if not self.start_step:
             return ""
-        return " (the whole run)" if self.whole else f" (from step {self.start_step} on)"
+        if self.whole:
+            return f"; all pieces, this one from step {self.start_step} on"
+        return f"; of this piece, from step {self.start_step} on, the time of others is not known"
 
 
 def measured_ceiling(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -237,6 +237,21 @@ def test_the_ceiling_of_a_slow_dtype_is_measured_in_seconds(monkeypatch, rate, s
     assert len(seen) == shapes and clock[0] < 15
 
 
+def test_the_ceiling_of_a_dtype_that_is_slow_in_large_matrices(monkeypatch):
+    """One call finds it out; it took seven shapes of half a minute a call."""
+    clock = [0.0]
+
+    def slow(a, b, out=None):
+        flops = 2 * math.prod((*a.shape, b.shape[1]))
+        clock[0] += flops / (1e11 if flops < 1e8 else 1e8)
+
+    monkeypatch.setattr(torch, "matmul", slow)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+    assert matmul_ceiling(CPU, torch.float16) == pytest.approx(1e11)
+    assert clock[0] < 25
+
+
 def test_peak_memory_counts_what_is_allocated_and_no_mapped_file():
     before, mapped, after, freed = map(int, tell("tell_peak_memory"))
     assert before > 10 << 20 and mapped - before < 20 << 20

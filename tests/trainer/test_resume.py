@@ -15,7 +15,6 @@ from in_process import (
     TRAIN,
     VAL,
     checkpoint,
-    log_events,
     run_tiny,
 )
 from training_runs import listing, losses, metrics, same, state, tiny_config
