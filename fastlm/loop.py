@@ -61,13 +61,10 @@ class Run:
         self.clock, self.stop, self.missing = clock, stop, missing
         self.memory = PeakMemory(runner.device)
         self.log = RunLog(
-            cfg.log_dir,
-            cfg.log_save_prefix,
-            missing=missing,
+            cfg.log_dir, cfg.log_save_prefix, missing=missing,
             resuming=bool(cfg.ckpt_path_to_resume),
-            start_step=start_step,
-            total_steps=cfg.total_steps,
-        )
+            start_step=start_step, total_steps=cfg.total_steps,
+        )  # fmt: skip
         self.log.metrics("start", step=start_step, config=asdict(cfg), data=data.fingerprint)
         self.watch = GuardWatch(runner)
         self._graphs = graphs_compiled() if cfg.compile else 0
@@ -176,8 +173,9 @@ class Run:
     def _rolled_back(self) -> bool:
         """At a log line: says what the guard has skipped. Goes back to the last good checkpoint, or
         gives up, if it has skipped one step after the other."""
+        self.watch.look(self.log, self.completed)
         try:
-            found = self.watch.look(self.log, self.completed, self.directory)
+            found = self.watch.way_back(self.completed, self.directory)
         except DivergedError:
             self._save(str(self.completed), must=True)
             raise
@@ -267,6 +265,7 @@ class Run:
                 )
         except Stopped:
             return False
+        self.watch.look(self.log, self.completed)
         self.log.close()
         self.memory.sample()
         in_bytes = bits_per_byte(val_loss, targets, data.val_bytes) if data.val_bytes else None
@@ -291,10 +290,8 @@ class Run:
         self.log.attempt(
             "samples", lambda: print_samples(runner.model, data.tokenizer_json, cfg.seed)
         )
-        ceiling = self.log.attempt(
-            "matmul ceiling", lambda: measured_ceiling(runner.device, runner.dtype)
-        )
-        self.log.metrics("summary", **print_summary(figures, runner.device, runner.dtype, ceiling))
+        ceiling = self.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))
+        self.log.metrics("summary", **print_summary(figures, runner, ceiling))
         self.watch.complain(self.missing, val_loss)
         print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
         print(

@@ -171,6 +171,8 @@ class TrainStep:
         state = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            state["mps"] = torch.mps.get_rng_state()
         return state
 
     def set_random_state(self, state: Mapping[str, Tensor]) -> None:
@@ -179,6 +181,8 @@ class TrainStep:
             torch.set_rng_state(state["torch"])
         if "cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
+        if "mps" in state and self.device.type == "mps":
+            torch.mps.set_rng_state(state["mps"])
 
     def restore(self, payload: Mapping[str, Any]) -> None:
         """All of a checkpoint but the weights: moments, loss scale, random state, guard."""

@@ -9,7 +9,7 @@ Exit codes
          learnt anything; the last line says what
     2    a setting, a file or the training itself must be changed first; the error says which
     129, 130, 143
-         SIGHUP, SIGINT (Ctrl-C), SIGTERM: a checkpoint is saved, unless no step was done yet
+         SIGHUP, SIGINT (Ctrl-C), SIGTERM: a checkpoint is saved, if the steps had begun
     128 + its number
          a second signal, which ends the process at once
 """

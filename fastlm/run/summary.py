@@ -126,9 +126,11 @@ class RunFigures:
         return f"; of this piece, from step {self.start_step} on, the time of others is not known"
 
 
-def measured_ceiling(device: torch.device, dtype: torch.dtype) -> float | None:
+def measured_ceiling(runner: TrainStep) -> float | None:
     """FLOP/s. Apple's GPU is not measured: the project has none to check the figure on."""
-    return None if device.type == "mps" else matmul_ceiling(device, dtype)
+    if runner.device.type == "mps":
+        return None
+    return matmul_ceiling(runner.device, runner.dtype)
 
 
 def print_samples(model: TransformerLM, tokenizer: str | None, seed: int) -> None:
@@ -141,11 +143,9 @@ def print_samples(model: TransformerLM, tokenizer: str | None, seed: int) -> Non
         print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
 
 
-def print_summary(
-    figures: RunFigures, device: torch.device, dtype: torch.dtype, ceiling: float | None
-) -> dict:
+def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None) -> dict:
     """Prints the summary; returns it for the metrics. ceiling: FLOP/s, None if not known."""
-    dtype_name = str(dtype).removeprefix("torch.")
+    dtype_name = str(runner.dtype).removeprefix("torch.")
     peak, speed = figures.peak_memory.bytes, figures.tokens_per_second
     achieved = None if speed is None else speed * figures.flops_per_token
     mfu = achieved / ceiling if achieved and ceiling else None

@@ -23,7 +23,7 @@ from fastlm import AdamW, train_loop
 from fastlm.data.loader import TrainLoader
 from fastlm.errors import CheckpointError, DivergedError
 from fastlm.run import guard as guard_module
-from fastlm.run.guard import FACTOR, NEW_LEVEL, WINDOW, Guard
+from fastlm.run.guard import FACTOR, MARGIN, NEW_LEVEL, WINDOW, Guard
 from fastlm.step import ModelLoss, TrainStep, create_model_and_optimizer, set_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
@@ -80,6 +80,13 @@ def test_there_is_no_bound_before_the_window_is_full():
     for _ in range(WINDOW - 1):
         assert judged(guard, 3.0)
     assert judged(guard, 1e6)
+
+
+def test_losses_that_hardly_differ_have_a_margin():
+    guard = Guard("skip", CPU)
+    for _ in range(WINDOW):
+        assert judged(guard, 0.01)
+    assert judged(guard, 0.01 + MARGIN - 1e-3) and not judged(guard, 0.01 + MARGIN + 1e-3)
 
 
 @pytest.mark.parametrize("mode", ["skip", "rollback", "off"])
@@ -272,25 +279,26 @@ def test_a_run_is_the_same_with_the_guard_and_without(tmp_path):
 
 
 def test_bad_steps_are_skipped_named_and_counted(tmp_path, monkeypatch, capsys, small_window):
-    poison(monkeypatch, {15, 16}, 1e4)
+    poison(monkeypatch, {15, 16, 22}, 1e4)
     run_tiny(tmp_path / "run", total_steps=24, log_every=4)
     said = capsys.readouterr().out
     form = (
         r"\[guard\] 2 of the last 4 steps skipped, 2 in all; the last one's loss \d+\.\d+ is above"
     )
     assert re.search(form, said), said
-    (row,) = metrics(tmp_path / "run", "guard")
+    row, last = metrics(tmp_path / "run", "guard")
     assert (row["step"], row["skipped"], row["in_a_row"], row["parameter"]) == (16, 2, 2, None)
+    assert (last["step"], last["skipped"], last["in_a_row"]) == (23, 3, 0)  # behind the last line
     assert row["loss"] > 1e4 > 100 > row["bound"]
     # The average leaves them out, the step's own loss does not.
     rows = {r["step"]: r for r in metrics(tmp_path / "run", "train")}
     assert rows[16]["loss"] > 1e4 and rows[16]["avg_loss"] < 10
     (summary,) = metrics(tmp_path / "run", "summary")
-    assert (summary["skipped"], summary["steps"]) == (2, 24)
-    assert "[summary] guard       2 steps skipped, 0 times back" in said
+    assert (summary["skipped"], summary["steps"]) == (3, 24)
+    assert "[summary] guard       3 steps skipped, 0 times back" in said
     payload = torch.load(checkpoint(tmp_path / "run"), weights_only=True)
     assert payload["samples_seen"] == 24 * 4  # their samples are passed
-    assert all(entry["step"] == 22 for entry in payload["optimizer_state"]["state"].values())
+    assert all(entry["step"] == 21 for entry in payload["optimizer_state"]["state"].values())
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
