@@ -123,7 +123,8 @@ class Run:
             last = self.completed == cfg.total_steps
             stopping = not last and (self.stop.requested or self._time_is_up())
             # The checkpoint first: what may fail in an evaluation must not cost the steps.
-            if last or stopping or _is_multiple(self.completed, cfg.ckpt_every):
+            due = cfg.ckpt_every > 0 and self.completed % cfg.ckpt_every == 0
+            if last or stopping or due:
                 self._save("final" if last else str(self.completed), must=last or stopping)
             if stopping:
                 break
@@ -141,8 +142,8 @@ class Run:
         self.log.advance()
 
     def _is_evaluated(self, step: int) -> bool:
-        every = _is_multiple(step, self.cfg.eval_every) and step > 0
-        return every or step == self.cfg.total_steps - 1
+        every = self.cfg.eval_every
+        return step == self.cfg.total_steps - 1 or (every > 0 and step > 0 and step % every == 0)
 
     def _time_is_up(self) -> bool:
         minutes = self.cfg.max_minutes
@@ -299,7 +300,3 @@ class Run:
             flush=True,
         )
         return True
-
-
-def _is_multiple(number: int, every: int) -> bool:
-    return every > 0 and number % every == 0

@@ -158,7 +158,7 @@ class GuardWatch:
 
     def look(self, log: Any, completed: int) -> None:
         """Logs what happened since the last look. Waits for the device."""
-        guard, before, steps = self.runner.guard, self.report, self._steps
+        before, steps = self.report, self._steps
         self._mark()
         report = self.report
         self.steps += self._steps - steps
@@ -205,7 +205,7 @@ class GuardWatch:
         return found
 
     def went_back(self, log: Any, path: Path, completed: int) -> None:
-        """The checkpoint that `way_back` returned is restored. Its run goes on with the samples that
+        """The checkpoint that `way_back` returned is restored. It goes on with the samples that
         follow, so what was saved behind it is of another run: renamed."""
         guard, skipped = self.runner.guard, self.report.in_a_row
         guard.rolled_back, guard.back_to, guard.times = self._going_back
