@@ -74,7 +74,7 @@ class RunLog:
             if row is not None and (i <= first or row["step"] is None or row["step"] < step)
         ]  # fmt: skip
         if damaged := rows.count(None):
-            self.say(f"[resume] {path}: {damaged} damaged lines removed")
+            self.say(f"[resume] {path}: {damaged} damaged line{'s' * (damaged > 1)} removed")
         if len(kept) < len(rows) or (lines and not lines[-1].endswith(b"\n")):
             content = b"".join(lines[i].rstrip(b"\r\n") + b"\n" for i in kept)
             try:

@@ -156,7 +156,8 @@ class LineFile:
         self._begun = False
 
     def write(self, line: str) -> None:
-        self._waiting.append(line.encode("utf-8", "backslashreplace") + b"\n")
+        # A file name need not be UTF-8: its bytes are logged as they are.
+        self._waiting.append(line.encode("utf-8", "surrogateescape") + b"\n")
         if self._begun and not self.path.exists():
             self._missing.note(f"the beginning of {self.path} (removed during the run)")
             self._begun = False
