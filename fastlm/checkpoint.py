@@ -188,6 +188,16 @@ def restore_scaler(scaler: torch.amp.GradScaler, payload: Mapping[str, Any]) -> 
         ) from error
 
 
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's generators that a run on `device` draws from; waits for nothing."""
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
 def restore_random_state(payload: Mapping[str, Any], device: torch.device) -> None:
     """Sets torch's generators, the CPU's and that of `device`, to a checkpoint's, if it has them.
 

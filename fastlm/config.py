@@ -97,6 +97,11 @@ class TrainingConfig:
     grad_clip_norm: float = 1.0
     """Global L2 norm the gradients are clipped to. 0: no clipping."""
 
+    guard: Literal["skip", "rollback", "off"] = "skip"
+    """What happens to a step whose loss is far above those before it or not finite. skip: it leaves
+    the weights as they are; rollback: after ten in a row, too, back to the last good checkpoint and
+    on with other data; off: only what is not finite is skipped."""
+
     # === Scheduler ===
     schedule: Literal["cosine", "wsd"] = "cosine"
     """cosine; or wsd: constant, with a linear decay over the last fifth."""
@@ -186,6 +191,7 @@ class TrainingConfig:
             raise ConfigError(f"lr_min={self.lr_min}: it must not be above lr_max={self.lr_max}")
         for name, values in (
             ("schedule", ("cosine", "wsd")),
+            ("guard", ("skip", "rollback", "off")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
         ):
             if getattr(self, name) not in values:

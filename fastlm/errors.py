@@ -1,5 +1,5 @@
 """The errors a user can cause and mend. Each message names the thing, its value and the fix, in one
-line; the commands print it after `error:` and exit with exit_code. Any other exception is a bug.
+line; the commands print it after `error:` and exit with code 2. Any other exception is a bug.
 """
 
 import sys
@@ -9,8 +9,6 @@ from typing import Any
 
 class UserError(Exception):
     """Base of them all."""
-
-    exit_code = 2
 
 
 class ConfigError(UserError, ValueError):
@@ -41,10 +39,8 @@ class OutputError(UserError, OSError):
     """A directory or file cannot be written."""
 
 
-class IncompleteRunError(OutputError):
-    """A run has come to its end, and some of its files could not be written. Exit code 1."""
-
-    exit_code = 1
+class DivergedError(UserError, RuntimeError):
+    """Training does not go on: one bad step follows the other."""
 
 
 class ExtensionError(UserError, ImportError):
@@ -61,7 +57,7 @@ def shown(value: Any) -> str:
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Runs a command; returns its exit code: 0, the error's, or 130 after Ctrl-C."""
+    """Runs a command; returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):
         # A file name need not be UTF-8: its bytes are printed as they are.
         sys.stdout.reconfigure(errors="surrogateescape")
@@ -70,7 +66,7 @@ def run_command(command: Callable[[], None]) -> int:
     except UserError as error:
         # On one line: the messages of the libraries behind it may have several.
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return error.exit_code
+        return 2
     except PermissionError as error:  # already from asking whether something is there
         print(
             f"error: {error.filename}: {error.strerror}; change its or its directory's "

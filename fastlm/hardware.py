@@ -212,8 +212,8 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, seconds: float =
 
     The denominator of model FLOP utilisation (MFU): what this machine reaches in the state it is
     in, not a data sheet's number. Each shape is repeated for `seconds`, and left out if one call
-    would take more than 2 s at the best rate so far: CPUs that cannot multiply float16 reach
-    0.1 GFLOP/s.
+    would take more than 2 s at the rate of the shape before: CPUs that cannot multiply float16
+    reach 0.1 GFLOP/s, some of them in large matrices only.
     """
     scale = 4 if device.type == "cuda" else 1
     shapes = [  # (M, K, N)
@@ -225,24 +225,30 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, seconds: float =
         (2048, 768, 3072),
         (4096, 512, 4096),
     ]
-    best = 0.0
+    best = rate = 0.0
     for m, k, n in shapes:
         flops = 2 * m * k * n * scale**3
-        if best and flops / best > 2:
+        if rate and flops / rate > 2:
             continue
         a = torch.randn(m * scale, k * scale, device=device, dtype=dtype)
         b = torch.randn(k * scale, n * scale, device=device, dtype=dtype)
+        start = time.perf_counter()
         out = a @ b
         synchronize(device)
+        elapsed = time.perf_counter() - start
+        if elapsed > 2 and device.type == "cpu":  # on a GPU a first call may load a library
+            rate = flops / elapsed
+            continue
         # Single calls on the CPU: its best moment is the ceiling. A queue of them on a GPU.
         calls = 1 if device.type == "cpu" else 10
-        deadline = time.perf_counter() + seconds
+        rate, deadline = 0.0, time.perf_counter() + seconds
         while time.perf_counter() < deadline:
             start = time.perf_counter()
             for _ in range(calls):
                 torch.matmul(a, b, out=out)
             synchronize(device)
-            best = max(best, calls * flops / (time.perf_counter() - start))
+            rate = max(rate, calls * flops / (time.perf_counter() - start))
+        best = max(best, rate)
     return best
 
 
@@ -254,10 +260,42 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most memory held so far: of the device for a GPU, of the process for the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+class PeakMemory:
+    """The most memory that was allocated, as far as `sample` saw.
+
+    On a GPU the allocator's own peak. On Linux the process's anonymous memory: what it allocated,
+    not the files that it maps, the token files for one; keep_freed_memory() keeps what a step has
+    used, so that a sample between steps sees it. Elsewhere the peak of the process, with what it
+    maps. None: not known.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bytes: int | None = None
+        self.what = "on the device" if device.type == "cuda" else "of the process"
+
+    def sample(self) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        elif (now := _anonymous_bytes()) is not None:
+            self.what = "allocated by the process"
+            self.bytes = max(now, self.bytes or 0)
+        else:
+            self.bytes = _peak_of_process()
+
+
+def _anonymous_bytes() -> int | None:
+    try:
+        status = Path("/proc/self/status").read_bytes()
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith(b"RssAnon:"):
+            return int(line.split()[1]) << 10
+    return None
+
+
+def _peak_of_process() -> int | None:
     try:
         import resource
     except ImportError:  # Windows

@@ -1,5 +1,6 @@
 """The training loop: steps, log lines, evaluations, checkpoints, and the end of a run."""
 
+import contextlib
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -9,22 +10,31 @@ import torch
 from torch import Tensor
 
 from fastlm import __version__
-from fastlm.checkpoint import checkpoint_files, checkpoint_payload
+from fastlm.checkpoint import (
+    checkpoint_files,
+    checkpoint_payload,
+    iteration_of,
+    random_state,
+    restore_model,
+)
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
 from fastlm.data.loader import spread_batches
 from fastlm.data.sampler import SAMPLER_VERSION
+from fastlm.errors import DivergedError
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss
-from fastlm.generate import sample_texts
+from fastlm.hardware import PeakMemory
 from fastlm.model import training_flops_per_token
 from fastlm.ops.cross_entropy import check_labels
 from fastlm.run.commands import generate_command, resume_command
 from fastlm.run.directory import RunDirectory
-from fastlm.run.environment import environment, random_state
+from fastlm.run.environment import environment
+from fastlm.run.guard import GuardWatch
 from fastlm.run.log import RunLog
+from fastlm.run.output import Missing
 from fastlm.run.saver import Saver
-from fastlm.run.signals import StopSignals
-from fastlm.run.summary import Clock, RunFigures, print_summary
+from fastlm.run.signals import Stopped, StopSignals
+from fastlm.run.summary import Clock, RunFigures, measured_ceiling, print_samples, print_summary
 from fastlm.schedule import learning_rate
 from fastlm.step import TrainStep, graphs_compiled
 
@@ -45,15 +55,20 @@ class Run:
         directory: RunDirectory,
         start_step: int,
         samples_seen: int,  # before start_step; the data goes on from there
-        begin: float,  # time.perf_counter() when the run began
+        clock: Clock,
+        stop: StopSignals,
+        missing: Missing,  # what the run could not show or write
     ):
         self.data, self.cfg, self.runner, self.directory = data, cfg, runner, directory
-        self.start_step, self.completed, self.begin = start_step, start_step, begin
-        self.samples_seen = samples_seen
-        self.clock = Clock(runner.device)
+        self.start_step, self.completed = start_step, start_step
+        self.samples_seen = self.start_samples = samples_seen
+        self.clock, self.stop, self.missing = clock, stop, missing
+        self.memory = PeakMemory(runner.device)
         self.log = RunLog(
-            cfg.log_dir, cfg.log_save_prefix, start_step=start_step, total_steps=cfg.total_steps
-        )
+            cfg.log_dir, cfg.log_save_prefix, missing=missing,
+            resuming=bool(cfg.ckpt_path_to_resume),
+            start_step=start_step, total_steps=cfg.total_steps,
+        )  # fmt: skip
         self.log.metrics("start", step=start_step, config=asdict(cfg), data=data.fingerprint)
         resumed = None if cfg.ckpt_path_to_resume is None else Path(cfg.ckpt_path_to_resume)
         self.saver = Saver(
@@ -64,51 +79,90 @@ class Run:
             found=checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix) if resumed else (),
             resumed=resumed,
         )
+        self.watch = GuardWatch(runner)
         self._graphs = graphs_compiled() if cfg.compile else 0
-        # Sums over the steps since the last log line.
+        # Sums over the good steps since the last log line.
         self._window_loss = torch.zeros((), device=runner.device)
+        self._window_good = torch.zeros((), device=runner.device)
         self._window_steps, self._window_begin = 0, 0.0
 
     def train(self) -> None:
-        """Runs all steps. After Ctrl-C or SIGTERM: saves, then ends as the signal would have."""
-        cfg = self.cfg
-        with StopSignals() as stop:
-            self.clock.start()
-            for step in range(self.start_step, cfg.total_steps):
-                lr = learning_rate(step, cfg)
-                loss = self.runner.run(self.samples_seen, lr)
-                self.samples_seen += self.runner.samples
-                self.completed = step + 1
-                self._window_loss += loss
-                self._window_steps += 1
-                self.log.advance()
+        """Runs all steps, and what follows the last. After a signal: saves, then ends as the signal
+        would have."""
+        self.stop.promise = "a checkpoint follows"
+        try:
+            finished = self._steps() and self._finish()
+            if not finished:
+                self.log.close()
+        finally:
+            self.saver.wait()
+            self._report_saves()
+            unsaved = self.saver.missing()
+            for what in unsaved:
+                self.missing.note(what)
+            self.log.flush()
+        if not finished:
+            print(
+                f"[train] stopped after {self.completed} of {self.cfg.total_steps} steps "
+                f"({self.stop.name or f'--max-minutes {self.cfg.max_minutes:g}'}); continue with: "
+                f"{self._how_to_continue()}",
+                flush=True,
+            )
+            if not unsaved:  # else the command ends with 1
+                self.stop.leave()
+
+    def _steps(self) -> bool:
+        """All steps that are left; False if it was stopped before the last. After an error: saves
+        what there is as …_emergency.pt, then raises it."""
+        try:
+            self._run_steps()
+        except DivergedError:
+            raise  # all is saved
+        except Exception:
+            self._save_emergency()
+            raise
+        return self.completed == self.cfg.total_steps
+
+    def _run_steps(self) -> None:
+        cfg, step = self.cfg, self.completed - 1
+        if self._is_evaluated(step) and not self.log.has_evaluated(step):
+            self._validate(step)  # the run was stopped in the evaluation
+        self.clock.start()
+        while self.completed < cfg.total_steps:
+            step, lr = self.completed, learning_rate(self.completed, cfg)
+            loss = self.runner.run(self.samples_seen, lr, lambda: self.stop.requested)
+            if loss is not None:  # None: stopped before the step's last micro-batch
+                self._count(loss)
                 self._report_saves()
                 if step % cfg.log_every == 0:
                     self._log(step, loss, lr)
+                    if self._rolled_back():
+                        continue
 
-                last = self.completed == cfg.total_steps
-                stopping = not last and (stop.requested or self._time_is_up())
-                # The checkpoint first: what may fail in an evaluation must not cost the steps.
-                due = _is_multiple(self.completed, cfg.ckpt_every) or self.saver.due()
-                if last or stopping or due:
-                    self._save("final" if last else str(self.completed), must=last or stopping)
-                if last or (step > 0 and _is_multiple(step, cfg.eval_every) and not stopping):
-                    self._validate(step)
-                if stopping:
-                    break
-            self.clock.pause()
-        if self.completed == cfg.total_steps:
-            self._finish()
-            self.saver.check_complete()
-            return
-        self.log.close()
-        print(
-            f"[train] stopped after {self.completed} of {cfg.total_steps} steps "
-            f"({stop.name or f'--max-minutes {cfg.max_minutes:g}'}); continue with: "
-            f"{self._how_to_continue()}"
-        )
-        self.saver.check_complete()
-        stop.leave()
+            last = self.completed == cfg.total_steps
+            stopping = not last and (self.stop.requested or self._time_is_up())
+            # The checkpoint first: what may fail in an evaluation must not cost the steps.
+            due = cfg.ckpt_every > 0 and self.completed % cfg.ckpt_every == 0
+            if last or stopping or due or self.saver.due():
+                self._save("final" if last else str(self.completed), must=last or stopping)
+            if stopping:
+                break
+            if self._is_evaluated(step):
+                self._validate(step)
+        self.clock.pause()
+
+    def _count(self, loss: Tensor) -> None:
+        """A step is done; the samples of a skipped one are passed, too."""
+        self.samples_seen += self.runner.samples
+        self.completed += 1
+        self._window_loss += torch.where(self.runner.good, loss, 0.0)
+        self._window_good += self.runner.good
+        self._window_steps += 1
+        self.log.advance()
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = self.cfg.eval_every
+        return step == self.cfg.total_steps - 1 or (every > 0 and step > 0 and step % every == 0)
 
     def _how_to_continue(self) -> str:
         if self.data.train.paths:
@@ -122,21 +176,52 @@ class Run:
         return minutes is not None and self.clock.seconds >= minutes * 60
 
     def _log(self, step: int, loss: Tensor, lr: float) -> None:
-        average = float(self._window_loss) / self._window_steps  # waits for the device
+        total, good = torch.stack((self._window_loss, self._window_good)).tolist()  # waits
         check_labels()
         seconds = self.clock.seconds - self._window_begin
         norm = self.runner.optimizer.last_grad_norm
         self.log.train(
             step,
             loss=float(loss),
-            avg_loss=average,
+            avg_loss=total / good if good else float("nan"),
             lr=lr,
             grad_norm=float("nan") if norm is None else float(norm),
             steps_per_second=self._window_steps / seconds,
             tokens_per_second=self._window_steps * self.runner.tokens / seconds,
         )
+        self._begin_window()
+        self.memory.sample()
+
+    def _begin_window(self) -> None:
         self._window_loss.zero_()
+        self._window_good.zero_()
         self._window_steps, self._window_begin = 0, self.clock.seconds
+
+    def _rolled_back(self) -> bool:
+        """At a log line: says what the guard has skipped. Goes back to the last good checkpoint, or
+        gives up, if it has skipped one step after the other."""
+        self.watch.look(self.log, self.completed)
+        if not self.watch.is_stuck:
+            return False
+        self.saver.wait()
+        self._report_saves()
+        try:
+            found = self.watch.way_back(self.completed, self.directory)
+        except DivergedError:
+            self._save(str(self.completed), must=True)
+            raise
+        if found is None:
+            return False
+        path, payload = found
+        restore_model(self.runner.model, payload)
+        self.runner.restore(payload)
+        self.completed = iteration_of(payload)
+        # The run goes on with the samples that follow: what was saved behind it is another branch.
+        self.directory.retire_after(self.completed)
+        self.saver.forget_after(self.completed)
+        self.watch.went_back(self.log, path, self.completed)
+        self._begin_window()
+        return True
 
     def _save(self, name: str, *, must: bool) -> None:
         """Begins a checkpoint; `must`: waits for it. The run goes on where it cannot be written."""
@@ -155,16 +240,32 @@ class Run:
             samples_seen=self.samples_seen,
             scaler=runner.scaler.state_dict(),
             random_state=random_state(runner.device),
+            guard=runner.guard.state_dict(),
+            clock=self.clock.state_dict(),
             **self._identity(),
         )
 
     def _report_saves(self) -> None:
         """Says what has become of saves since the last call."""
         for path, error in self.saver.reports():
-            if error is None:
-                self.log.checkpoint(path)
-            else:
-                self.log.say(f"[CKPT] FAILED: {error}; the run goes on")
+            self._report(path, error)
+
+    def _report(self, path: Path, error: str | None) -> None:
+        if error is None:
+            self.log.checkpoint(path)
+        else:
+            self.log.say(f"[CKPT] FAILED: {error}; the run goes on")
+
+    def _save_emergency(self) -> None:
+        """{prefix}_emergency.pt: the state before the step that failed. A bare --resume never takes
+        it. If that fails, too, it says so: the error that led here is the one to raise."""
+        if self.completed == self.start_step:
+            return
+        try:
+            self.runner.drop()
+            self._report(*self.saver.emergency(self._payload()))
+        except Exception as error:
+            self.log.say(f"[CKPT] FAILED: the emergency checkpoint: {error}")
 
     def _identity(self) -> dict[str, Any]:
         """Identifies the checkpoint's run, and lets the checkpoint be used without the data."""
@@ -181,65 +282,69 @@ class Run:
         }
 
     def _validate(self, step: int) -> None:
-        """The mean loss on the fixed batches."""
+        """The mean loss on the fixed batches. Left between two of them at a signal; the resumed run
+        does it then."""
         self.clock.pause()
         cfg, runner = self.cfg, self.runner
         batches = spread_batches(
             self.data.val, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
         )
-        with evaluating(runner.model):
-            val_loss = mean_loss(runner.loss.summed, batches)
-        self.saver.evaluated(val_loss)
-        self.log.val(step, val_loss)
+        with contextlib.suppress(Stopped), evaluating(runner.model):
+            val_loss = mean_loss(self.stop.interruptible(runner.loss.summed), batches)
+            self.saver.evaluated(val_loss)
+            self.log.val(step, val_loss)
         self.clock.start()
 
-    def _finish(self) -> None:
-        """Weights alone, loss over all validation data, samples, summary."""
-        cfg, runner, data = self.cfg, self.runner, self.data
+    def _finish(self) -> bool:
+        """Weights alone, loss over all validation data, samples, summary. False if it was stopped:
+        the resumed run does it then."""
+        cfg, runner, data, clock = self.cfg, self.runner, self.data, self.clock
         model_path: Path = self.directory.checkpoint_path("model")
         weights = checkpoint_payload(runner.model, None, self.completed, **self._identity())
         self.saver.save("model", weights, wait=True)
         self._report_saves()
-        self.log.close()
-        with evaluating(runner.model):
-            final = loss_over_all(
-                runner.loss.summed,
-                data.val,
-                cfg.batch_size,
-                cfg.context_len,
-                runner.device,
-                max_targets=cfg.final_eval_tokens,
-            )
-        steps = self.completed - self.start_step
+        self.watch.look(self.log, self.completed)
+        self.log.close()  # and its progress bar: the evaluation has its own
+        self.stop.promise = "the run's end can be had by --resume"
+        try:
+            with evaluating(runner.model):
+                final = loss_over_all(
+                    self.stop.interruptible(runner.loss.summed),
+                    data.val,
+                    cfg.batch_size,
+                    cfg.context_len,
+                    runner.device,
+                    max_targets=cfg.final_eval_tokens,
+                )
+        except Stopped:
+            return False
+        self.memory.sample()
         known = data.val_bytes
         in_bytes = bits_per_byte(final.loss, final.of_targets, known) if known else None
+        whole = clock.knows_all
         figures = RunFigures(
-            steps=steps,
-            tokens=steps * runner.tokens,
-            step_seconds=self.clock.seconds,
-            run_seconds=time.perf_counter() - self.begin,
+            steps=self.completed - (0 if whole else self.start_step),
+            tokens=(self.samples_seen - (0 if whole else self.start_samples)) * cfg.context_len,
+            step_seconds=clock.all_seconds,
+            run_seconds=clock.run_seconds,
+            start_step=self.start_step,
+            whole=whole,
             compile_seconds=runner.compile_seconds,
             recompiles=graphs_compiled() - self._graphs if cfg.compile else 0,
             flops_per_token=training_flops_per_token(runner.model, cfg.context_len),
             final=final,
+            peak_memory=self.memory,
+            skipped=self.watch.report.skipped,
+            rolled_back=runner.guard.rolled_back,
             bits_per_byte=in_bytes,
         )
-        self._print_samples()
-        self.log.metrics("summary", **print_summary(figures, runner.device, runner.dtype))
+        self.log.attempt(
+            "samples", lambda: print_samples(runner.model, data.tokenizer_json, cfg.seed)
+        )
+        ceiling = self.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))
+        self.log.metrics("summary", **print_summary(figures, runner, ceiling))
+        self.watch.complain(self.missing, final.loss)
         print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
         command = generate_command(model_path, cfg, tokenizer=data.tokenizer_json is not None)
         print(f"[summary] try it      {command}", flush=True)
-
-    def _print_samples(self) -> None:
-        """Five samples, the first five: none is chosen."""
-        tokenizer = self.data.tokenizer_json
-        if tokenizer is None:
-            print("[sample] none: the data has no tokenizer to turn ids into text")
-            return
-        texts = sample_texts(self.runner.model, tokenizer, num_samples=5, seed=self.cfg.seed)
-        for index, text in enumerate(texts):
-            print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
-
-
-def _is_multiple(number: int, every: int) -> bool:
-    return every > 0 and number % every == 0
+        return True

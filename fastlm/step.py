@@ -6,12 +6,20 @@ B batch, T context length, V vocabulary.
 import contextlib
 import random
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastlm.checkpoint import load_checkpoint
+from fastlm.checkpoint import (
+    load_checkpoint,
+    random_state,
+    restore_optimizer,
+    restore_random_state,
+    restore_scaler,
+)
 from fastlm.config import TrainingConfig
 from fastlm.data.loader import TrainLoader
 from fastlm.errors import CompileError
@@ -20,6 +28,7 @@ from fastlm.hardware import autocast, check_compiler, select_device, select_dtyp
 from fastlm.model import TransformerLM
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy_loss
 from fastlm.optim import AdamW
+from fastlm.run.guard import Guard
 
 
 def set_seed(seed: int) -> None:
@@ -120,29 +129,64 @@ class TrainStep:
         self.samples = loader.batch_size * cfg.grad_accum  # windows in a step
         self.tokens = self.samples * loader.context_len  # in a step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.guard = Guard(cfg.guard, self.device)
+        optimizer.register_step_pre_hook(lambda *_: self.guard.hand_over(optimizer))
+        self.good = torch.ones((), dtype=torch.bool, device=self.device)  # the last step was taken
+        self._before: dict[str, Tensor] | None = None  # random state before an unfinished step
         self.compile_seconds = 0.0
         self._compile = cfg.compile
 
-    def run(self, first_sample: int, lr: float) -> Tensor:
+    def run(
+        self, first_sample: int, lr: float, stop: Callable[[], bool] = lambda: False
+    ) -> Tensor | None:
         """One optimizer step on the samples from `first_sample` on. Returns the mean loss of its
         tokens, 0-d on the device.
 
-        Nothing here waits for the device: read the loss, and optimizer.last_grad_norm, when they
-        are wanted.
+        Nothing here waits for the device: read the loss, self.good (was the step taken?) and
+        optimizer.last_grad_norm when they are wanted. `stop` is asked before each micro-batch: if
+        it says yes, the step is dropped, nothing has changed, and None comes back.
         """
+        self._before = random_state(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=self.device)
         for micro_step in range(self.grad_accum):
+            if stop():
+                self.drop()
+                return None
             x, y = self.loader.batch(first_sample + micro_step * self.loader.batch_size)
             micro_loss = self.loss(x, y, num_items=self.tokens)
             self.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
+        self.guard.judge(loss)
+        self.optimizer.last_grad_norm = None
         self.scaler.unscale_(self.optimizer)  # does nothing without float16
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.good = self.guard.record(loss, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
+        self._before = None
         return loss
+
+    def drop(self) -> None:
+        """Undoes what a step that does not come to its end has done."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._before is not None:
+            restore_random_state({"random_state": self._before}, self.device)
+            self._before = None
+
+    def restore(self, payload: Mapping[str, Any]) -> None:
+        """All of a checkpoint but the weights: moments, loss scale, random state, guard."""
+        groups = self.optimizer.param_groups
+        # Its state brings the settings of the run before; this run's are those that it was given.
+        settings = [{name: g[name] for name in ("betas", "eps", "weight_decay")} for g in groups]
+        restore_optimizer(self.optimizer, payload, self.model)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        restore_scaler(self.scaler, payload)
+        restore_random_state(payload, self.device)
+        if payload.get("guard") is not None:
+            self.guard.load_state_dict(payload["guard"])
 
     def warm_up(self) -> None:
         """Compiles the training and the evaluation graph, before the clock runs; changes nothing.
@@ -158,8 +202,10 @@ class TrainStep:
             synchronize(self.device)
         self.compile_seconds = time.perf_counter() - start if self._compile else 0.0
 
-    def seconds_per_step(self, *, seconds: float = 6.0) -> float:
-        """Measures a step over `seconds`, five steps at least; changes nothing.
+    def seconds_per_step(
+        self, *, seconds: float = 6.0, stop: Callable[[], bool] = lambda: False
+    ) -> float:
+        """Measures a step over `seconds`, five steps at least or until `stop`; changes nothing.
 
         The lower quartile: what else the machine does in these seconds slows some steps many times
         over, and none down to less than it takes.
@@ -168,6 +214,8 @@ class TrainStep:
         with self._unchanged():
             deadline = time.perf_counter() + seconds
             while time.perf_counter() < deadline or len(durations) < 5:
+                if durations and stop():
+                    break
                 start = time.perf_counter()
                 self.run(len(durations) * self.samples, lr=0.0)
                 synchronize(self.device)
@@ -176,10 +224,12 @@ class TrainStep:
 
     @contextlib.contextmanager
     def _unchanged(self):
-        """Undoes what steps of lr = 0 do: moments, random state, loss scale. Weights stay as is."""
+        """Undoes what steps of lr = 0 do: moments, random state, loss scale, what the guard counts.
+        Weights stay as is."""
         if self.optimizer.state:
             raise RuntimeError("the optimizer has state already: warm up before loading it")
-        scale = self.scaler.state_dict()
+        scale, guard = self.scaler.state_dict(), self.guard
+        self.guard = Guard("off", self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=devices):
@@ -192,6 +242,8 @@ class TrainStep:
                 f"--compile failed ({reason.strip()[:300]}); check that the C++ compiler works, "
                 f"or drop --compile"
             ) from error
+        finally:
+            self.guard = guard
         self.optimizer.state.clear()
         if scale:
             self.scaler.load_state_dict(scale)

@@ -2,6 +2,16 @@
 
 main() is the command; train_loop() is the same run for data and settings of one's own. Here a run
 is set up and checked; fastlm/loop.py runs it, fastlm/step.py is the step.
+
+Exit codes
+    0    the run is complete, or SIGUSR1 asked for its checkpoint
+    1    it came to its end and something is missing: lines of a log, a checkpoint, a model that
+         learnt anything; the last line says what
+    2    a setting, a file or the training itself must be changed first; the error says which
+    129, 130, 143
+         SIGHUP, SIGINT (Ctrl-C), SIGTERM: a checkpoint is saved, if the steps had begun
+    128 + its number
+         a second signal, which ends the process at once
 """
 
 import sys
@@ -10,13 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastlm import __version__
-from fastlm.checkpoint import (
-    read_checkpoint,
-    restore_model,
-    restore_optimizer,
-    restore_random_state,
-    restore_scaler,
-)
+from fastlm.checkpoint import read_checkpoint, restore_model
 from fastlm.config import TrainingConfig
 from fastlm.data.dataset import as_dataset
 from fastlm.data.files import Data, check_dataset, open_data
@@ -34,8 +38,10 @@ from fastlm.model import TransformerLM
 from fastlm.run.directory import RunDirectory
 from fastlm.run.environment import deterministic_algorithms, differences, environment
 from fastlm.run.log import has_ended
+from fastlm.run.output import fill_closed_descriptors, silence_broken_streams, surviving_output
 from fastlm.run.resume import Resumed
-from fastlm.run.summary import describe
+from fastlm.run.signals import StopSignals
+from fastlm.run.summary import Clock, describe
 from fastlm.schedule import rate_jump
 from fastlm.step import (
     ModelLoss,
@@ -51,12 +57,15 @@ def train_loop(train_data: Any, val_data: Any, cfg: TrainingConfig) -> Transform
 
     train_data, val_data: (n,) token ids, NumPy arrays or memory maps (load_token_dataset).
     With cfg.eval_only it evaluates, and returns, the model of cfg.ckpt_path_to_resume or
-    cfg.init_from. Ctrl-C saves a checkpoint at the next step's end, then raises KeyboardInterrupt.
+    cfg.init_from. Ctrl-C saves a checkpoint at the micro-batch's end, then raises
+    KeyboardInterrupt. Where a file cannot be written the run goes on; the last line says what is
+    missing.
 
     The same call gives the same model bit for bit, however often it was interrupted and resumed:
     on a CPU always, on CUDA with cfg.deterministic (fastlm/run/environment.py says what it takes).
     """
-    return train(Data(as_dataset(train_data), as_dataset(val_data)), cfg)
+    with surviving_output():
+        return train(Data(as_dataset(train_data), as_dataset(val_data)), cfg)
 
 
 def train(
@@ -96,7 +105,9 @@ def _train(
     if resumed:
         resumed.check(data, cfg)
         # Killed behind its last step, a run still lacks its end: weights, samples, summary.
-        lacks_its_end = start_step == cfg.total_steps and not has_ended(cfg.log_dir)
+        lacks_its_end = start_step == cfg.total_steps and not has_ended(
+            cfg.log_dir, cfg.log_save_prefix
+        )
         if start_step >= cfg.total_steps and not lacks_its_end:
             print(
                 f"[resume] the run is complete: {start_step} of {cfg.total_steps} steps; "
@@ -104,7 +115,11 @@ def _train(
             )
             return model
 
-    with RunDirectory(cfg, resumed, new_name=new_name) as directory:
+    with (
+        surviving_output() as missing,
+        RunDirectory(cfg, resumed, new_name=new_name) as directory,
+        StopSignals() as stop,
+    ):
         cfg = directory.cfg
         loader = TrainLoader(
             data.train, cfg.batch_size, cfg.context_len, seed=cfg.seed, device=device
@@ -114,13 +129,14 @@ def _train(
         if cfg.compile:
             print("[compile] compiling the training and the evaluation step ...", flush=True)
         runner.warm_up()
+        stop.leave()
         if device.type == "cpu":
             back_heap_with_huge_pages()  # now that the heap has grown to what a step needs
         if cfg.compile:
             print(f"[compile] done in {runner.compile_seconds:.1f} s, not counted in tokens/s")
         if cfg.train_minutes is not None:
-            cfg = _calibrated(cfg, runner)
-        samples_seen = 0
+            cfg = _calibrated(cfg, runner, stop)
+        samples_seen, clock = 0, Clock(device, begin, resumed and resumed.payload)
         if resumed:
             _restore_state(runner, resumed, compiled=cfg.compile)
             samples_seen = resumed.position(cfg)
@@ -128,7 +144,7 @@ def _train(
                 print(f"[resume] {note}")
             resumed.free()
         directory.begin()
-        Run(data, cfg, runner, directory, start_step, samples_seen, begin).train()
+        Run(data, cfg, runner, directory, start_step, samples_seen, clock, stop, missing).train()
     return model
 
 
@@ -164,29 +180,23 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _restore_state(runner: TrainStep, resumed: Resumed, *, compiled: bool) -> None:
-    """Everything but the weights: moments, loss scale, random state. Says what now differs."""
-    payload, groups = resumed.payload, runner.optimizer.param_groups
-    # Its state brings the settings of the run before; this run's are those that it was given.
-    settings = [{name: g[name] for name in ("betas", "eps", "weight_decay")} for g in groups]
+    """Everything but the weights. Says what differs now."""
     try:
-        restore_optimizer(runner.optimizer, payload, runner.model)
-        restore_scaler(runner.scaler, payload)
-        restore_random_state(payload, runner.device)
+        runner.restore(resumed.payload)
     except CheckpointError as error:
         raise CheckpointError(
             f"{resumed.path}: {error}; --init-from starts a new run with its weights"
         ) from error
-    for group, values in zip(runner.optimizer.param_groups, settings, strict=True):
-        group.update(values)
     now = environment(runner.device, runner.dtype, compiled=compiled)
-    for line in differences(payload.get("environment"), now):
+    for line in differences(resumed.payload.get("environment"), now):
         print(f"[resume] differs: {line}; the results may, in their last bits")
     print(f"[resume] at step {resumed.step}")
 
 
-def _calibrated(cfg: TrainingConfig, runner: TrainStep) -> TrainingConfig:
+def _calibrated(cfg: TrainingConfig, runner: TrainStep, stop: StopSignals) -> TrainingConfig:
     """`cfg` with the number of steps that take cfg.train_minutes on this machine."""
-    seconds = runner.seconds_per_step()
+    seconds = runner.seconds_per_step(stop=lambda: stop.requested)
+    stop.leave()
     steps = max(10, round(cfg.train_minutes * 60 / seconds / 10) * 10)
     print(
         f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about "
@@ -251,7 +261,13 @@ def _opened(cfg: TrainingConfig, origins: dict[str, str]) -> tuple[Data, Trainin
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    return run_command(lambda: _command(argv))
+    fill_closed_descriptors()
+    try:
+        with surviving_output() as missing:
+            code = run_command(lambda: _command(argv))
+        return code or int(bool(missing))
+    finally:
+        silence_broken_streams()
 
 
 def _command(argv: list[str] | None) -> None:

@@ -64,6 +64,7 @@ class FusedAdamW(torch.optim.AdamW):
     """
 
     last_grad_norm: Tensor | None = None
+    last_bad_row: Tensor | int = -1  # of the last step with a norm; first_nonfinite() names it
     # As torch's constructor says for fused=True: a GradScaler then hands its scale and found_inf to
     # the step, which it would otherwise read on the host.
     _step_supports_amp_scaling = True
@@ -195,7 +196,7 @@ class FusedAdamW(torch.optim.AdamW):
     def _forget(self) -> None:
         # What kernel modules keep for a device from step to step (TensorTable.cache).
         self._caches: dict[torch.device, dict] = {}
-        self._last_bad: Tensor | int = -1
+        self.last_bad_row: Tensor | int = -1
         self._last_positions: Sequence[tuple[int, int]] = []
 
     @torch.no_grad()
@@ -262,7 +263,7 @@ class FusedAdamW(torch.optim.AdamW):
                 sums = kernels.square_sums(table)
                 if any(of_class is not None for of_class in collected.classes):
                     sums = GradientSums(add_over_ranks(sums.values, collected.classes), sums.bad)
-                self._last_bad, self._last_positions = sums.bad, positions
+                self.last_bad_row, self._last_positions = sums.bad, positions
             norm = kernels.step(table, self._options(table.device), sums)
             if self._takes_norm:
                 self.last_grad_norm = norm
@@ -270,12 +271,16 @@ class FusedAdamW(torch.optim.AdamW):
         # A backward through the values from before must raise, as after torch's own steps.
         increment_version(collected.updated)
 
-    def first_nonfinite(self) -> ParameterPosition | None:
+    def first_nonfinite(self, row: Tensor | int | None = None) -> ParameterPosition | None:
         """The first parameter whose gradient held NaN or infinity in the last step, if there is
-        one on this rank. Waits for the device."""
+        one on this rank. Waits for the device.
+
+        row: the `last_bad_row` of an earlier step, kept on the device until somebody asks. The same
+        parameters must have had gradients then.
+        """
         if not self._takes_norm:
             raise RuntimeError("first_nonfinite() needs max_grad_norm or skip_nonfinite")
-        if (bad := int(self._last_bad)) < 0:
+        if (bad := int(self.last_bad_row if row is None else row)) < 0:
             return None
         group, index = map(int, self._last_positions[bad])
         names = self.param_groups[group].get("param_names")

@@ -36,7 +36,11 @@ def create_state(optimizer: torch.optim.AdamW, params: Sequence[Tensor]) -> None
 
 
 def update(optimizer: Any) -> None:
-    """One step of a fastlm.AdamW: the gradients are clipped in place, then torch updates."""
+    """One step of a fastlm.AdamW: the gradients are clipped in place, then torch updates.
+
+    Skipped if optimizer.found_inf, which torch's own step does not take here, is not 0.
+    """
+    found_inf = optimizer.__dict__.pop("found_inf", None)
     positions = [
         (g, i)
         for g, group in enumerate(optimizer.param_groups)
@@ -49,13 +53,15 @@ def update(optimizer: Any) -> None:
         wide = any(g.dtype == torch.float64 for g in gradients)
         optimizer.last_grad_norm = norm if wide else norm.float()
         bad = (i for i, g in enumerate(gradients) if not norm.isfinite() and not g.isfinite().all())
-        optimizer._last_bad, optimizer._last_positions = next(bad, -1), positions
+        optimizer.last_bad_row, optimizer._last_positions = next(bad, -1), positions
         if optimizer.skip_nonfinite and not norm.isfinite():
             return
-        if optimizer.max_grad_norm is not None:
-            factor = clip_factor(float(norm), optimizer.max_grad_norm)
-            if factor < 1:
-                scale_gradients(gradients, factor)
+    if found_inf is not None and bool(found_inf):
+        return
+    if optimizer.max_grad_norm is not None:
+        factor = clip_factor(float(norm), optimizer.max_grad_norm)
+        if factor < 1:
+            scale_gradients(gradients, factor)
     step = torch.optim.AdamW.step
     if getattr(step, "hooked", False):  # this class's step has run the hooks already
         step = step.__wrapped__

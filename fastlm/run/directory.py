@@ -5,15 +5,22 @@ import os
 import re
 import secrets
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fastlm.checkpoint import checkpoint_files, list_checkpoints, remove_stale_temporaries
+from fastlm.checkpoint import (
+    CheckpointFile,
+    checkpoint_files,
+    list_checkpoints,
+    remove_stale_temporaries,
+)
 from fastlm.config import TrainingConfig
 from fastlm.data.staging import sync
 from fastlm.errors import OutputError, UserError
 from fastlm.run.commands import resume_flags
 from fastlm.run.lock import DirectoryLock
+from fastlm.run.log import metrics_path
 from fastlm.run.resume import Resumed, belongs
 
 _KEPT = r"\d+|final|model"  # behind the prefix: what a run leaves for good
@@ -59,7 +66,8 @@ class RunDirectory:
         of later steps than a resumed run's are renamed."""
         self._begun = True
         if self.resumed is not None:
-            self._retire_later(self.resumed)
+            resumed, directory = self.resumed, self.cfg.ckpt_dir
+            self._retire(resumed.step, lambda file: belongs(file, resumed, directory))
         elif self.cfg.overwrite:
             self._remove_old_run()
 
@@ -153,11 +161,15 @@ class RunDirectory:
                     f"started; give the command again"
                 )
 
-    def _retire_later(self, resumed: Resumed) -> None:
-        """Renames the run's checkpoints of later steps: a bare --resume takes the new branch."""
+    def retire_after(self, step: int) -> None:
+        """The run goes back to `step`: renames its checkpoints of later ones."""
+        self._retire(step, lambda file: file.run_id == self.run_id)
+
+    def _retire(self, step: int, is_ours: Callable[[CheckpointFile], bool]) -> None:
+        """A bare --resume takes the branch that now begins."""
         directory, renamed = Path(self.cfg.ckpt_dir), []
         for file in list_checkpoints(directory, self.cfg.ckpt_save_prefix, _KEPT):
-            if file.step <= resumed.step or not belongs(file, resumed, directory):
+            if file.step <= step or not is_ours(file):
                 continue
             retired = file.path.with_name(f"{file.path.name}_abandoned")
             count = 1
@@ -175,7 +187,7 @@ class RunDirectory:
             sync(directory)
             print(
                 f"[resume] {directory}: {', '.join(reversed(renamed))} went on from step "
-                f"{resumed.step} another way; renamed to …_abandoned"
+                f"{step} another way; renamed to …_abandoned"
             )
 
     def _remove_old_run(self) -> None:
@@ -184,7 +196,7 @@ class RunDirectory:
         old = [path for path in directory.iterdir() if re.fullmatch(form, path.name)]
         for path in (
             *(path for path in old if path.is_symlink() or not path.is_dir()),
-            logs / "metrics.jsonl",
+            metrics_path(logs, self.cfg.log_save_prefix),
             logs / f"{self.cfg.log_save_prefix}.log",
         ):
             path.unlink(missing_ok=True)

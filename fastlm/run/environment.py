@@ -70,16 +70,6 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of torch's generators that a run on `device` draws from."""
-    state = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)

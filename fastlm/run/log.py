@@ -1,44 +1,59 @@
 """What a run shows and keeps: progress on the console, the log file, metrics as JSON lines."""
 
 import json
-import os
+import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastlm.run.output import LineFile, Missing, replace_content
 from fastlm.run.plot import LivePlotter
 
-METRICS = "metrics.jsonl"
+
+def metrics_path(directory: str | Path, prefix: str = "train") -> Path:
+    """metrics.jsonl; {prefix}_metrics.jsonl under another prefix than the default."""
+    name = "metrics.jsonl" if prefix == "train" else f"{prefix}_metrics.jsonl"
+    return Path(directory) / name
 
 
-def has_ended(directory: str) -> bool:
+def has_ended(directory: str | Path, prefix: str = "train") -> bool:
     """Did the run that logs there come to its end? The summary is the last that it writes."""
-    path = Path(directory) / METRICS
-    if not os.path.exists(path):  # unlike Path.exists, also for what is too long for a path
-        return False
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return bool(lines) and lines[-1].startswith('{"event": "summary"')
+    rows = _parsed(_lines(metrics_path(directory, prefix)))
+    return bool(rows) and rows[-1] is not None and rows[-1].get("event") == "summary"
 
 
 class RunLog:
-    """Writes `{prefix}.log`, `metrics.jsonl` and `{prefix}_loss_curve.png` in one directory.
+    """Writes `{prefix}.log`, the metrics and `{prefix}_loss_curve.png` in one directory.
 
-    On a terminal a progress bar runs; into a file or pipe go plain lines instead.
+    On a terminal a progress bar runs; into a file or pipe go plain lines instead. Nothing here
+    raises where a line cannot be written: it goes to `missing`.
     """
 
-    def __init__(self, directory: str, prefix: str, *, start_step: int, total_steps: int):
-        self.directory, self.prefix = Path(directory), prefix
-        self.start_step, self.total_steps = start_step, total_steps
+    def __init__(
+        self,
+        directory: str,
+        prefix: str,
+        *,
+        missing: Missing,
+        resuming: bool,
+        start_step: int,
+        total_steps: int,
+    ):
+        self.directory, self.prefix, self.missing = Path(directory), prefix, missing
+        self.total_steps = total_steps
         self.plotter = LivePlotter()
-        self.metrics_path = self.directory / METRICS
-        if start_step:
-            self._recall(start_step)
-        path = self.directory / f"{prefix}.log"
-        # A file name need not be UTF-8: its bytes are logged as they are.
-        self._log = open(path, "a", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        self._evaluated: set[int] = set()  # steps
+        self._draws, self._closed = True, False
         self._bar = None
-        if sys.stderr.isatty():
+        path = metrics_path(directory, prefix)
+        self._metrics, self._log = (
+            LineFile(file, missing) for file in (path, self.directory / f"{prefix}.log")
+        )
+        if resuming:
+            self.rewind(start_step)
+        if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -46,28 +61,41 @@ class RunLog:
             )
         self._line(f"=== Training started at {time.ctime()} ===")
 
-    def _recall(self, start_step: int) -> None:
-        """The curve of the steps before a resumed run's first."""
-        if not self.metrics_path.exists():
-            return
-        train: dict[int, tuple[float, float]] = {}
-        val: dict[int, float] = {}
-        for number, line in enumerate(self.metrics_path.read_bytes().splitlines(), 1):
+    def rewind(self, step: int) -> None:
+        """The run goes on at `step`: takes back what the metrics and the curve say of it and the
+        steps behind it, and what a crash has damaged. Rows of earlier runs in the file stay."""
+        path = self._metrics.path
+        lines = _lines(path)
+        rows = _parsed(lines)
+        begins = [i for i, row in enumerate(rows) if row and (row["event"], row["step"]) == BEGIN]
+        first = begins[-1] if begins else -1
+        kept = [
+            i for i, row in enumerate(rows)
+            if row is not None and (i <= first or row["step"] is None or row["step"] < step)
+        ]  # fmt: skip
+        if damaged := rows.count(None):
+            self.say(f"[resume] {path}: {damaged} damaged line{'s' * (damaged > 1)} removed")
+        if len(kept) < len(rows) or (lines and not lines[-1].endswith(b"\n")):
+            content = b"".join(lines[i].rstrip(b"\r\n") + b"\n" for i in kept)
             try:
-                row = json.loads(line)
-            except ValueError as error:  # a killed run leaves half a line
-                print(f"[resume] {self.metrics_path}, line {number}: skipped ({error})")
-                continue
-            if row.get("step", start_step) >= start_step:
-                continue
-            if row["event"] == "train":
-                train[row["step"]] = (row["loss"], row["lr"])
-            elif row["event"] == "val":
-                val[row["step"]] = row["val_loss"]
-        for step in sorted(train):
-            self.plotter.log_train(step, *train[step])
-        for step in sorted(val):
-            self.plotter.log_eval(step, val[step])
+                replace_content(path, content)
+            except OSError as error:
+                self.missing.note(f"the cut of {path} at step {step} ({error.strerror or error})")
+        self.plotter = LivePlotter()
+        self._evaluated = set()
+        for row in (rows[i] for i in kept if i >= first):
+            loss, lr = row.get("loss"), row.get("lr")
+            if row["event"] == "train" and _is_number(loss) and _is_number(lr):
+                self.plotter.log_train(row["step"], loss, lr)
+            elif row["event"] == "val" and row["step"] is not None:
+                self._evaluated.add(row["step"])
+                if _is_number(row.get("val_loss")):
+                    self.plotter.log_eval(row["step"], row["val_loss"])
+        if self._bar is not None:
+            self._bar.n = step
+
+    def has_evaluated(self, step: int) -> bool:
+        return step in self._evaluated
 
     def say(self, line: str) -> None:
         """A line on the console, above the progress bar if there is one."""
@@ -105,8 +133,10 @@ class RunLog:
             grad_norm=grad_norm,
             tokens_per_second=round(tokens_per_second, 1),
         )
-        self.plotter.log_train(step, loss, lr)
-        self.plotter.draw()
+        if math.isfinite(loss):
+            self.plotter.log_train(step, loss, lr)
+        if self._draws:
+            self._draws = self.attempt("live curve", lambda: self.plotter.draw() or True) is True
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss={avg_loss:.4f}, lr={lr:.2e}, {tokens_per_second:,.0f} tok/s", refresh=False
@@ -125,7 +155,8 @@ class RunLog:
         line = f"[VAL] step {step:06d} val_loss {val_loss:.4f}"
         self._line(line)
         self.metrics("val", step=step, val_loss=val_loss)
-        self.plotter.log_eval(step, val_loss)
+        if math.isfinite(val_loss):
+            self.plotter.log_eval(step, val_loss)
         self.say(line)
 
     def checkpoint(self, path: Path) -> None:
@@ -133,20 +164,90 @@ class RunLog:
         self._line(line)
         self.say(line)
 
+    def event(self, line: str, name: str, **values: Any) -> None:
+        """What happens seldom: `line` on the console and in the log, a row of the metrics."""
+        self._line(line)
+        self.metrics(name, **values)
+        self.say(line)
+
     def metrics(self, event: str, **values: Any) -> None:
-        """One line of metrics.jsonl: {"event", "time" (seconds since the epoch), values}."""
+        """A line of the metrics: {"event", "time" (seconds since the epoch), values}.
+
+        JSON has no NaN and no infinity: they become null.
+        """
         row = {"event": event, "time": round(time.time(), 3), **values}
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._metrics.write(json.dumps(_finite(row), allow_nan=False))
+
+    def attempt(self, what: str, action: Callable[[], Any]) -> Any:
+        """The action's result; None, and a line that says why, if it fails. For what a run can do
+        without: pictures, samples, the measurement of the machine."""
+        try:
+            return action()
+        except Exception as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else ""
+            self.say(f"[train] no {what} ({type(error).__name__}: {reason})")
+            return None
 
     def close(self) -> None:
-        """Ends the log and draws the loss curve."""
+        """Ends the log and draws the loss curve, once."""
+        if self._closed:
+            return
+        self._closed = True
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
         self._line(f"=== Training finished at {time.ctime()} ===")
+        path = self.directory / f"{self.prefix}_loss_curve.png"
+        self.attempt("loss curve", lambda: self.plotter.save(path))
+
+    def flush(self) -> None:
+        """The last call: what could not be written until now is missing."""
         self._log.close()
-        self.plotter.save(self.directory / f"{self.prefix}_loss_curve.png")
+        self._metrics.close()
 
     def _line(self, line: str) -> None:
-        self._log.write(line + "\n")
-        self._log.flush()
+        self._log.write(line)
+
+
+BEGIN = ("start", 0)  # event and step of a run's first row
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines(keepends=True)
+    except OSError:
+        return []
+
+
+def _parsed(lines: list[bytes]) -> list[dict[str, Any] | None]:
+    """The rows, each with an event and a step, which may be None; None for what is no row: half a
+    line of a killed run, or something else."""
+    return [_row(line) for line in lines]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("event"), str):
+        return None
+    step = row.setdefault("step", None)
+    needs_step = row["event"] in ("train", "val")
+    valid = type(step) is int or (step is None and not needs_step)
+    return row if valid else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinity, at any depth."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,7 +1,7 @@
 """A run's checkpoints: written in the background, one at a time; old ones deleted.
 
 A save never ends a run. What became of it is told by Saver.reports, and at the end by
-Saver.check_complete.
+Saver.missing.
 """
 
 import math
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fastlm.checkpoint_file import write_checkpoint
-from fastlm.errors import IncompleteRunError
 from fastlm.hardware import is_out_of_memory
 
 
@@ -138,19 +137,26 @@ class Saver:
             return Report(path, str(error) or type(error).__name__)
         return Report(path)
 
-    def check_complete(self) -> None:
-        """At a run's end. Raises IncompleteRunError if a file that should be there could not be
-        written: the final one, the weights, or one of the last numbered ones."""
+    def missing(self) -> list[str]:
+        """At a run's end: what should be there and could not be written: the final one, the
+        weights, one of the last numbered ones; each with the reason."""
         self.wait()
-        missing = [
+        return [
             f"{self._path_of(name)} ({why})"
             for name, why in self._failed.items()
             if not (name.isdecimal() and self._is_old(int(name)))
         ]
-        if missing:
-            raise IncompleteRunError(
-                f"the run has ended, but could not write {', '.join(missing)}"
-            )
+
+    def forget_after(self, step: int) -> None:
+        """The run has gone back to `step`: the checkpoints of later ones are no longer its own."""
+        self.wait()
+        for later in [number for number in self._numbered if number > step]:
+            del self._numbered[later]
+            self._found.pop(later, None)
+        self._failed = {name: why for name, why in self._failed.items() if not name.isdecimal()}
+        if self._best is not None and self._best[1] > step:
+            self._best = None
+        self._unevaluated = None
 
     def _is_old(self, step: int) -> bool:
         """Would its checkpoint have been deleted by now, its loss apart?"""

@@ -4,17 +4,29 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
+
+# SIGUSR1 is what clusters send some time before the end (Slurm: --signal=USR1@90).
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+
+
+class Stopped(Exception):
+    """A stop was asked for in the middle of something that can be left."""
 
 
 class StopSignals:
-    """SIGINT (Ctrl-C) and SIGTERM ask for a stop at the next step's end; a second one ends at once.
+    """SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 ask for a stop at the next safe point; a second
+    one ends the process at once, with 128 + its number.
 
-    Outside the main thread, where Python lets nobody handle signals, it does nothing.
+    A signal that is ignored when the run begins stays ignored: nohup's SIGHUP, a background job's
+    SIGINT. Outside the main thread, where Python lets nobody handle signals, it does nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.promise = "nothing is saved yet"  # what a first signal's answer says
         self._previous: dict[int, object] = {}
 
     @property
@@ -26,25 +38,44 @@ class StopSignals:
         return None if self.received is None else signal.Signals(self.received).name
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in NAMES:
+            number = getattr(signal, name, None)  # Windows has two of them
+            if number is None or signal.getsignal(number) == signal.SIG_IGN:
+                continue
             with contextlib.suppress(ValueError):  # not the main thread
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            os.write(2, b"\n[train] stopped at once: nothing was saved after the last checkpoint\n")
+            _tell("stopped at once: nothing was saved after the last checkpoint")
             os._exit(128 + number)
         self.received = number
-        os.write(2, b"\n[train] stopping: a checkpoint follows (again: stop at once)\n")
+        _tell(f"stopping: {self.promise} (again: stop at once)")
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def leave(self) -> None:
-        """Ends as a program ends on the received signal; returns if there was none."""
+        """Ends as the received signal ends a program, SIGUSR1 with 0; returns if there was none."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:
-            sys.exit(128 + self.received)
+            sys.exit(0 if self.name == "SIGUSR1" else 128 + self.received)
+
+    def interruptible(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose calls raise Stopped once a stop is asked for."""
+
+        def call(*args: Any) -> Any:
+            if self.requested:
+                raise Stopped
+            return function(*args)
+
+        return call
+
+
+def _tell(line: str) -> None:
+    # Not print: a handler may run in the middle of one. The terminal may be gone (SIGHUP).
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n[train] {line}\n".encode())

@@ -1,14 +1,17 @@
 """What a run says of itself: at the start what it will do, at the end what was measured."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
 from fastlm.evaluate import Evaluation
-from fastlm.hardware import device_name, matmul_ceiling, peak_memory_bytes, synchronize
+from fastlm.generate import sample_texts
+from fastlm.hardware import PeakMemory, device_name, matmul_ceiling, synchronize
 from fastlm.model import TransformerLM, count_parameters
 from fastlm.step import TrainStep
 
@@ -18,10 +21,22 @@ FLOP_FORMULA = "6 * matmul weights + 6 * layers * context_len * d_model"
 class Clock:
     """Time spent in training steps: from `start` to `pause`, which both wait for the device."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(
+        self,
+        device: torch.device,
+        begin: float,  # time.perf_counter() when this piece of the run began
+        resumed: Mapping[str, Any] | None = None,  # the checkpoint it goes on from
+    ):
+        self.device, self._begin = device, begin
         self._before = 0.0  # seconds until the last pause
         self._started: float | None = None
+        stored = {"step_seconds": 0.0, "run_seconds": 0.0} if resumed is None else None
+        if resumed is not None and isinstance(resumed.get("clock"), Mapping):
+            stored = resumed["clock"]
+        self.knows_all = stored is not None  # an older version's checkpoint has no clock
+        self._earlier, self._earlier_run = (
+            float(stored[name]) if stored else 0.0 for name in ("step_seconds", "run_seconds")
+        )
 
     def start(self) -> None:
         synchronize(self.device)
@@ -34,8 +49,22 @@ class Clock:
 
     @property
     def seconds(self) -> float:
+        """In steps, in this process."""
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         return self._before + running
+
+    @property
+    def all_seconds(self) -> float:
+        """In steps, in all pieces of the run that are known."""
+        return self._earlier + self.seconds
+
+    @property
+    def run_seconds(self) -> float:
+        """Everything since the run began, in all pieces of it."""
+        return self._earlier_run + time.perf_counter() - self._begin
+
+    def state_dict(self) -> dict[str, float]:
+        return {"step_seconds": self.all_seconds, "run_seconds": self.run_seconds}
 
 
 def describe(data: Data, cfg: TrainingConfig, model: TransformerLM, runner: TrainStep) -> None:
@@ -72,39 +101,75 @@ class RunFigures:
     tokens: int
     step_seconds: float  # compilation, evaluation and saving not counted
     run_seconds: float  # everything since the run began
+    start_step: int  # of this piece of it
+    whole: bool  # the four above are those of all pieces, not of this one
     compile_seconds: float
     recompiles: int
     flops_per_token: int
     final: Evaluation  # on the validation data
+    peak_memory: PeakMemory
+    skipped: int
+    rolled_back: int
     bits_per_byte: float | None
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.step_seconds if self.step_seconds else 0.0
+    def tokens_per_second(self) -> float | None:
+        """None: this piece of the run had no step, and the time of the others is not known."""
+        return self.tokens / self.step_seconds if self.tokens and self.step_seconds else None
+
+    @property
+    def covers(self) -> str:
+        if not self.start_step:
+            return ""
+        if self.whole:
+            return f"; all pieces, this one from step {self.start_step} on"
+        return f"; of this piece, from step {self.start_step} on, the time of others is not known"
 
 
-def print_summary(figures: RunFigures, device: torch.device, dtype: torch.dtype) -> dict:
-    """Measures ceiling and peak memory, prints the summary, returns it for metrics.jsonl."""
-    dtype_name = str(dtype).removeprefix("torch.")
-    peak = peak_memory_bytes(device)
-    achieved = figures.tokens_per_second * figures.flops_per_token
-    # Apple's GPU is not measured: the project has none to check the figure on.
-    ceiling = None if device.type == "mps" else matmul_ceiling(device, dtype)
-    mfu = achieved / ceiling if ceiling else None
+def measured_ceiling(runner: TrainStep) -> float | None:
+    """FLOP/s. Apple's GPU is not measured: the project has none to check the figure on."""
+    if runner.device.type == "mps":
+        return None
+    return matmul_ceiling(runner.device, runner.dtype)
+
+
+def print_samples(model: TransformerLM, tokenizer: str | None, seed: int) -> None:
+    """Five samples, the first five: none is chosen."""
+    if tokenizer is None:
+        print("[sample] none: the data has no tokenizer to turn ids into text")
+        return
+    texts = sample_texts(model, tokenizer, num_samples=5, seed=seed)
+    for index, text in enumerate(texts):
+        print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
+
+
+def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None) -> dict:
+    """Prints the summary; returns it for the metrics. ceiling: FLOP/s, None if not known."""
+    dtype_name = str(runner.dtype).removeprefix("torch.")
+    peak, speed = figures.peak_memory.bytes, figures.tokens_per_second
+    achieved = None if speed is None else speed * figures.flops_per_token
+    mfu = achieved / ceiling if achieved and ceiling else None
 
     print(
         f"[summary] training    {figures.steps:,} steps, {figures.tokens:,} tokens in "
-        f"{figures.step_seconds:.1f} s: {figures.tokens_per_second:,.0f} tokens/s in steps, "
-        f"{figures.tokens / figures.run_seconds:,.0f} over the whole run"
+        f"{figures.step_seconds:.1f} s: "
+        + ("an unknown number of" if speed is None else f"{speed:,.0f}")
+        + f" tokens/s in steps, {figures.tokens / figures.run_seconds:,.0f} over the whole run"
+        + figures.covers
     )
+    if figures.skipped or figures.rolled_back:
+        print(
+            f"[summary] guard       {figures.skipped:,} steps skipped, {figures.rolled_back:,} "
+            f"times back to a checkpoint"
+        )
     if figures.compile_seconds:
         print(
             f"[summary] compilation {figures.compile_seconds:.1f} s before the clock ran, "
             f"{figures.recompiles} recompilations during the run"
         )
     print(
-        f"[summary] model FLOPs {figures.flops_per_token / 1e6:.1f} M a token ({FLOP_FORMULA}): "
-        f"{achieved / 1e12:.3g} TFLOP/s"
+        f"[summary] model FLOPs {figures.flops_per_token / 1e6:.1f} M a token ({FLOP_FORMULA})"
+        + ("" if achieved is None else f": {achieved / 1e12:.3g} TFLOP/s")
     )
     print(
         "[summary] MFU         "
@@ -112,13 +177,13 @@ def print_summary(figures: RunFigures, device: torch.device, dtype: torch.dtype)
             f"{mfu:.1%} of {ceiling / 1e12:.3g} TFLOP/s, the best of several matmul shapes "
             f"measured just now in {dtype_name}"
             if mfu is not None
-            else "unknown (no matmul ceiling is measured on this device)"
+            else "unknown (no speed or no matmul ceiling was measured)"
         )
     )
     print(
         "[summary] peak memory "
         + (f"{peak / 2**30:.2f} GiB" if peak is not None else "unknown")
-        + (" on the device" if device.type == "cuda" else " of the process")
+        + f" {figures.peak_memory.what}"
     )
     in_bytes = (
         f", {figures.bits_per_byte:.4f} bits/byte"
@@ -134,13 +199,16 @@ def print_summary(figures: RunFigures, device: torch.device, dtype: torch.dtype)
         "tokens": figures.tokens,
         "step_seconds": round(figures.step_seconds, 3),
         "run_seconds": round(figures.run_seconds, 3),
-        "tokens_per_second": round(figures.tokens_per_second, 1),
+        "whole_run": figures.whole,
+        "tokens_per_second": None if speed is None else round(speed, 1),
         "compile_seconds": round(figures.compile_seconds, 2),
         "recompiles": figures.recompiles,
         "flops_per_token": figures.flops_per_token,
         "matmul_ceiling_flops": ceiling,
         "mfu": mfu,
         "peak_memory_bytes": peak,
+        "skipped": figures.skipped,
+        "rolled_back": figures.rolled_back,
         "val_loss": figures.final.loss,
         "val_targets": figures.final.targets,
         "bits_per_byte": figures.bits_per_byte,

@@ -51,16 +51,28 @@ def train_and_tell_curve(argv: list[str]) -> int:
 
 
 def tell_peak_memory(argv: list[str]) -> None:
-    """In a process of its own: the peak before and after 200 MiB are used."""
+    """In a process of its own: the peak before and after 200 MiB are read from a mapped file, are
+    allocated, and are freed."""
+    import numpy as np
     import torch
 
-    from fastlm.hardware import peak_memory_bytes
+    from fastlm.hardware import PeakMemory
 
-    cpu = torch.device("cpu")
-    # What the fork inherited must not hide it: use what is there first.
-    print(peak_memory_bytes(cpu))
-    torch.ones(200 << 18)
-    print(peak_memory_bytes(cpu))
+    peak = PeakMemory(torch.device("cpu"))
+
+    def tell() -> None:
+        peak.sample()
+        print(peak.bytes)
+
+    tell()
+    np.zeros(200 << 20, np.uint8).tofile("tokens.bin")
+    mapped = np.memmap("tokens.bin", np.uint8, mode="r")
+    mapped[:: 1 << 10].sum()
+    tell()
+    tensor = torch.ones(200 << 18)
+    tell()
+    del tensor
+    tell()
 
 
 def train_slowly_from_3(argv: list[str]) -> int:
@@ -70,13 +82,39 @@ def train_slowly_from_3(argv: list[str]) -> int:
 
     run = TrainStep.run
 
-    def slow(self, first_sample, lr):
+    def slow(self, first_sample, lr, *stop):
         if first_sample == 3 * self.samples:
             time.sleep(60)
-        return run(self, first_sample, lr)
+        return run(self, first_sample, lr, *stop)
 
     TrainStep.run = slow
     return main(argv)
+
+
+def train_onto(argv: list[str]) -> int:
+    """In a process of its own: trains with stdout or stderr (argv[0]) on a full disk, on a pipe
+    that nobody reads ("pipe"), or closed from the start (argv[1])."""
+    import sys
+
+    from fastlm.train import main
+
+    stream, kind, *argv = argv
+    descriptor = {"stdout": 1, "stderr": 2}[stream]
+    kept = os.dup(descriptor)
+    if kind == "closed":
+        os.close(descriptor)
+        setattr(sys, stream, None)  # as Python does at its start
+    else:
+        if kind == "full":
+            handle = os.open("/dev/full", os.O_WRONLY)
+        else:
+            reader, handle = os.pipe()
+            os.close(reader)
+        os.dup2(handle, descriptor)
+        os.close(handle)
+    code = main(argv)
+    os.dup2(kept, descriptor)
+    return code
 
 
 def count_page_faults(argv: list[str]) -> None:

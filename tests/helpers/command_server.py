@@ -18,8 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 NOBODY = 65534
 
@@ -51,9 +53,16 @@ class Command:
 
     def until(self, pattern: str, timeout: float = 60) -> None:
         """Waits until stdout or stderr matches `pattern`."""
+        self.until_true(
+            lambda: re.search(pattern, self._text(0) + self._text(1)), repr(pattern), timeout
+        )
+
+    def until_true(
+        self, condition: Callable[[], Any], what: str = "it", timeout: float = 60
+    ) -> None:
         deadline = time.monotonic() + timeout
-        while not re.search(pattern, self._text(0) + self._text(1)):
-            assert time.monotonic() < deadline, f"no {pattern!r} in {timeout} s"
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what} in {timeout} s"
             time.sleep(0.002)
 
     def signal(self, number: int) -> None:

@@ -178,7 +178,6 @@ def test_the_curve_of_a_resumed_run_begins_at_its_first_step(tmp_path):
     first = tiny_flags(total_steps=6, ckpt_every=3, eval_every=2)
     assert commands().run(first, tmp_path).returncode == 0
     log = tmp_path / "run" / "logs" / "metrics.jsonl"
-    torn = log.read_bytes().count(b"\n") + 1
     with open(log, "ab") as file:
         file.write(b'{"event": "tr')  # as a killed run leaves it
     second = ["--resume", "run/checkpoints/checkpoint_3.pt", "--total-steps", "9"]
@@ -187,6 +186,6 @@ def test_the_curve_of_a_resumed_run_begins_at_its_first_step(tmp_path):
     )
     result = command.wait()
     assert result.returncode == 0, result.output
-    assert f"metrics.jsonl, line {torn}: skipped" in result.stdout
+    assert "metrics.jsonl: 1 damaged line removed" in result.stdout
     told = result.stdout.splitlines()[-2:]
     assert told == [f"train {list(range(9))}", "val [2, 4, 6, 8]"]

@@ -15,7 +15,6 @@ from in_process import (
     TRAIN,
     VAL,
     checkpoint,
-    log_events,
     run_tiny,
 )
 from training_runs import listing, losses, metrics, same, state, tiny_config
@@ -206,7 +205,7 @@ def test_ctrl_c_in_train_loop_saves_and_raises(tmp_path, monkeypatch, capfd):
     assert same(state(checkpoint(tmp_path / "rest")), state(checkpoint(tmp_path / "straight")))
 
 
-def test_ctrl_c_in_the_last_step_ends_the_run_as_usual(tmp_path, monkeypatch):
+def test_ctrl_c_in_the_last_step_leaves_the_end_to_the_resumed_run(tmp_path, monkeypatch):
     log_train = RunLog.train
 
     def interrupted(self, step, **values):
@@ -215,9 +214,16 @@ def test_ctrl_c_in_the_last_step_ends_the_run_as_usual(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(RunLog, "train", interrupted)
-    run_tiny(tmp_path)
-    assert log_events(tmp_path)[-1] == ("finish",)
-    assert checkpoint(tmp_path, "model").exists()
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path)
+    assert metrics(tmp_path, "val") == [] and metrics(tmp_path, "summary") == []
+    path = str(checkpoint(tmp_path))
+    monkeypatch.setattr(RunLog, "train", log_train)
+    run_tiny(tmp_path, ckpt_path_to_resume=path)
+    run_tiny(tmp_path / "straight")
+    for event in ("val", "summary"):
+        a, b = (metrics(target_dir, event) for target_dir in (tmp_path, tmp_path / "straight"))
+        assert [row["val_loss"] for row in a] == [row["val_loss"] for row in b] and len(a) == 1
 
 
 def test_train_loop_runs_outside_the_main_thread(tmp_path):

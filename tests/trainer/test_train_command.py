@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 
 # --- the command ---
 
+CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 0}
 LONG = dict(total_steps=300, dropout=0.1, ckpt_every=20, log_every=1, eval_every=50)
 
 
@@ -107,7 +108,7 @@ def test_what_a_run_says(here):
         r"^\[summary\] model FLOPs [\d.]+ M a token \(6 \* matmul weights \+ 6 \* layers \* "
         r"context_len \* d_model\)",
         r"^\[summary\] MFU         [\d.]+% of [\d.]+ TFLOP/s, the best of several matmul shapes",
-        r"^\[summary\] peak memory \d+\.\d\d GiB of the process$",
+        r"^\[summary\] peak memory \d+\.\d\d GiB allocated by the process$",
         r"^\[summary\] validation  loss \d\.\d{4} nats/token, \d+\.\d{4} bits/byte, over all \d+ "
         r"targets$",
     ):
@@ -140,7 +141,7 @@ def test_validation_at_the_end_is_over_all_targets(straight):
     assert listing(straight.parent) == before  # and nothing was written
 
 
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("name, code", CODES.items())
 def test_a_signal_saves_and_stops(here, straight, name, code):
     command = commands().start(tiny_flags(**LONG), here)
     command.until(r"step 30/300")
@@ -161,16 +162,18 @@ def test_a_signal_saves_and_stops(here, straight, name, code):
     assert_equal_runs(here / "run", straight)
 
 
-def test_ctrl_c_before_the_first_step_leaves_nothing(here):
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)])
+def test_a_signal_before_the_first_step_leaves_nothing(here, name, code):
     before = listing(here)
     argv = tiny_flags(total_steps=None, train_minutes=1, target_dir="runs/a/b")
     command = commands().start(argv, here)
     command.until(r"\[run\] as many steps as take 1 minutes")
     time.sleep(0.3)  # in the calibration, or the warm-up before it
-    command.signal(signal.SIGINT)
+    command.signal(getattr(signal, name))
     result = command.wait()
-    assert result.returncode == 130 and result.stderr == "", result.output
-    assert listing(here) == before
+    assert result.returncode == code, result.output
+    assert result.stderr == "\n[train] stopping: nothing is saved yet (again: stop at once)\n"
+    assert "[calibrate]" not in result.stdout and listing(here) == before
 
 
 def test_a_second_ctrl_c_exits_at_once(here):

@@ -1,0 +1,190 @@
+"""Signals and errors in the middle of a run: what is saved goes on as if nothing had happened."""
+
+import signal
+
+import pytest
+import torch
+from command_server import commands
+from in_process import checkpoint, run_tiny
+from training_runs import losses, metrics, same, state, tiny_flags, write_tokens
+
+from fastlm import DataError
+from fastlm.checkpoint import checkpoint_files
+from fastlm.data.loader import TrainLoader
+from fastlm.evaluate import mean_loss
+from fastlm.run.log import RunLog
+from fastlm.step import ModelLoss
+
+pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
+
+CODES = {"SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 0}
+ACCUMULATED = dict(grad_accum=4, dropout=0.2, batch_size=2, total_steps=8)
+
+
+def at_sample(monkeypatch, sample: int, action) -> None:
+    """Calls `action` when the micro-batch from `sample` on is read, once it is training."""
+    batch, done = TrainLoader.batch, []
+
+    def acting(self, first):
+        if first == sample and not done:
+            done.append(True)
+            action()
+        return batch(self, first)
+
+    monkeypatch.setattr(TrainLoader, "batch", acting)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("straight")
+    run_tiny(directory, eval_every=2, **ACCUMULATED)
+    return directory
+
+
+def assert_goes_on(target_dir, step, straight) -> None:
+    path = checkpoint(target_dir, step)
+    run_tiny(target_dir, ckpt_path_to_resume=str(path), eval_every=2, **ACCUMULATED)
+    assert same(state(checkpoint(target_dir)), state(checkpoint(straight)))
+    assert losses(target_dir) == losses(straight)
+    rows = [
+        [(row["step"], row["val_loss"]) for row in metrics(directory, "val")]
+        for directory in (target_dir, straight)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_a_stop_drops_the_step_that_has_begun(tmp_path, monkeypatch, straight, name, capfd):
+    """At the second of four micro-batches of step 3: it does not wait for the others."""
+    read = []
+    at_sample(monkeypatch, 3 * 8 + 2, lambda: signal.raise_signal(getattr(signal, name)))
+    batch = TrainLoader.batch
+    monkeypatch.setattr(TrainLoader, "batch", lambda s, i: read.append(i) or batch(s, i))
+    with pytest.raises(SystemExit) as stopped:
+        run_tiny(tmp_path, eval_every=2, **ACCUMULATED)
+    assert stopped.value.code == CODES[name]
+    assert read[-1] == 3 * 8 + 2
+    assert "stopping: a checkpoint follows" in capfd.readouterr().err
+    payload = torch.load(checkpoint(tmp_path, 3), weights_only=True)
+    assert (payload["iteration"], payload["samples_seen"]) == (3, 24)
+    monkeypatch.undo()
+    assert_goes_on(tmp_path, 3, straight)
+
+
+def test_a_stop_in_the_first_step_can_be_resumed(tmp_path, monkeypatch, straight):
+    warm = []
+
+    def later():  # the warm-up reads the first samples, too
+        signal.raise_signal(signal.SIGUSR1)
+
+    begin = RunLog.metrics
+
+    def begun(self, event, **values):
+        begin(self, event, **values)
+        if event == "start" and not warm:
+            warm.append(True)
+            at_sample(monkeypatch, 2, later)
+
+    monkeypatch.setattr(RunLog, "metrics", begun)
+    with pytest.raises(SystemExit) as stopped:
+        run_tiny(tmp_path, eval_every=2, **ACCUMULATED)
+    assert stopped.value.code == 0
+    monkeypatch.undo()
+    assert_goes_on(tmp_path, 0, straight)
+
+
+def test_a_stop_between_the_batches_of_an_evaluation(tmp_path, monkeypatch, straight):
+    """The evaluation is the resumed run's; it is not done twice, and not left out."""
+    summed, calls = ModelLoss.summed, []
+
+    def stopping(self, x, y):
+        calls.append(True)
+        if len(calls) == 2:  # the first one was the warm-up's
+            signal.raise_signal(signal.SIGTERM)
+        return summed(self, x, y)
+
+    monkeypatch.setattr(ModelLoss, "summed", stopping)
+    with pytest.raises(SystemExit):
+        run_tiny(tmp_path, eval_every=2, **ACCUMULATED)
+    assert len(calls) == 2 and metrics(tmp_path, "val") == []
+    monkeypatch.undo()
+    assert_goes_on(tmp_path, 3, straight)
+
+
+def test_a_stop_in_the_last_evaluation_leaves_the_end_to_the_resumed_run(
+    tmp_path, monkeypatch, straight
+):
+    def stopping(loss, data, *args):
+        signal.raise_signal(signal.SIGTERM)
+        return mean_loss(loss, [(torch.zeros(1, 4, dtype=torch.long),) * 2]), 1
+
+    monkeypatch.setattr("fastlm.loop.loss_over_all", stopping)
+    with pytest.raises(SystemExit):
+        run_tiny(tmp_path, eval_every=2, **ACCUMULATED)
+    assert metrics(tmp_path, "summary") == []
+    monkeypatch.undo()
+    assert_goes_on(tmp_path, "final", straight)
+    assert len(metrics(tmp_path, "summary")) == 1
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):
+    """As nohup asks for."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_sample(monkeypatch, 4 * 5, lambda: signal.raise_signal(signal.SIGHUP))
+        run_tiny(tmp_path)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(metrics(tmp_path, "summary")) == 1
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_signal_with_a_dead_terminal(tmp_path, stream):
+    """SIGHUP comes when the terminal is gone: what is written there fails."""
+    write_tokens(tmp_path)
+    argv = [stream, "pipe", *tiny_flags(total_steps=100_000, log_every=5)]
+    command = commands().start(argv, tmp_path, call="command_programs:train_onto")
+    log = tmp_path / "run" / "logs" / "metrics.jsonl"
+    command.until_true(lambda: log.exists() and '"step": 10,' in log.read_text())
+    command.signal(signal.SIGHUP)
+    result = command.wait()
+    assert result.returncode == 129 and "Traceback" not in result.output, result.output
+    (path,) = checkpoint_files(tmp_path / "run" / "checkpoints")
+    assert torch.load(path, weights_only=True)["iteration"] > 10
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), DataError("a truncated file")])
+def test_an_error_saves_what_there_is(tmp_path, monkeypatch, straight, error, capsys):
+    def fail():
+        raise error
+
+    at_sample(monkeypatch, 5 * 8 + 4, fail)
+    with pytest.raises(type(error), match=str(error)):
+        run_tiny(tmp_path, eval_every=2, **ACCUMULATED)
+    path = checkpoint(tmp_path, "emergency")
+    assert f"[CKPT] Saved to {path}" in capsys.readouterr().out
+    assert checkpoint_files(path.parent) == []  # a bare --resume does not find it
+    monkeypatch.undo()
+    assert_goes_on(tmp_path, "emergency", straight)
+
+
+def test_the_first_error_is_the_one_that_is_raised(tmp_path, monkeypatch, capsys):
+    def fail():
+        monkeypatch.setattr("fastlm.loop.Run._save", lambda *args, **options: 1 / 0)
+        raise RuntimeError("the first")
+
+    at_sample(monkeypatch, 4 * 3, fail)
+    with pytest.raises(RuntimeError, match="the first"):
+        run_tiny(tmp_path)
+    assert "[CKPT] FAILED: the emergency checkpoint: division by zero" in capsys.readouterr().out
+
+
+def test_an_error_before_a_step_is_done_saves_nothing(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("at once")
+
+    monkeypatch.setattr("fastlm.loop.learning_rate", lambda step, cfg: fail())
+    with pytest.raises(RuntimeError, match="at once"):
+        run_tiny(tmp_path)
+    assert list(checkpoint(tmp_path).parent.iterdir()) == []
