@@ -63,7 +63,7 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
         init_from=None, eval_only=False, overwrite=False,
         final_eval_tokens=10_000_000,
         ckpt_minutes=None, keep_last=3, sync_save=False,
-        allow_data_change=False, deterministic=False,
+        allow_data_change=False, deterministic=False, guard="skip",
     )  # fmt: skip
 
 
