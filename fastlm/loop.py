@@ -2,7 +2,6 @@
 
 import contextlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,8 +68,7 @@ class Run:
         self.watch = GuardWatch(runner)
         self._graphs = graphs_compiled() if cfg.compile else 0
         # Sums over the good steps since the last log line.
-        self._window_loss = torch.zeros((), device=runner.device)
-        self._window_good = torch.zeros((), device=runner.device)
+        self._window_loss, self._window_good = torch.zeros(2, device=runner.device).unbind()
         self._window_steps, self._window_begin = 0, 0.0
 
     def train(self) -> None:
@@ -194,7 +192,6 @@ class Run:
         """A checkpoint. Where it cannot be written the run goes on, unless it `must` be."""
         self.clock.pause()
         runner, path = self.runner, self.directory.checkpoint_path(name)
-        random_state = runner.random_state()
         try:
             save_checkpoint(
                 runner.model,
@@ -203,7 +200,7 @@ class Run:
                 path,
                 samples_seen=self.samples_seen,
                 scaler=runner.scaler.state_dict(),
-                random_state=random_state,
+                random_state=runner.random_state(),
                 **self._progress(),
                 **self._identity(),
             )
@@ -254,7 +251,7 @@ class Run:
         """Weights alone, loss over all validation data, samples, summary. False if it was stopped:
         the resumed run does it then."""
         cfg, runner, data, clock = self.cfg, self.runner, self.data, self.clock
-        model_path: Path = self.directory.checkpoint_path("model")
+        model_path = self.directory.checkpoint_path("model")
         save_checkpoint(runner.model, None, self.completed, model_path, **self._identity())
         self.log.checkpoint(model_path)
         self.stop.promise = "the run's end can be had by --resume"
