@@ -17,8 +17,8 @@ struct TensorRow {
   int64_t param, grad, exp_avg, exp_avg_sq, remainder, step;
   int64_t numel;
   FloatType param_type, grad_type;
-  int64_t group;      // whose options it has
-  int64_t sum_class;  // which sum its squares go into
+  int64_t sum_class;     // which sum its squares go into
+  int64_t group, index;  // the parameter's place; it has the options of its group
 };
 
 template <class T>

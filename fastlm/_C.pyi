@@ -55,7 +55,7 @@ def accumulate(
     first: bool,  # sum = part, else sum += part
 ) -> None: ...
 
-# rows: (n, 11), fastlm.kernels.collect.TensorTable.rows.
+# rows: (n, 12), fastlm.kernels.collect.TensorTable.rows.
 def sum_squares(
     rows: npt.NDArray[np.int64],
     sums: npt.NDArray[np.float64],  # (number of classes,), added to
@@ -72,7 +72,7 @@ def read_table(
     param_groups: list[dict],
     state: dict[Tensor, Any],
     split: bool,
-) -> Any: ...  # (rows, indices in groups, tensors by column) or None
+) -> Any: ...  # (rows, tensors by column) or None
 def max_threads() -> int: ...
 def isa() -> str: ...
 def force_isa(name: str | None) -> None: ...

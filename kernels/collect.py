@@ -23,10 +23,9 @@ CODE = {
     torch.float64: FLOAT64,
 }
 
-# The columns of a table: six addresses, and what describes the row.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, STEP, NUMEL, PARAM_CODE, GRAD_CODE, GROUP, CLASS = (
-    range(11)
-)
+# The columns of a table: six addresses, what describes the row, and which parameter it is.
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, STEP = range(6)
+NUMEL, PARAM_CODE, GRAD_CODE, CLASS, GROUP, INDEX, COLUMNS = range(6, 13)
 
 
 @dataclass(eq=False)
@@ -35,9 +34,9 @@ class TensorTable:
 
     Element i of a gradient, of the moments and of the remainder belongs to element i of the
     parameter's memory. Moments are float32, of float64 parameters float64; the step counter is one
-    float32. rows: (n, 11) int64 on the CPU: addresses (0 for what a row lacks), number of elements,
-    codes of parameter and gradient, index of the param_group, and of the sum of squares that the
-    gradient goes into.
+    float32. rows: (n, COLUMNS) int64 on the CPU: addresses (0 for what a row lacks), number of
+    elements, codes of parameter and gradient, which sum of squares the gradient goes into, and the
+    parameter's place: its param_group and its index in that.
     """
 
     device: torch.device
@@ -82,10 +81,9 @@ class StepOptions:
 @dataclass(eq=False)
 class Collected:
     tables: list[TensorTable] = field(default_factory=list)  # one a device
-    positions: list[Any] = field(default_factory=list)  # of each row of a table: (group, index)
     classes: list[Any] = field(default_factory=list)  # sum_class of each sum of squares
     updated: list[Tensor] = field(default_factory=list)  # the parameters that have a gradient
-    held: list[Any] = field(default_factory=list)  # what the pointers point into
+    held: list[Any] = field(default_factory=list)  # what the addresses point into
     # Views with gaps and the dense copies that are updated in their place.
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -105,19 +103,33 @@ class Collected:
         self.copies.append((local, copy))
         return copy
 
+    def addresses(self, what: str, *tensors: Tensor | None) -> list[int]:
+        """Where the tensors of a row lie."""
+        self.held.append(tensors)
+        found = [0 if t is None else t.data_ptr() for t in tensors]
+        for address, t in zip(found, tensors, strict=True):
+            if not address and t is not None and t.numel():
+                raise ValueError(
+                    f"{what}, its gradient or its state has no memory of its own "
+                    f"({type(t).__name__} on {t.device}): it cannot be updated"
+                )
+        return found
+
+    def add_tables(
+        self, rows: dict[torch.device, list[list[int]]], caches: dict[torch.device, dict]
+    ) -> None:
+        """Makes the devices' rows tables; of no rows at all one table, for the first device: of a
+        norm over all ranks this rank may have no part."""
+        some = {device: of_device for device, of_device in rows.items() if of_device}
+        for device, of_device in (some or dict(list(rows.items())[:1])).items():
+            values = torch.tensor(of_device, dtype=torch.int64, device="cpu").reshape(-1, COLUMNS)
+            cache = caches.setdefault(device, {})
+            self.tables.append(TensorTable(device, values, len(self.classes), cache))
+
     def write_back(self) -> None:
         """Puts the dense copies' values into the views that they stand for."""
         for view, copy in self.copies:
             view.copy_(copy)
-
-
-class _Rows:
-    """Rows of one device's table."""
-
-    def __init__(self) -> None:
-        self.parts: list[list[Tensor | None]] = []  # in the order of the addresses
-        self.described: list[tuple[int, ...]] = []  # the other columns
-        self.positions: list[tuple[int, int]] = []
 
 
 def collect_step(
@@ -125,15 +137,14 @@ def collect_step(
 ) -> Collected:
     """Tables of every parameter that has a gradient, with its state, which exists already.
 
-    `caches` gives each device's table its cache. There is a table, if of no rows, of the device of
-    the first parameter: of a norm over all ranks this rank may have no part.
+    `caches` gives each device's table its cache.
     """
-    found, devices = Collected(), {}
+    found, rows = Collected(), {}
     for group, members in enumerate(groups):
         for index, param in enumerate(members["params"]):
-            # Of every parameter, in the same order on all ranks.
+            # For every parameter, in the same order on all ranks.
             of_class = found.class_of(param)
-            rows = devices.setdefault(param.device, _Rows())
+            of_device = rows.setdefault(param.device, [])
             if (grad := param.grad) is None:
                 continue
             found.updated.append(param)
@@ -152,60 +163,40 @@ def collect_step(
             if local.is_neg():
                 raise ValueError(f"{what} is a view that negates its memory: clone it")
             target = found.dense(local)
-            parts = [target, _laid_out_as(grad.resolve_neg(), target)]
-            for name in ("exp_avg", "exp_avg_sq", "remainder"):
-                parts.append(_state_part(entry, name, param, target, split, what))
-            parts.append(_step_counter(entry, local.device))
-            code = CODE[local.dtype] if parts[REMAINDER] is None else SPLIT
-            rows.parts.append(parts)
-            rows.described.append((local.numel(), code, CODE[parts[GRAD].dtype], group, of_class))
-            rows.positions.append((group, index))
-    return _tables(found, devices, caches)
+            grad = _laid_out_as(grad.resolve_neg(), target)
+            moments = [
+                _state_part(entry, name, param, target, moment_dtype(local), what)
+                for name in ("exp_avg", "exp_avg_sq")
+            ]
+            code, rest = CODE[local.dtype], None
+            if has_remainder(param, split):
+                code = SPLIT
+                rest = _state_part(entry, "remainder", param, target, torch.int16, what)
+            step = _step_counter(entry, local.device)
+            addresses = found.addresses(what, target, grad, *moments, rest, step)
+            codes = [code, CODE[grad.dtype]]
+            of_device.append([*addresses, local.numel(), *codes, of_class, group, index])
+    found.add_tables(rows, caches)
+    return found
 
 
 def collect_gradients(params: Iterable[Tensor]) -> Collected:
-    """Tables of the parameters' gradients alone, each once, to be summed and scaled in place; as
-    with collect_step at least one."""
-    found, devices, seen = Collected(), {}, set()
+    """Tables of the parameters' gradients alone, each once, to be summed and scaled in place."""
+    found, rows, seen = Collected(), {}, set()
     for param in params:
         found.class_of(param)
-        devices.setdefault(param.device, _Rows())
+        rows.setdefault(param.device, [])
         if (grad := param.grad) is None or id(grad) in seen:
             continue
         seen.add(id(grad))
         found.updated.append(grad)
         check_gradient(grad, "a parameter")
         target = found.dense(local_part(grad))
-        rows = devices.setdefault(target.device, _Rows())
-        rows.parts.append([None, target, None, None, None, None])
-        code = CODE[target.dtype]
-        rows.described.append((target.numel(), code, code, 0, found.class_of(grad)))
-    return _tables(found, devices, {})
-
-
-def _tables(found: Collected, devices: dict[torch.device, _Rows], caches: dict) -> Collected:
-    if any(rows.parts for rows in devices.values()):
-        devices = {device: rows for device, rows in devices.items() if rows.parts}
-    else:
-        devices = dict(list(devices.items())[:1])
-    for device, rows in devices.items():
-        table = []
-        for parts, described in zip(rows.parts, rows.described, strict=True):
-            addresses = [0 if t is None else t.data_ptr() for t in parts]
-            if 0 in addresses and any(
-                t is not None and t.numel() and not t.data_ptr() for t in parts
-            ):
-                classes = sorted({type(t).__name__ for t in parts if t is not None})
-                raise ValueError(
-                    f"a parameter, its gradient or its state on {device} has no memory of its own "
-                    f"({', '.join(classes)}): it cannot be updated"
-                )
-            table.append([*addresses, *described])
-        values = torch.tensor(table, dtype=torch.int64, device="cpu").reshape(-1, 11)
-        cache = caches.setdefault(device, {})
-        found.tables.append(TensorTable(device, values, len(found.classes), cache))
-        found.positions.append(rows.positions)
-        found.held.append(rows.parts)
+        addresses = found.addresses("a parameter", None, target, None, None, None, None)
+        codes = [CODE[target.dtype]] * 2
+        described = [target.numel(), *codes, found.class_of(grad), 0, 0]
+        rows.setdefault(target.device, []).append([*addresses, *described])
+    found.add_tables(rows, {})
     return found
 
 
@@ -224,10 +215,13 @@ def check_gradient(grad: Tensor, what: str) -> None:
             f"the gradient of {what} is sparse ({grad.layout}): only dense ones are supported "
             f"(for nn.Embedding: sparse=False)"
         )
-    if grad.dtype not in CODE:
+    check_dtype(grad, f"the gradient of {what}")
+
+
+def check_dtype(tensor: Tensor, what: str) -> None:
+    if tensor.dtype not in CODE:
         raise TypeError(
-            f"the gradient of {what} has dtype {grad.dtype}: it must be float32, bfloat16, float16 "
-            f"or float64"
+            f"{what} has dtype {tensor.dtype}: it must be float32, bfloat16, float16 or float64"
         )
 
 
@@ -235,17 +229,14 @@ def moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def has_remainder(param: Tensor, split: bool) -> bool:
+    return split and param.dtype == torch.bfloat16
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Do its elements fill a block of memory, in whatever order of dimensions?"""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    # empty_like keeps the order of such dimensions and makes any other layout dense.
+    return tensor.is_contiguous() or _same_layout(tensor, torch.empty_like(tensor, device="meta"))
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
@@ -260,14 +251,9 @@ def _laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def _state_part(
-    entry: dict, name: str, param: Tensor, target: Tensor, split: bool, what: str
-) -> Tensor | None:
-    """The local memory of a state tensor in `target`'s layout; None for what is not needed."""
-    dtype = moment_dtype(param)
-    if name == "remainder":
-        if not (split and param.dtype == torch.bfloat16):
-            return None
-        dtype = torch.int16
+    entry: dict, name: str, param: Tensor, target: Tensor, dtype: torch.dtype, what: str
+) -> Tensor:
+    """The local memory of a state tensor in `target`'s layout."""
     if name not in entry:
         raise ValueError(f"the state of {what} has no {name!r}")
     value = local_part(entry[name])

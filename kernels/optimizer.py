@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .collect import CODE, Collected, GradientSums, StepOptions, add_over_ranks, collect_step
-from .optimizer_state import (
-    checked_state_dict,
+from .collect import (
+    GROUP,
+    Collected,
+    GradientSums,
+    StepOptions,
+    add_over_ranks,
+    check_dtype,
+    collect_step,
     has_remainder,
-    joined,
-    new_states,
-    split_into,
-    unwrap_loaded,
 )
+from .optimizer_state import checked_state_dict, joined, new_states, split_into, unwrap_loaded
 
 _TORCHS_CHOICES = ("foreach", "fused", "capturable")  # among its implementations: no matter here
 _REFUSED = ("amsgrad", "maximize", "differentiable")
@@ -99,8 +101,6 @@ class FusedAdamW(torch.optim.AdamW):
         self._forget()
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    # What subclasses say
-
     @staticmethod
     def kernels_for(device: torch.device, impl: str) -> Any:
         """The module with the kernels for tensors on `device`; ValueError if there are none.
@@ -108,10 +108,6 @@ class FusedAdamW(torch.optim.AdamW):
         Its functions are square_sums, step and scale_gradients (kernels/adamw.py).
         """
         raise NotImplementedError
-
-    def _read_tables(self) -> Collected | None:
-        """What collect_step returns, by a faster way; None if this needs collect_step."""
-        return None
 
     # Parameters and state
 
@@ -196,7 +192,7 @@ class FusedAdamW(torch.optim.AdamW):
         # What kernel modules keep for a device from step to step (TensorTable.cache).
         self._caches: dict[torch.device, dict] = {}
         self._last_bad: Tensor | int = -1
-        self._last_positions: Sequence[tuple[int, int]] = []
+        self._last_positions: Any = []  # of each row of the last table: (group, index)
 
     @torch.no_grad()
     def master_weights(self) -> list[Tensor]:
@@ -249,20 +245,20 @@ class FusedAdamW(torch.optim.AdamW):
         self._update()
         return loss
 
-    def _update(self) -> None:
+    def _update(self, collected: Collected | None = None) -> None:
+        """collected: what collect_step would return, if a subclass has a faster way to it."""
         # Read afresh at every step: whatever has become of parameters, gradients and state is seen.
-        collected = self._read_tables()
         if collected is None:
             self._create_state([p for p in self._params() if p.grad is not None])
             collected = collect_step(self.param_groups, self.state, self._split, self._caches)
-        for table, positions in zip(collected.tables, collected.positions, strict=True):
+        for table in collected.tables:
             kernels = self.kernels_for(table.device, self._impl)
             sums = None
             if self._takes_norm:
                 sums = kernels.square_sums(table)
                 if any(of_class is not None for of_class in collected.classes):
                     sums = GradientSums(add_over_ranks(sums.values, collected.classes), sums.bad)
-                self._last_bad, self._last_positions = sums.bad, positions
+                self._last_bad, self._last_positions = sums.bad, table.rows[:, GROUP:]
             norm = kernels.step(table, self._options(table.device), sums)
             if self._takes_norm:
                 self.last_grad_norm = norm
@@ -312,11 +308,7 @@ def _check_parameter(param: Tensor, split: bool, takes_norm: bool) -> None:
         overlaps = zip(param.stride(), param.shape, strict=True)
         if any(stride == 0 and size > 1 for stride, size in overlaps):
             raise ValueError(f"a parameter (shape {shape}) overlaps itself: it was expanded")
-    if param.dtype not in CODE:
-        raise TypeError(
-            f"a parameter (shape {shape}) has dtype {param.dtype}: it must be float32, bfloat16, "
-            f"float16 or float64"
-        )
+    check_dtype(param, f"a parameter (shape {shape})")
     if split and param.dtype == torch.float16:
         raise TypeError(
             f'param_precision="split" takes bfloat16 parameters (and full ones), not float16 '

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collect import is_dtensor, local_part, moment_dtype, placed_as, position_name
+from .collect import (
+    has_remainder,
+    is_dtensor,
+    local_part,
+    moment_dtype,
+    placed_as,
+    position_name,
+)
 
 _KEYS = ("step", "exp_avg", "exp_avg_sq", "remainder")
 
@@ -48,10 +55,6 @@ def new_states(params: Sequence[Tensor], split: bool) -> list[dict[str, Tensor]]
             else:
                 state[key] = pool.zeros(param.shape, dtype, param.device)
     return states
-
-
-def has_remainder(param: Tensor, split: bool) -> bool:
-    return split and param.dtype == torch.bfloat16
 
 
 class Kept:

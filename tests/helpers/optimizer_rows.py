@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
-from fastlm.kernels.collect import CODE, SPLIT, StepOptions, TensorTable
+from fastlm.kernels.collect import CODE, COLUMNS, SPLIT, StepOptions, TensorTable
 from tolerance import assert_bitwise_equal
 from torch import Tensor
 
@@ -113,11 +113,11 @@ def make_table(rows: list[Row], classes: list[int] | None = None, num_classes: i
 
     addresses = [[pointer(x) for x in (r.p, r.g, r.m, r.v, r.remainder, r.step)] for r in rows]
     described = [
-        [row.p.numel(), *codes(row), row.group, of_class]
+        [row.p.numel(), *codes(row), of_class, row.group, 0]
         for row, of_class in zip(rows, classes or [0] * len(rows), strict=True)
     ]
     table = [a + b for a, b in zip(addresses, described, strict=True)]
-    values = torch.tensor(table, dtype=torch.int64).reshape(-1, 11)
+    values = torch.tensor(table, dtype=torch.int64).reshape(-1, COLUMNS)
     return TensorTable(torch.device("cpu"), values, num_classes, {})
 
 
