@@ -20,10 +20,18 @@ from .collect import (
     collect_step,
     has_remainder,
 )
-from .optimizer_state import checked_state_dict, joined, new_states, split_into, unwrap_loaded
+from .optimizer_state import (
+    REFUSED_OPTIONS,
+    check_group,
+    check_options,
+    checked_state_dict,
+    joined,
+    new_states,
+    split_into,
+    unwrap_loaded,
+)
 
 _TORCHS_CHOICES = ("foreach", "fused", "capturable")  # among its implementations: no matter here
-_REFUSED = ("amsgrad", "maximize", "differentiable")
 
 
 class ParameterPosition(NamedTuple):
@@ -91,9 +99,9 @@ class FusedAdamW(torch.optim.AdamW):
         if param_precision not in ("native", "split"):
             raise ValueError(f"param_precision={param_precision!r}: it must be 'native' or 'split'")
         for name in torch_options:
-            if name not in (*_TORCHS_CHOICES, *_REFUSED):
+            if name not in (*_TORCHS_CHOICES, *REFUSED_OPTIONS):
                 raise TypeError(f"AdamW has no argument {name!r}")
-        _check_options(torch_options)
+        check_options(torch_options, "AdamW")
         if skip_nonfinite is None:
             skip_nonfinite = max_grad_norm is not None
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
@@ -132,7 +140,7 @@ class FusedAdamW(torch.optim.AdamW):
 
     def _check_last_group(self) -> None:
         group = self.param_groups[-1]
-        _check_options(group)
+        check_group(group, f"group {len(self.param_groups) - 1}")
         for option in ("max_grad_norm", "skip_nonfinite", "param_precision", "impl"):
             if option in group:
                 raise ValueError(
@@ -240,8 +248,8 @@ class FusedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            _check_options(group)
+        for i, group in enumerate(self.param_groups):
+            check_group(group, f"group {i}")
         self._update()
         return loss
 
@@ -292,12 +300,6 @@ class FusedAdamW(torch.optim.AdamW):
             value = getattr(self, name, None)
             scaler[name] = None if value is None else value.to(device, non_blocking=True)
         return StepOptions(hyper, self.max_grad_norm, self.skip_nonfinite, **scaler)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name in _REFUSED:
-        if options.get(name):
-            raise ValueError(f"{name}={options[name]} is not supported; torch.optim.AdamW has it")
 
 
 def _check_parameter(param: Tensor, split: bool, takes_norm: bool) -> None:

@@ -18,6 +18,7 @@ from .collect import (
     position_name,
 )
 
+REFUSED_OPTIONS = ("amsgrad", "maximize", "differentiable")
 _KEYS = ("step", "exp_avg", "exp_avg_sq", "remainder")
 
 
@@ -57,6 +58,22 @@ def new_states(params: Sequence[Tensor], split: bool) -> list[dict[str, Tensor]]
     return states
 
 
+def check_options(options: dict[str, Any], what: str) -> None:
+    """ValueError for an option of torch's class that `what` sets and this one does not have."""
+    for name in REFUSED_OPTIONS:
+        if options.get(name):
+            raise ValueError(
+                f"{what}: {name}={options[name]} is not supported; torch.optim.AdamW has it"
+            )
+
+
+def check_group(group: dict[str, Any], what: str) -> None:
+    check_options(group, what)
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        if name not in group:
+            raise ValueError(f"{what} has no {name!r}, which AdamW needs")
+
+
 class Kept:
     """A tensor that torch's load_state_dict leaves alone: it casts state to the weights' dtype."""
 
@@ -73,11 +90,11 @@ def checked_state_dict(
     changed, if something would be lost: values that the dtype here cannot hold, a remainder
     without param_precision="split", entries that AdamW does not have.
     """
-    saved_groups = state_dict["param_groups"]
+    # Which of torch's implementations ran is the other optimizer's affair.
+    own = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
+    saved_groups = [{**group, **own} for group in state_dict["param_groups"]]
     for i, group in enumerate(saved_groups):
-        for option in ("amsgrad", "maximize"):
-            if group.get(option):
-                raise ValueError(f"the state dict's group {i} has {option}=True: not supported")
+        check_group(group, f"group {i} of the state dict")
     saved_ids = [i for group in saved_groups for i in group["params"]]
     params = [
         (param, position_name(groups, g, i))
@@ -89,13 +106,7 @@ def checked_state_dict(
         for saved_id, (param, what) in zip(saved_ids, params, strict=True):
             if state.get(saved_id):
                 state[saved_id] = _converted(state[saved_id], param, split, what)
-    # Which of torch's implementations ran is the other optimizer's affair.
-    own = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
-    return {
-        **state_dict,
-        "state": state,
-        "param_groups": [{**group, **own} for group in saved_groups],
-    }
+    return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
 def _converted(entry: dict[str, Any], param: Tensor, split: bool, what: str) -> dict[str, Any]:

@@ -29,6 +29,8 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "gather_batch": {"cpp": "fastlm.ops.gather_batch"},
 }
 _DEVICE_TYPES = {"triton": "cuda", "cpp": "cpu", "torch": "*"}  # "*": every device
+# Batches are read from host memory, whatever device they are copied to.
+_READS_HOST_MEMORY = ("gather_batch",)
 # Their kernels take no float64: "auto" then means "torch".
 _NO_FLOAT64 = ("cross_entropy", "linear_cross_entropy")
 # Their Triton kernels also run on CPU tensors under Triton's interpreter, if asked for by name.
@@ -39,16 +41,16 @@ def resolve_implementation(
     op: str, impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> str:
     """The implementation that runs for `op` on `device`; ValueError if `impl` cannot."""
-    device_type = torch.device(device).type
+    device_type = "cpu" if op in _READS_HOST_MEMORY else torch.device(device).type
     usable = [name for name in IMPLEMENTATIONS[op] if _DEVICE_TYPES[name] in ("*", device_type)]
-    if impl == "auto" and usable:
+    if impl == "auto":
         return "torch" if dtype == torch.float64 and op in _NO_FLOAT64 else usable[0]
     if os.environ.get("TRITON_INTERPRET") == "1" and op in _INTERPRETED:
         usable.insert(0, "triton")
     if impl in usable:
         return impl
     raise ValueError(
-        f"impl={impl!r}: {op} on {device_type} has {', '.join(usable) or 'no implementation'}; "
+        f"impl={impl!r}: {op} on {device_type} has {', '.join(usable)}; "
         f"impl is 'auto' or one of these"
     )
 
@@ -67,6 +69,7 @@ def active_implementation(
     """The name of the implementation that `impl="auto"` runs for `op` on `device`.
 
     dtype: of the logits, for the linear loss of its products (hidden's, or autocast's).
+    gather_batch runs "cpp" for every device: C++ reads host memory, and the batch is copied.
     """
     if op not in IMPLEMENTATIONS:
         raise ValueError(f"op={op!r} is unknown; ops: {', '.join(IMPLEMENTATIONS)}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from fastlm.kernels.collect import is_dtensor
 from fastlm.kernels.cross_entropy_op import (
     OPTIONS_SCHEMA,
     LossOptions,
@@ -20,7 +21,6 @@ from fastlm.kernels.cross_entropy_op import (
     check_rows,
     flat,
     fp32,
-    is_dtensor,
     refuse_other_backwards,
     refuse_transforms,
     shows_options,
@@ -68,7 +68,7 @@ def linear_cross_entropy_loss(
     The same errors as `cross_entropy_loss`; ValueError or TypeError for shapes or dtypes of weight
     and bias that do not fit. There is no second derivative, except with impl="torch".
     """
-    checked = LossOptions(**options)
+    checked = LossOptions.of(linear_cross_entropy_loss, options)
     weight, bias = _whole(weight), _whole(bias)
     _check(hidden, weight, bias, targets)
     dtype = _compute_dtype(hidden)
