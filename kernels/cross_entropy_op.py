@@ -54,9 +54,8 @@ class LossOptions(Options):
         """What `function`, decorated with shows_options, takes as **options."""
         for name in options:
             if name not in cls.__dataclass_fields__:
-                parameters = inspect.signature(function).parameters.values()
-                known = ", ".join(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-                raise TypeError(f"{function.__name__} has no option {name!r}; options: {known}")
+                known = ", ".join(inspect.signature(function).parameters)
+                raise TypeError(f"{function.__name__} has no argument {name!r}, but {known}")
         return cls(**options)
 
     def __post_init__(self):
@@ -106,14 +105,11 @@ OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[f.type]} {f.name}" for f in fields(O
 def shows_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Lets help() name what `function` takes as **options."""
     own = inspect.signature(function)
-    shown = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    names = [p.name for p in shown]
-    shown += [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default)
-        for f in fields(LossOptions)
-        if f.name not in names
-    ]
-    function.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]
+    shown = {p.name: p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD}
+    for f in fields(LossOptions):
+        option = inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default)
+        shown.setdefault(f.name, option)
+    function.__signature__ = own.replace(parameters=list(shown.values()))  # type: ignore[attr-defined]
     return function
 
 
