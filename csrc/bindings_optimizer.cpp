@@ -193,6 +193,11 @@ class TableReader {
     }
   }
 
+  // The string that programs use, too: a dict finds it without comparing letters.
+  static py::object interned(const char* text) {
+    return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text));
+  }
+
   // kSplit for what is no floating-point type of a table.
   static FloatType float_type(const DLTensor& t) {
     if (t.type_code == 4 && t.type_bits == 16) return FloatType::kBfloat16;
@@ -206,8 +211,9 @@ class TableReader {
   py::dict state_;
   bool split_;
   int (*view_)(void*, DLTensor*);
-  const py::str grad_ = "grad", is_neg_ = "is_neg";
-  const py::str keys_[kColumns] = {"", "", "exp_avg", "exp_avg_sq", "remainder", "step"};
+  const py::object grad_ = interned("grad"), is_neg_ = interned("is_neg");
+  const py::object keys_[kColumns] = {
+      {}, {}, interned("exp_avg"), interned("exp_avg_sq"), interned("remainder"), interned("step")};
   Py_ssize_t position_ = 0;
   PyObject *next_param_ = nullptr, *next_entry_ = nullptr;
   py::list columns_[kColumns];
