@@ -1,8 +1,8 @@
 """Which implementation of an op runs.
 
 Implementations: "triton" (kernels/, CUDA and ROCm tensors), "cpp" (csrc/, CPU tensors) and "torch"
-(the fastest plain PyTorch). `impl="auto"` takes the kernel where this version has one for the
-device, else "torch". An implementation asked for by name that cannot run raises.
+(the fastest plain PyTorch). `impl="auto"` takes the kernel if this version has one for the device,
+else "torch". A name that cannot run raises.
 """
 
 import importlib
@@ -29,9 +29,9 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "gather_batch": {"cpp": "fastlm.ops.gather_batch"},
 }
 _DEVICE_TYPES = {"triton": "cuda", "cpp": "cpu", "torch": "*"}  # "*": every device
-# Batches are read from host memory, whatever device they are copied to.
+# C++ reads batches from host memory; then they are copied to the device.
 _READS_HOST_MEMORY = ("gather_batch",)
-# Their kernels take no float64: "auto" then means "torch".
+# Their kernels take no float64: for it "auto" means "torch".
 _NO_FLOAT64 = ("cross_entropy", "linear_cross_entropy")
 # Their Triton kernels also run on CPU tensors under Triton's interpreter, if asked for by name.
 _INTERPRETED = ("adamw", "clip_grad_norm")
@@ -56,9 +56,9 @@ def resolve_implementation(
 
 
 def implementation(op: str, impl: str, device: torch.device | str) -> ModuleType:
-    """The module of the implementation that `impl` names for `op` on `device`, loaded when needed.
+    """Loads the module that `impl` names for `op` on `device`.
 
-    ValueError as resolve_implementation; ImportError if what it needs (Triton) is not installed.
+    Raises ValueError like resolve_implementation, ImportError if Triton is needed and missing.
     """
     return importlib.import_module(IMPLEMENTATIONS[op][resolve_implementation(op, impl, device)])
 
