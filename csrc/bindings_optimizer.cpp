@@ -25,7 +25,7 @@ constexpr py::ssize_t kFields = sizeof(TensorRow) / sizeof(int64_t);
 
 // kernels/collect.py's TensorTable.rows. The addresses are the caller's word: it read them from
 // tensors that it holds.
-TensorList list_of(const Integers& table, int64_t groups, int64_t classes) {
+TensorList list_of(const Integers& table, int64_t groups = INT64_MAX) {
   if (table.ndim() != 2 || table.shape(1) != kFields) {
     throw py::type_error("rows must have the shape (n, " + std::to_string(kFields) + ")");
   }
@@ -35,23 +35,22 @@ TensorList list_of(const Integers& table, int64_t groups, int64_t classes) {
     const TensorRow& row = tensors[i];
     const bool wide = row.param_type == FloatType::kFloat64;
     if (!in(row.param_type, FloatType(5)) || !in(row.grad_type, FloatType::kSplit) ||
-        wide != (row.grad_type == FloatType::kFloat64) || !in(row.group, groups) ||
-        !in(row.sum_class, classes)) {
-      throw py::value_error("row " + std::to_string(i) + " has an impossible type, group or class");
+        wide != (row.grad_type == FloatType::kFloat64) || !in(row.group, groups)) {
+      throw py::value_error("row " + std::to_string(i) + " has an impossible type or group");
     }
   }
   return tensors;
 }
 
-int64_t sum_squares_checked(const Integers& table, Doubles sums) {
-  const TensorList tensors = list_of(table, INT64_MAX, sums.size());
-  double* result = sums.mutable_data();
+std::pair<double, int64_t> sum_squares_checked(const Integers& table) {
+  const TensorList tensors = list_of(table);
   py::gil_scoped_release release;
-  return sum_squares(tensors, result);
+  const SquareSum result = sum_squares(tensors);
+  return {result.sum, result.bad};
 }
 
 void scale_gradients_checked(const Integers& table, double factor) {
-  const TensorList tensors = list_of(table, INT64_MAX, INT64_MAX);
+  const TensorList tensors = list_of(table);
   py::gil_scoped_release release;
   scale_gradients(tensors, factor);
 }
@@ -61,7 +60,7 @@ void adamw_checked(const Integers& table, const Doubles& options, double factor)
   if (options.ndim() != 2 || options.shape(1) != 5) {
     throw py::type_error("options must have the shape (groups, 5)");
   }
-  const TensorList tensors = list_of(table, options.shape(0), INT64_MAX);
+  const TensorList tensors = list_of(table, options.shape(0));
   const auto* of_groups = reinterpret_cast<const AdamWOptions*>(options.data());
   py::gil_scoped_release release;
   adamw(tensors, of_groups, factor);
@@ -229,8 +228,7 @@ py::object read_table(py::handle tensor_class, py::handle parameter_class, const
 }  // namespace
 
 void bind_optimizer(py::module_& m) {
-  m.def("sum_squares", &sum_squares_checked, py::arg("rows").noconvert(),
-        py::arg("sums").noconvert());
+  m.def("sum_squares", &sum_squares_checked, py::arg("rows").noconvert());
   m.def("scale_gradients", &scale_gradients_checked, py::arg("rows").noconvert(),
         py::arg("factor"));
   m.def("adamw", &adamw_checked, py::arg("rows").noconvert(), py::arg("options").noconvert(),

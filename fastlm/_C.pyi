@@ -55,11 +55,10 @@ def accumulate(
     first: bool,  # sum = part, else sum += part
 ) -> None: ...
 
-# rows: (n, 12), fastlm.kernels.collect.TensorTable.rows.
+# rows: (n, 11), fastlm.kernels.collect.TensorTable.rows.
 def sum_squares(
     rows: npt.NDArray[np.int64],
-    sums: npt.NDArray[np.float64],  # (number of classes,), added to
-) -> int: ...  # the first row with a gradient that is not finite, or -1
+) -> tuple[float, int]: ...  # (sum, first row with a gradient that is not finite, or -1)
 def scale_gradients(rows: npt.NDArray[np.int64], factor: float) -> None: ...
 def adamw(
     rows: npt.NDArray[np.int64],

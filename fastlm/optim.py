@@ -65,9 +65,10 @@ class AdamW(FusedAdamW):
         )
         if found is None:
             return None
-        rows, held = found
-        device = held[PARAM][0].device
+        rows, tensors = found
+        device = tensors[PARAM][0].device
         if self.kernels_for(device, self._impl) is optimizer_torch:
             return None
-        table = TensorTable(device, torch.from_numpy(rows), 1, self._caches.setdefault(device, {}))
-        return Collected([table], [None], held[PARAM], held)
+        cache = self._caches.setdefault((device, None), {})
+        table = TensorTable(device, None, torch.from_numpy(rows), cache)
+        return Collected([table], tensors[PARAM], tensors)

@@ -13,9 +13,7 @@ from torch.autograd.graph import increment_version
 from .collect import (
     GROUP,
     Collected,
-    GradientSums,
     StepOptions,
-    add_over_ranks,
     check_dtype,
     collect_step,
     has_remainder,
@@ -113,7 +111,7 @@ class FusedAdamW(torch.optim.AdamW):
     def kernels_for(device: torch.device, impl: str) -> Any:
         """The module with the kernels for tensors on `device`; ValueError if there are none.
 
-        Its functions are square_sums, step and scale_gradients (kernels/adamw.py).
+        Its functions are sum_squares, step and scale_gradients (kernels/adamw.py).
         """
         raise NotImplementedError
 
@@ -197,10 +195,10 @@ class FusedAdamW(torch.optim.AdamW):
         self._forget()
 
     def _forget(self) -> None:
-        # What kernel modules keep for a device from step to step (TensorTable.cache).
-        self._caches: dict[torch.device, dict] = {}
-        self._last_bad: Tensor | int = -1
-        self._last_positions: Any = []  # of each row of the last table: (group, index)
+        # What kernel modules keep from step to step (TensorTable.cache).
+        self._caches: dict[Any, dict] = {}
+        # Of the last step's tables: SquareSum.bad, and each row's (group, index).
+        self._last: list[tuple[Tensor | int, Any]] = []
 
     @torch.no_grad()
     def master_weights(self) -> list[Tensor]:
@@ -259,17 +257,18 @@ class FusedAdamW(torch.optim.AdamW):
         if collected is None:
             self._create_state([p for p in self._params() if p.grad is not None])
             collected = collect_step(self.param_groups, self.state, self._split, self._caches)
-        for table in collected.tables:
-            kernels = self.kernels_for(table.device, self._impl)
-            sums = None
-            if self._takes_norm:
-                sums = kernels.square_sums(table)
-                if any(of_class is not None for of_class in collected.classes):
-                    sums = GradientSums(add_over_ranks(sums.values, collected.classes), sums.bad)
-                self._last_bad, self._last_positions = sums.bad, table.rows[:, GROUP:]
-            norm = kernels.step(table, self._options(table.device), sums)
-            if self._takes_norm:
-                self.last_grad_norm = norm
+        tables = collected.tables
+        kernels = [self.kernels_for(table.device, self._impl) for table in tables]
+        square_sum = None
+        if self._takes_norm and tables:
+            square_sum, bad = collected.square_sum(kernels)
+            self._last = [(b, table.rows[:, GROUP:]) for b, table in zip(bad, tables, strict=True)]
+        norms = [
+            k.step(table, self._options(table.device), square_sum)
+            for k, table in zip(kernels, tables, strict=True)
+        ]
+        if square_sum is not None:
+            self.last_grad_norm = max(norms, key=Tensor.element_size)  # float64 if one is
         collected.write_back()
         # A backward through the values from before must raise, as after torch's own steps.
         increment_version(collected.updated)
@@ -279,9 +278,10 @@ class FusedAdamW(torch.optim.AdamW):
         one on this rank. Waits for the device."""
         if not self._takes_norm:
             raise RuntimeError("first_nonfinite() needs max_grad_norm or skip_nonfinite")
-        if (bad := int(self._last_bad)) < 0:
+        found = [positions[bad] for bad, positions in self._last if bad >= 0]
+        if not found:
             return None
-        group, index = map(int, self._last_positions[bad])
+        group, index = min(tuple(map(int, position)) for position in found)
         names = self.param_groups[group].get("param_names")
         return ParameterPosition(group, index, names[index] if names else None)
 

@@ -37,19 +37,19 @@ def create_state(optimizer: torch.optim.AdamW, params: Sequence[Tensor]) -> None
 
 def update(optimizer: Any) -> None:
     """One step of a fastlm.AdamW: the gradients are clipped in place, then torch updates."""
-    positions = [
-        (g, i)
+    found = {
+        (g, i): param.grad
         for g, group in enumerate(optimizer.param_groups)
         for i, param in enumerate(group["params"])
         if param.grad is not None
-    ]
-    gradients = [optimizer.param_groups[g]["params"][i].grad for g, i in positions]
+    }
+    gradients = list(found.values())
     if optimizer._takes_norm:
         norm = gradient_norm(gradients)
         wide = any(g.dtype == torch.float64 for g in gradients)
         optimizer.last_grad_norm = norm if wide else norm.float()
         bad = (i for i, g in enumerate(gradients) if not norm.isfinite() and not g.isfinite().all())
-        optimizer._last_bad, optimizer._last_positions = next(bad, -1), positions
+        optimizer._last = [(next(bad, -1), list(found))]
         if optimizer.skip_nonfinite and not norm.isfinite():
             return
         if optimizer.max_grad_norm is not None:
