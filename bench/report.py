@@ -1,6 +1,6 @@
 """Writes RESULTS.md and the table in README.md from results/*.json: python bench/report.py
 
-Of each case the newest result counts, for each kind of machine and state of the allocator.
+The newest result of each case counts, for each kind of machine and state of the allocator.
 """
 
 import json
@@ -21,7 +21,7 @@ TITLES = {
     "gather_batch": "get_batch and the scan of token ids",
     "train_step": "A whole training step",
 }
-# The rows of README's table: op, case, peer, and what README calls the work.
+# The rows of README's table: op, case, peer, README's name for the work.
 HEADLINES = [
     ("cross_entropy", "2048 x 50304 bfloat16", "F.cross_entropy, compiled",
      "loss of 2048 x 50304 bf16 logits and its gradient"),
@@ -63,7 +63,7 @@ def machine(run: Run, device: str) -> str:
 
 
 def ratio(comparison: dict[str, Any], peer: str) -> str:
-    """Time of `peer` over ours, on the device's own clock too where there is one."""
+    """Time of `peer` over ours; in brackets by the device's own clock, if it has one."""
     for row in comparison["rows"]:
         if row["name"] == peer:
             text = f"{row['ratio_to_ours']:.2f}"

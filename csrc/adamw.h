@@ -12,11 +12,10 @@ struct AdamWOptions {
   double lr, beta1, beta2, eps, weight_decay;
 };
 
-// One update, with gradients times `factor`, of every tensor by the options of its group, and its
-// step counter + 1 (formula: fastlm/ops/adamw.py). Computed in fp32, with moments of fp32: each of
-// m, v and p is rounded once at its own size, and constants are as good as fp64's. A gradient may
-// have any type but kSplit; fp64 gradients go with fp64 parameters, whose moments and arithmetic
-// are fp64, too.
+// Updates every tensor once by the options of its group, with gradients times `factor`, and adds 1
+// to its step counter (formula: fastlm/ops/adamw.py). Arithmetic and moments are fp32: m, v and p
+// are each rounded once at their own size, and constants are as good as fp64's. A gradient may have
+// any type but kSplit. fp64 parameters have fp64 gradients, moments and arithmetic.
 void adamw(const TensorList& tensors, const AdamWOptions* options, double factor);
 
 }  // namespace fastlm

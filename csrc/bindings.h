@@ -1,4 +1,4 @@
-// What the files that know Python share: each op's functions and classes are added to the module.
+// Shared by the files that know Python: each adds an op's functions to the module.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -25,7 +25,7 @@ constexpr py::ssize_t kFields = sizeof(TensorRow) / sizeof(int64_t);
 
 // kernels/collect.py's TensorTable.rows. The addresses are the caller's word: it read them from
 // tensors that it holds.
-TensorList list_of(const Integers& table, int64_t groups, int64_t classes) {
+TensorList list_of(const Integers& table, int64_t groups = INT64_MAX) {
   if (table.ndim() != 2 || table.shape(1) != kFields) {
     throw py::type_error("rows must have the shape (n, " + std::to_string(kFields) + ")");
   }
@@ -35,23 +35,22 @@ TensorList list_of(const Integers& table, int64_t groups, int64_t classes) {
     const TensorRow& row = tensors[i];
     const bool wide = row.param_type == FloatType::kFloat64;
     if (!in(row.param_type, FloatType(5)) || !in(row.grad_type, FloatType::kSplit) ||
-        wide != (row.grad_type == FloatType::kFloat64) || !in(row.group, groups) ||
-        !in(row.sum_class, classes)) {
-      throw py::value_error("row " + std::to_string(i) + " has an impossible type, group or class");
+        wide != (row.grad_type == FloatType::kFloat64) || !in(row.group, groups)) {
+      throw py::value_error("row " + std::to_string(i) + " has an impossible type or group");
     }
   }
   return tensors;
 }
 
-int64_t sum_squares_checked(const Integers& table, Doubles sums) {
-  const TensorList tensors = list_of(table, INT64_MAX, sums.size());
-  double* result = sums.mutable_data();
+std::pair<double, int64_t> sum_squares_checked(const Integers& table) {
+  const TensorList tensors = list_of(table);
   py::gil_scoped_release release;
-  return sum_squares(tensors, result);
+  const SquareSum result = sum_squares(tensors);
+  return {result.sum, result.bad};
 }
 
 void scale_gradients_checked(const Integers& table, double factor) {
-  const TensorList tensors = list_of(table, INT64_MAX, INT64_MAX);
+  const TensorList tensors = list_of(table);
   py::gil_scoped_release release;
   scale_gradients(tensors, factor);
 }
@@ -61,14 +60,14 @@ void adamw_checked(const Integers& table, const Doubles& options, double factor)
   if (options.ndim() != 2 || options.shape(1) != 5) {
     throw py::type_error("options must have the shape (groups, 5)");
   }
-  const TensorList tensors = list_of(table, options.shape(0), INT64_MAX);
+  const TensorList tensors = list_of(table, options.shape(0));
   const auto* of_groups = reinterpret_cast<const AdamWOptions*>(options.data());
   py::gil_scoped_release release;
   adamw(tensors, of_groups, factor);
 }
 
-// Reads the table of one step where nothing is unusual: what fastlm.kernels.collect.collect_step
-// does in Python.
+// Reads the table of one step if nothing is unusual: what kernels/collect.py's collect_step does in
+// Python.
 class TableReader {
  public:
   // tensor_class, parameter_class: torch.Tensor and torch.nn.Parameter. state: the optimizer's.
@@ -86,123 +85,53 @@ class TableReader {
     view_ = exchange->view;
   }
 
-  // False, with nothing to be used, if there is something for collect_step to do or to refuse.
-  bool read(const py::list& groups) {
-    for (py::ssize_t group = 0; group < PyList_GET_SIZE(groups.ptr()); ++group) {
-      PyObject* params = PyDict_GetItemString(PyList_GET_ITEM(groups.ptr(), group), "params");
-      if (!params || !PyList_Check(params)) return false;
-      for (py::ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
-        // Getting a gradient may run the garbage collector, so the list may change.
-        const auto param = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params, i));
-        const py::object grad = grad_of(param.ptr());
+  // (rows, the tensors column by column, to be held as long as the addresses are used); None if
+  // there is something for collect_step to do or to refuse.
+  py::object read(const py::list& groups) {
+    if (!find(groups) || rows_.empty()) return py::none();
+    const auto n = static_cast<py::ssize_t>(rows_.size());
+    // Column by column: tensors made one after the other lie so in memory, most often.
+    for (int column = kParam; column < kColumns; ++column) {
+      for (py::ssize_t row = 0; row < n; ++row) {
+        if (!read_tensor(row, column)) return py::none();
+      }
+    }
+    py::list held;
+    for (const py::list& column : columns_) held.append(column);
+    return py::make_tuple(Integers({n, kFields}, reinterpret_cast<const int64_t*>(rows_.data())),
+                          held);
+  }
+
+ private:
+  // TensorRow's first fields.
+  enum Column { kParam, kGrad, kMean, kSquare, kRest, kStep, kColumns };
+
+  // Fills the columns with the tensors of every parameter that has a gradient. False if one has no
+  // state yet, or a gradient is a view that stands for the negative of its memory, which DLPack's
+  // interface does not tell: autograd makes such ones of complex numbers.
+  bool find(const py::list& groups) {
+    for (size_t group = 0; group < groups.size(); ++group) {
+      const py::list params = groups[group]["params"];
+      for (size_t i = 0; i < params.size(); ++i) {
+        const py::object param = params[i];
+        const py::object grad = py::getattr(param, grad_);
         if (grad.is_none()) continue;
-        if (negated(grad.ptr())) return false;
+        const auto negative =
+            py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(grad.ptr(), is_neg_.ptr()));
+        if (!negative) throw py::error_already_set();
         PyObject* const entry = state_of(param.ptr());
-        if (!entry || !PyDict_Check(entry)) return false;
+        if (negative.ptr() == Py_True || !entry || !PyDict_Check(entry)) return false;
         columns_[kParam].append(param), columns_[kGrad].append(grad);
         for (int column = kMean; column < kColumns; ++column) {
           PyObject* const value = PyDict_GetItemWithError(entry, keys_[column].ptr());
           columns_[column].append(value ? py::handle(value) : py::none());
         }
         rows_.push_back({});
-        rows_.back().group = group;
-        indices_.push_back(i);
+        rows_.back().group = static_cast<int64_t>(group);
+        rows_.back().index = static_cast<int64_t>(i);
       }
     }
-    const auto n = static_cast<py::ssize_t>(rows_.size());
-    shapes_.resize(n);
-    // Column by column: tensors made one after the other lie so in memory, most often.
-    for (int column = 0; column < kColumns; ++column) {
-      for (py::ssize_t row = 0; row < n; ++row) {
-        if (!read_tensor(row, column)) {
-          PyErr_Clear();  // torch's, of a tensor without memory
-          return false;
-        }
-      }
-    }
-    return n > 0;
-  }
-
-  py::tuple table() const {
-    py::list held;
-    for (const py::list& column : columns_) held.append(column);
-    const auto n = static_cast<py::ssize_t>(rows_.size());
-    return py::make_tuple(Integers({n, kFields}, reinterpret_cast<const int64_t*>(rows_.data())),
-                          Integers(n, indices_.data()), held);
-  }
-
- private:
-  enum Column {
-    kParam,
-    kGrad,
-    kMean,
-    kSquare,
-    kRest,
-    kStep,
-    kColumns
-  };  // TensorRow's first fields
-
-  // Completes the row by the tensor. False if that is of another class, device, type or shape than
-  // the row's parameter demands, or not in C's order.
-  bool read_tensor(size_t i, int column) {
-    TensorRow& row = rows_[i];
-    if (column == kRest) {
-      if (!split_ || row.param_type != FloatType::kBfloat16) return true;
-      row.param_type = FloatType::kSplit;
-    }
-    PyObject* const tensor = PyList_GET_ITEM(columns_[column].ptr(), i);
-    const PyTypeObject* const type = Py_TYPE(tensor);
-    const bool plain =
-        type == as_type(tensor_class_) || (column == kParam && type == as_type(parameter_class_));
-    DLTensor t;
-    if (!plain || view_(tensor, &t) != 0) return false;
-    int64_t numel = 1;
-    for (int k = t.ndim; k-- > 0; numel *= t.shape[k]) {
-      if (t.strides && t.shape[k] != 1 && t.strides[k] != numel) return false;
-    }
-    const FloatType own = float_type(t);
-    if (column == kParam) {
-      if (i == 0) device_type_ = t.device_type, device_id_ = t.device_id;
-      shapes_[i] = {t.ndim, dims_.size()};
-      dims_.insert(dims_.end(), t.shape, t.shape + t.ndim);
-      row.numel = numel, row.param_type = own;
-    } else if (column != kStep) {
-      const auto [ndim, start] = shapes_[i];
-      if (t.ndim != ndim || !std::equal(t.shape, t.shape + ndim, dims_.begin() + start))
-        return false;
-    }
-    const bool wide = row.param_type == FloatType::kFloat64;
-    bool right = numel == 0 || t.address();
-    switch (column) {
-      case kParam: right &= own != FloatType::kSplit; break;
-      case kGrad:
-        row.grad_type = own;
-        right &= own != FloatType::kSplit && (own == FloatType::kFloat64) == wide;
-        break;
-      case kRest: right &= t.type_code == 0 && t.type_bits == 16; break;
-      case kStep: right &= own == FloatType::kFloat32 && numel == 1; break;
-      default: right &= own == (wide ? FloatType::kFloat64 : FloatType::kFloat32);
-    }
-    (&row.param)[column] = t.address();
-    return right && t.device_type == device_type_ && t.device_id == device_id_;
-  }
-
-  // param.grad, by torch's own getter if the attribute is a plain one.
-  py::object grad_of(PyObject* param) const {
-    PyObject* const value = getter_ && PyObject_TypeCheck(param, as_type(tensor_class_))
-                                ? getter_->get(param, getter_->closure)
-                                : PyObject_GetAttrString(param, "grad");
-    if (!value) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(value);
-  }
-
-  // Is it a view that stands for the negative of its memory, which DLPack's interface does not
-  // tell? Autograd makes such gradients of complex numbers; parameters and moments are none.
-  bool negated(PyObject* tensor) const {
-    const auto answer =
-        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, is_neg_.ptr()));
-    if (!answer) throw py::error_already_set();
-    return answer.ptr() == Py_True;
+    return true;
   }
 
   // Its state, borrowed; null if it has none. Parameters most often come in the state's order, and
@@ -218,6 +147,56 @@ class TableReader {
     return PyDict_GetItemWithError(state_.ptr(), param);
   }
 
+  // Completes the row by the tensor. False if that is of another class, device, type or shape than
+  // the row's parameter demands, or not in C's order.
+  bool read_tensor(size_t i, int column) {
+    TensorRow& row = rows_[i];
+    if (column == kRest) {
+      if (!split_ || row.param_type != FloatType::kBfloat16) return true;
+      row.param_type = FloatType::kSplit;
+    }
+    PyObject* const tensor = PyList_GET_ITEM(columns_[column].ptr(), i);
+    const py::handle type = py::type::handle_of(tensor);
+    if (!type.is(tensor_class_) && !(column == kParam && type.is(parameter_class_))) return false;
+    DLTensor t;
+    if (view_(tensor, &t) != 0) {
+      PyErr_Clear();  // torch's, of a tensor without memory
+      return false;
+    }
+    if (column == kParam) params_.push_back(t);
+    const DLTensor& param = params_[i];
+    int64_t numel = 1;
+    for (int k = t.ndim; k-- > 0; numel *= t.shape[k]) {
+      if (t.strides && t.shape[k] != 1 && t.strides[k] != numel) return false;
+    }
+    const bool right_shape =
+        column == kStep
+            ? numel == 1
+            : t.ndim == param.ndim && std::equal(t.shape, t.shape + t.ndim, param.shape);
+    (&row.param)[column] = t.address();
+    if (column == kParam) row.numel = numel, row.param_type = float_type(t);
+    if (column == kGrad) row.grad_type = float_type(t);
+    return right_shape && (numel == 0 || t.address()) && has_type(t, column, row) &&
+           t.device_type == params_[0].device_type && t.device_id == params_[0].device_id;
+  }
+
+  static bool has_type(const DLTensor& t, int column, const TensorRow& row) {
+    const bool wide = row.param_type == FloatType::kFloat64;
+    const FloatType own = float_type(t);
+    switch (column) {
+      case kParam: return own != FloatType::kSplit;
+      case kGrad: return own != FloatType::kSplit && (own == FloatType::kFloat64) == wide;
+      case kRest: return t.type_code == 0 && t.type_bits == 16;
+      case kStep: return own == FloatType::kFloat32;
+      default: return own == (wide ? FloatType::kFloat64 : FloatType::kFloat32);
+    }
+  }
+
+  // The string that programs use, too: a dict finds it without comparing letters.
+  static py::object interned(const char* text) {
+    return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text));
+  }
+
   // kSplit for what is no floating-point type of a table.
   static FloatType float_type(const DLTensor& t) {
     if (t.type_code == 4 && t.type_bits == 16) return FloatType::kBfloat16;
@@ -226,42 +205,30 @@ class TableReader {
     if (t.type_code == 2 && t.type_bits == 64) return FloatType::kFloat64;
     return FloatType::kSplit;
   }
-  static PyTypeObject* as_type(py::handle type) {
-    return reinterpret_cast<PyTypeObject*>(type.ptr());
-  }
 
   py::handle tensor_class_, parameter_class_;
   py::dict state_;
   bool split_;
   int (*view_)(void*, DLTensor*);
-  py::object grad_ = tensor_class_.attr("grad");
-  PyGetSetDef* getter_ = Py_TYPE(grad_.ptr()) == &PyGetSetDescr_Type
-                             ? reinterpret_cast<PyGetSetDescrObject*>(grad_.ptr())->d_getset
-                             : nullptr;
-  const py::str is_neg_ = "is_neg";
-  const py::str keys_[kColumns] = {"", "", "exp_avg", "exp_avg_sq", "remainder", "step"};
+  const py::object grad_ = interned("grad"), is_neg_ = interned("is_neg");
+  const py::object keys_[kColumns] = {
+      {}, {}, interned("exp_avg"), interned("exp_avg_sq"), interned("remainder"), interned("step")};
   Py_ssize_t position_ = 0;
   PyObject *next_param_ = nullptr, *next_entry_ = nullptr;
   py::list columns_[kColumns];
-  int32_t device_type_ = 0, device_id_ = 0;
   std::vector<TensorRow> rows_;
-  std::vector<std::pair<int32_t, size_t>> shapes_;  // ndim, and where the sizes start in dims_
-  std::vector<int64_t> dims_, indices_;
+  std::vector<DLTensor> params_;  // their shapes lie in the tensors, which columns_ hold
 };
 
-// (rows, indices in groups, the tensors column by column, to be held as long as the addresses are
-// used); None if the table has to be built by collect_step.
 py::object read_table(py::handle tensor_class, py::handle parameter_class, const py::list& groups,
                       const py::dict& state, bool split) {
-  TableReader reader(tensor_class, parameter_class, state, split);
-  return reader.read(groups) ? py::object(reader.table()) : py::none();
+  return TableReader(tensor_class, parameter_class, state, split).read(groups);
 }
 
 }  // namespace
 
 void bind_optimizer(py::module_& m) {
-  m.def("sum_squares", &sum_squares_checked, py::arg("rows").noconvert(),
-        py::arg("sums").noconvert());
+  m.def("sum_squares", &sum_squares_checked, py::arg("rows").noconvert());
   m.def("scale_gradients", &scale_gradients_checked, py::arg("rows").noconvert(),
         py::arg("factor"));
   m.def("adamw", &adamw_checked, py::arg("rows").noconvert(), py::arg("options").noconvert(),

@@ -19,7 +19,7 @@ FASTLM_INLINE double to_double(T x) {
 
 }  // namespace
 
-int64_t sum_squares(const TensorList& tensors, double* sums) {
+SquareSum sum_squares(const TensorList& tensors) {
   const Chunks chunks(tensors);
   std::vector<double> parts(chunks.size());
   chunks.for_each([&](int64_t i, const Chunk& chunk) {
@@ -28,12 +28,12 @@ int64_t sum_squares(const TensorList& tensors, double* sums) {
       parts[i] = FASTLM_DISPATCH(squares_of(grad + chunk.begin, chunk.end - chunk.begin));
     });
   });
-  int64_t bad = -1;
+  SquareSum result{0, -1};
   for (int64_t i = 0; i < chunks.size(); ++i) {
-    sums[tensors[chunks[i].row].sum_class] += parts[i];
-    if (bad < 0 && !std::isfinite(parts[i])) bad = chunks[i].row;
+    result.sum += parts[i];
+    if (result.bad < 0 && !std::isfinite(parts[i])) result.bad = chunks[i].row;
   }
-  return bad;
+  return result;
 }
 
 void scale_gradients(const TensorList& tensors, double factor) {

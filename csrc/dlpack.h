@@ -1,6 +1,6 @@
-// The part of DLPack's C interface that tells where an array lies (github.com/dmlc/dlpack, version
-// 1): what `type(tensor).__dlpack_c_exchange_api__`, a capsule, points to. defines: DLTensor,
-// DLExchange
+// The part of DLPack's C interface (version 1, github.com/dmlc/dlpack) that tells where an array
+// lies. The capsule `type(tensor).__dlpack_c_exchange_api__` points to it.
+// defines: DLTensor, DLExchange
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct DLTensor {
 };
 
 struct DLExchange {
-  uint32_t major, minor;  // of the version
+  uint32_t major, minor;  // version
   DLExchange* previous;
   void* unused[3];  // for tensors that change hands
   // Fills in a view of a Python object. Returns 0, or -1 with a Python exception set. May be null.

@@ -1,4 +1,4 @@
-// The element types of tensors whose type is known at run time alone.
+// The element types of tensors, known at run time only.
 // defines: FloatType, with_float_type
 #pragma once
 

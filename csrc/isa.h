@@ -13,7 +13,7 @@
 #else
 #define FASTLM_X86 0
 #endif
-#ifdef FASTLM_CALLS  // functions stay calls: what sanitizers add to each is then compiled once
+#ifdef FASTLM_CALLS  // functions stay calls: sanitizers' additions are then compiled once
 #define FASTLM_INLINE inline
 #else
 #define FASTLM_INLINE inline __attribute__((always_inline))
@@ -23,7 +23,7 @@ namespace fastlm {
 
 enum class Isa { kPortable, kAvx2, kAvx512 };
 
-// What the processor has and the operating system lets us use.
+// Features that the processor has and the operating system lets us use.
 struct CpuFeatures {
   bool avx2 = false;
   bool avx512 = false;       // F, BW, VL, DQ
@@ -37,7 +37,7 @@ const CpuFeatures& cpu_features();
 // The instruction set the kernels run with: the forced one, else the best supported.
 Isa isa();
 
-// Forces `wanted` from now on in every thread. Returns false, changing nothing, where the machine
+// Forces `wanted` from now on in every thread. Returns false, changing nothing, if the machine
 // lacks it.
 bool force_isa(Isa wanted);
 

@@ -1,10 +1,10 @@
 // Loops over several threads: with parallel.cpp the only files that know threads.
 // defines: max_threads, parallel_for, run_pieces, threads_are_openmps
 //
-// A loop is cut into pieces that whoever is running takes, the calling thread included. OpenMP's
-// threads, which torch's operations keep awake, run them if they are prompt, else threads of our
-// own: OpenMP's regions end when every thread of the team has run, so beside a busy process they
-// wait for one that the system does not schedule.
+// Cuts a loop into pieces; every thread that runs takes the next one, the calling thread included.
+// OpenMP's threads take pieces if they are prompt (torch's operations keep them awake), else
+// threads of our own: an OpenMP region ends when every thread of its team has run, so beside a busy
+// process it waits for one that the system does not schedule.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 
 namespace fastlm {
 
-// Is the number of threads OpenMP's (so torch.set_num_threads and OMP_NUM_THREADS set it), or that
-// of the machine, in a build without OpenMP?
+// True: OpenMP tells the number of threads, so torch.set_num_threads and OMP_NUM_THREADS set it.
+// False in a build without OpenMP: it is the machine's.
 bool threads_are_openmps();
 
 // How many threads a loop may use, asked anew by each. 1 inside an OpenMP region.
@@ -26,8 +26,8 @@ void run_pieces(int threads, int64_t pieces, void (*run)(const void* context, in
 
 // Calls fn(begin, end) over a partition of [0, n) into contiguous pieces of about `grain` items,
 // which should take about 50 us: then work of less than 200 us stays on the calling thread, and a
-// thread that loses its core holds up little. fn must not throw, and must not let its result depend
-// on the partition: that is what keeps results independent of the threads.
+// thread that loses its core holds up little. fn must not throw, and its result must not depend on
+// the partition: so results do not depend on the number of threads.
 template <class Fn>
 void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
   constexpr int64_t kLeast = 4, kMost = 1 << 20;  // pieces that are worth waking a thread

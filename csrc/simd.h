@@ -80,7 +80,7 @@ FASTLM_INLINE void split(float x, Bfloat16& high, int16_t& rest) {
   rest = static_cast<int16_t>(to_bits(x) & 0xffff);
 }
 
-// Plain C++, for the compiler to map on what every CPU of the architecture has (SSE2, NEON).
+// Plain C++; the compiler uses the vectors that every CPU of the architecture has (SSE2, NEON).
 struct PortableSimd {
   static constexpr int kLanes = 8;
   struct F {
@@ -109,7 +109,7 @@ struct PortableSimd {
   static FASTLM_INLINE F quiet(F a) {
     FASTLM_EACH(a.lane[i] == a.lane[i] ? a.lane[i] : from_bits(0x7fc00000));
   }
-  // The second operand where either is NaN, as x86 does it.
+  // The second operand if either is NaN, as x86 does it.
   static FASTLM_INLINE F max(F a, F b) {
     FASTLM_EACH(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]);
   }
@@ -153,7 +153,7 @@ struct PortableSimd {
     for (int i = 1; i < kLanes; ++i) result = result > a.lane[i] ? result : a.lane[i];
     return result;
   }
-  // The largest of n values, -infinity of none. Of NaNs it may see some and others not.
+  // The largest of n values, -infinity if n is 0. It may see some NaNs and miss others.
   template <class T>
   static FASTLM_INLINE float largest_of(const T* p, int n) {
     F result = set(-INFINITY);
@@ -197,8 +197,8 @@ struct PortableSimd {
   static FASTLM_INLINE void put_two(T* p, F a, F b) {
     store_two<kStream>(p, a, b);
   }
-  // Two vectors; with kStream past the caches, where the instruction set can: p is then aligned to
-  // the size of both in memory.
+  // Two vectors; with kStream past the caches, if the instruction set can: p is then aligned to the
+  // size of both in memory.
   template <bool kStream, class T>
   static FASTLM_INLINE void store_two(T* p, F a, F b) {
     store(p, a), store(p + kLanes, b);

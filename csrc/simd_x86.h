@@ -1,4 +1,4 @@
-// The structs of simd.h for AVX2 and AVX-512: what each function does is said at PortableSimd.
+// The structs of simd.h for AVX2 and AVX-512. PortableSimd says what each function does.
 // defines: Avx2Simd, Avx512Simd
 #pragma once
 
@@ -99,7 +99,7 @@ struct Avx2Simd {
     return largest(max(a, b));
   }
   // As integers: 16-bit floats are sign and magnitude. The largest positive one is the largest
-  // signed integer; where none is positive, the smallest unsigned one.
+  // signed integer; if none is positive, the smallest unsigned one.
   template <class T>
   FASTLM_FN float largest_of(const T* p, int n) {
     constexpr int kWords = 2 * kLanes;
@@ -259,7 +259,7 @@ struct Avx512Simd {
     return largest(max(a, b));
   }
   // As integers: 16-bit floats are sign and magnitude. The largest positive one is the largest
-  // signed integer; where none is positive, the smallest unsigned one.
+  // signed integer; if none is positive, the smallest unsigned one.
   template <class T>
   FASTLM_FN float largest_of(const T* p, int n) {
     constexpr int kWords = 2 * kLanes;
@@ -322,7 +322,7 @@ struct Avx512Simd {
   FASTLM_FN void store_first(T* p, F a, int n) {
     _mm256_mask_storeu_epi16(p, mask(n), narrow(a, T{}));
   }
-  // Of bf16 the even elements, then the odd ones: a shift and a mask widen them.
+  // For bf16 the even elements, then the odd ones: a shift and a mask widen them.
   template <class T>
   FASTLM_FN void get_two(const T* p, F& a, F& b) {
     if constexpr (std::is_same_v<T, Bfloat16>) {

@@ -11,14 +11,13 @@
 
 namespace fastlm {
 
-// A tensor, dense in memory: a row of kernels/collect.py's TensorTable. Addresses are 0 for what it
-// lacks.
+// A tensor, dense in memory: a row of kernels/collect.py's TensorTable. A missing tensor's address
+// is 0.
 struct TensorRow {
   int64_t param, grad, exp_avg, exp_avg_sq, remainder, step;
   int64_t numel;
   FloatType param_type, grad_type;
-  int64_t group;      // whose options it has
-  int64_t sum_class;  // which sum its squares go into
+  int64_t group, index;  // the parameter's place; it has the options of its group
 };
 
 template <class T>
@@ -55,7 +54,7 @@ class Chunks {
   const Chunk& operator[](int64_t i) const { return chunks_[i]; }
 
   // Calls fn(i, (*this)[i]) for every i: a thread takes adjoining chunks, and all threads about as
-  // many elements. One parallel region, whatever the number of tensors.
+  // many elements. One parallel region for any number of tensors.
   template <class Fn>
   void for_each(const Fn& fn) const {
     parallel_for(starts_.back(), kGrain, [&](int64_t begin, int64_t end) {
@@ -68,7 +67,7 @@ class Chunks {
 
  private:
   static constexpr int64_t kElements = 1 << 14;  // shared evenly, and still a run for prefetchers
-  static constexpr int64_t kOverhead = 64;       // what starting a chunk costs, in elements
+  static constexpr int64_t kOverhead = 64;       // the cost of starting a chunk, in elements
   static constexpr int64_t kGrain = 1 << 14;     // less is not worth waking a thread
   std::vector<Chunk> chunks_;
   std::vector<int64_t> starts_;  // the cost of all chunks before, one more than chunks

@@ -58,8 +58,7 @@ def accumulate(
 # rows: (n, 11), fastlm.kernels.collect.TensorTable.rows.
 def sum_squares(
     rows: npt.NDArray[np.int64],
-    sums: npt.NDArray[np.float64],  # (number of classes,), added to
-) -> int: ...  # the first row with a gradient that is not finite, or -1
+) -> tuple[float, int]: ...  # (sum, first row with a gradient that is not finite, or -1)
 def scale_gradients(rows: npt.NDArray[np.int64], factor: float) -> None: ...
 def adamw(
     rows: npt.NDArray[np.int64],
@@ -72,7 +71,7 @@ def read_table(
     param_groups: list[dict],
     state: dict[Tensor, Any],
     split: bool,
-) -> Any: ...  # (rows, indices in groups, tensors by column) or None
+) -> Any: ...  # (rows, tensors by column) or None
 def max_threads() -> int: ...
 def isa() -> str: ...
 def force_isa(name: str | None) -> None: ...

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastlm.extension import extension
-from fastlm.kernels.collect import GROUP, PARAM, Collected, TensorTable
+from fastlm.kernels.collect import PARAM, Collected, TensorTable
 from fastlm.kernels.optimizer import FusedAdamW, ParameterPosition
 from fastlm.ops import optimizer_torch
 from fastlm.ops.clip_grad_norm import clip_gradients
@@ -23,45 +22,53 @@ class AdamW(FusedAdamW):
     def kernels_for(device: torch.device, impl: str) -> Any:
         return implementation("adamw", impl, device)
 
-    def _check_last_group(self) -> None:
-        super()._check_last_group()
+    def _by_torch(self) -> bool:
+        """Does torch's own step run? Asked when it matters: a model may be moved at any time."""
         devices = {p.device for p in self._params()}
         modules = [self.kernels_for(device, self._impl) for device in devices]
-        self._by_torch = optimizer_torch in modules
-        if self._by_torch and self._split:
+        if optimizer_torch in modules and self._split:
             raise ValueError('param_precision="split" needs impl "cpp" or "triton"; use "native"')
-        self._step_supports_amp_scaling = not self._by_torch
+        return optimizer_torch in modules
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._check_last_group()
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return not self._by_torch()
+
+    def _check_last_group(self) -> None:
+        super()._check_last_group()
+        self._by_torch()
 
     def _create_state(self, params: Any) -> None:
-        if self._by_torch:
+        if self._by_torch():
             optimizer_torch.create_state(self, params)
         else:
             super()._create_state(params)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._by_torch:
+        if self._by_torch():
             torch.optim.AdamW.load_state_dict(self, state_dict)
         else:
             super().load_state_dict(state_dict)
 
-    def _update(self) -> None:
-        if self._by_torch:
+    def _update(self, collected: Collected | None = None) -> None:
+        collected = self._read_tables()
+        if collected is None and self._by_torch():
             optimizer_torch.update(self)
         else:
-            super()._update()
+            super()._update(collected)
 
     def _read_tables(self) -> Collected | None:
+        """What collect_step returns, read in C++; None if there is something to convert or refuse,
+        or torch's own step runs."""
         found = extension().read_table(
             Tensor, torch.nn.Parameter, self.param_groups, self.state, self._split
         )
         if found is None:
             return None
-        rows, indices, held = found
-        device = held[PARAM][0].device
-        table = TensorTable(device, torch.from_numpy(rows), 1, self._caches.setdefault(device, {}))
-        positions = np.stack([rows[:, GROUP], indices], 1)
-        return Collected([table], [positions], [None], held[PARAM], held)
+        rows, tensors = found
+        device = tensors[PARAM][0].device
+        if self.kernels_for(device, self._impl) is optimizer_torch:
+            return None
+        cache = self._caches.setdefault((device, None), {})
+        table = TensorTable(device, None, torch.from_numpy(rows), cache)
+        return Collected([table], tensors[PARAM], tensors)

@@ -5,18 +5,18 @@ For every element, with t the row's step counter after this step and c = clip fa
     m = beta1 m + (1 - beta1) c g        v = beta2 v + (1 - beta2) (c g)^2
     p = p (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
-in fp32, whatever the dtypes of parameter and gradient (fp64 parameters: in fp64), with IEEE roots
-and quotients, so that the interpreter's results are a GPU's. Constants are prepared in fp64. The
+in fp32 for all dtypes of parameter and gradient (fp64 parameters: in fp64), with IEEE roots and
+quotients, so that the interpreter's results are a GPU's. Constants are prepared in fp64. The
 factors of m, v and p themselves (beta1, beta2, 1 - lr weight_decay) come as pairs, head + tail:
 rounded to fp32, they would err in the same direction at every step. So m, v and p are rounded once;
 16-bit parameters once more.
 
-0/0 (eps = 0, v = 0, m = 0) is NaN, as in PyTorch; v = inf with a finite m leaves only the decay. An
-element whose gradient is not finite becomes NaN in p, and what IEEE arithmetic gives in m and v.
+0/0 (eps = 0, v = 0, m = 0) is NaN, as in PyTorch; v = inf with a finite m leaves only the decay. A
+gradient that is not finite makes its element NaN in p; m and v follow IEEE arithmetic.
 
-`prepare_kernel` does what a step needs once (norm, clip factor, whether it is skipped, step
-counters, a row's constants), `step_kernel` the elements, in one launch for each combination of
-dtypes. Nothing waits for the device, and every launch can go into a CUDA graph.
+`prepare_kernel` runs once a step (norm, clip factor, whether to skip, step counters, rows'
+constants), `step_kernel` updates the elements, in one launch for each combination of dtypes.
+Nothing waits for the device, and every launch can go into a CUDA graph.
 n rows, G groups; rows, chunk_rows: device_table.py.
 """
 
@@ -28,8 +28,8 @@ from torch import Tensor
 from . import configs
 from . import device_table as tables
 from .clip_grad_norm import scale_gradients as scale_gradients
-from .clip_grad_norm import square_sums as square_sums
-from .collect import GradientSums, StepOptions, TensorTable
+from .clip_grad_norm import sum_squares as sum_squares
+from .collect import StepOptions, TensorTable
 
 # A row's constants, fp64, in the order of the formula, and the numbers of a group.
 _BETA1, _C1, _BETA2, _C2, _C, _DECAY, _LR, _UNBIAS, _EPS, _CONSTANTS = (
@@ -38,15 +38,15 @@ _BETA1, _C1, _BETA2, _C2, _C, _DECAY, _LR, _UNBIAS, _EPS, _CONSTANTS = (
 _HYPER = tl.constexpr(5)
 
 
-@triton.jit(do_not_specialize=["n", "groups", "num_sums"])
+@triton.jit(do_not_specialize=["n", "groups"])
 def prepare_kernel(
-    rows, pointers, hyper, sums, grad_scale, found_inf, constants, skip_out, norm_out,
-    n, groups, num_sums, BLOCK: tl.constexpr,
+    rows, pointers, hyper, square_sum, grad_scale, found_inf, constants, skip_out, norm_out,
+    n, groups, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The constants of BLOCK rows, and their step counters, which advance.
 
     hyper: (G + 1, 5) fp64, of each group lr, beta1, beta2, eps, weight_decay, at the end
-    max_grad_norm (inf: no clipping) and skip_nonfinite. sums: (num_sums,) fp64; grad_scale,
+    max_grad_norm (inf: no clipping) and skip_nonfinite. square_sum: 0-d fp64; grad_scale,
     found_inf: (1,) fp32; None if there are none. constants: (n, 9) fp64. skip_out: (1,) fp64, not
     0 if nothing is to change.
     """
@@ -57,11 +57,8 @@ def prepare_kernel(
         scale = tl.load(grad_scale).to(tl.float64)
     if found_inf is not None:
         skip = tl.load(found_inf).to(tl.float64)
-    if sums is not None:
-        total = tl.full([], 0.0, tl.float64)
-        for i in range(num_sums):
-            total += tl.load(sums + i)
-        norm = tl.sqrt(total) / scale
+    if square_sum is not None:
+        norm = tl.sqrt(tl.load(square_sum)) / scale
         if norm < float("inf"):
             factor = tl.minimum(tl.load(hyper + groups * _HYPER) / (norm + 1e-6), 1.0)
         else:
@@ -178,15 +175,15 @@ def step_kernel(
             _step_chunk(addresses, constants, start, size, P, G, False, TAIL_BLOCK)
 
 
-def step(table: TensorTable, options: StepOptions, sums: GradientSums | None) -> Tensor | None:
-    """One AdamW update of every row; returns the norm of the sums if there are any.
+def step(table: TensorTable, options: StepOptions, square_sum: Tensor | None) -> Tensor | None:
+    """One AdamW update of every row; returns the norm if the sum of squares is given.
 
     The norm, 0-d of table.norm_dtype, is that of the gradients divided by grad_scale, before
     clipping. If it is not finite (with skip_nonfinite) or found_inf is not 0, nothing is written
     but the norm.
     """
-    if sums is None and (options.max_grad_norm is not None or options.skip_nonfinite):
-        raise ValueError("max_grad_norm and skip_nonfinite need the sums of the gradients' squares")
+    if square_sum is None and (options.max_grad_norm is not None or options.skip_nonfinite):
+        raise ValueError("max_grad_norm and skip_nonfinite need the sum of the gradients' squares")
     on, pointers = tables.on_device(table)
     n, groups, device = len(table.rows), len(options.hyper), table.device
     lrs = {i: lr for i, (lr, *_) in enumerate(options.hyper) if isinstance(lr, Tensor)}
@@ -202,15 +199,14 @@ def step(table: TensorTable, options: StepOptions, sums: GradientSums | None) ->
         if not lr.is_floating_point():
             raise TypeError(f"lr is a tensor of {lr.dtype}: it must be of a floating-point dtype")
         hyper[i, 0] = lr.reshape(())
-    # Of this step alone: allocated anew, from a graph's own pool where one is captured.
+    # For this step alone: a capture allocates it in its graph's own pool.
     state = torch.empty(n * _CONSTANTS.value + 1, dtype=torch.float64, device=device)
-    norm = None if sums is None else torch.empty((), dtype=table.norm_dtype, device=device)
+    norm = None if square_sum is None else torch.empty((), dtype=table.norm_dtype, device=device)
     config = configs.prepare_config(tables.ROCM)
     with torch.cuda.device_of(state):
         prepare_kernel[(max(triton.cdiv(n, config["BLOCK"]), 1),)](
-            on.rows, pointers, hyper, None if sums is None else sums.values, options.grad_scale,
-            options.found_inf, state, state[-1:], norm,
-            n, groups, 0 if sums is None else sums.values.numel(), **config,
+            on.rows, pointers, hyper, square_sum, options.grad_scale, options.found_inf, state,
+            state[-1:], norm, n, groups, **config,
         )  # fmt: skip
         for param, gradient, first, count in on.launches:
             step_kernel[(count,)](

@@ -1,4 +1,4 @@
-"""Sums of squares of many gradients and their scaling in Triton, for CUDA and ROCm:
+"""The sum of squares of many gradients and their scaling in Triton, for CUDA and ROCm:
 
 norm = sqrt(sum over all gradients g of |g|^2);  g *= factor
 
@@ -10,11 +10,10 @@ a last one adds up. k chunks; rows, chunk_rows: device_table.py.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import configs
 from . import device_table as tables
-from .collect import GradientSums, TensorTable
+from .collect import SquareSum, TensorTable
 
 
 @triton.jit
@@ -50,9 +49,9 @@ def square_sums_kernel(
 
 
 @triton.jit(do_not_specialize=["k"])
-def class_sums_kernel(rows, chunk_rows, sums, out, bad, k, BLOCK: tl.constexpr):
-    """out: (num_classes,) fp64, here of class program_id(0); bad: 0-d int64, the first row with an
-    element that is not finite, -1 without."""
+def add_sums_kernel(chunk_rows, sums, out, bad, k, BLOCK: tl.constexpr):
+    """out: 0-d fp64, all chunks' sum; bad: 0-d int64, the first row with an element that is not
+    finite, -1 without."""
     NONE: tl.constexpr = 2**62  # more than any row
     total, least = tl.zeros([BLOCK], tl.float64), tl.full([BLOCK], NONE, tl.int64)
     for start in range(0, k, BLOCK):
@@ -60,12 +59,10 @@ def class_sums_kernel(rows, chunk_rows, sums, out, bad, k, BLOCK: tl.constexpr):
         row = tl.load(chunk_rows + at, mask=at < k, other=0).to(tl.int64)
         x = tl.load(sums + at, mask=at < k, other=0.0)
         least = tl.minimum(least, tl.where((x == x) & (x != float("inf")), NONE, row))
-        of_class = tl.load(rows + row * tables.ROW_FIELDS + tables.CLASS) == tl.program_id(0)
-        total += tl.where(of_class, tl.abs(x), 0.0)
-    tl.store(out + tl.program_id(0), tl.sum(total))
-    if tl.program_id(0) == 0:
-        first = tl.min(least)
-        tl.store(bad, tl.where(first == NONE, -1, first))
+        total += tl.abs(x)
+    tl.store(out, tl.sum(total))
+    first = tl.min(least)
+    tl.store(bad, tl.where(first == NONE, -1, first))
 
 
 @triton.jit
@@ -84,22 +81,20 @@ def _scale(
 def scale_gradients_kernel(
     rows, chunk_rows, pointers, factor, first, G: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """gradient *= factor (0-d fp64) of chunk first + program_id(0); 1 leaves every bit as it is."""
+    """gradient *= factor (0-d fp64) of chunk first + program_id(0)."""
     f = tl.load(factor)
-    if f != 1.0:
-        row, start, size = tables.find_chunk(rows, chunk_rows, first)
-        address = tl.load(pointers + row * tables.POINTERS + tables.GRAD)
-        if (size == tables.CHUNK) & (address % 16 == 0):
-            _scale(address, start, size, f, G, True, BLOCK)
-        else:
-            _scale(address, start, size, f, G, False, BLOCK)
+    row, start, size = tables.find_chunk(rows, chunk_rows, first)
+    address = tl.load(pointers + row * tables.POINTERS + tables.GRAD)
+    if (size == tables.CHUNK) & (address % 16 == 0):
+        _scale(address, start, size, f, G, True, BLOCK)
+    else:
+        _scale(address, start, size, f, G, False, BLOCK)
 
 
-def square_sums(table: TensorTable) -> GradientSums:
-    """Sums of squares of the gradients, (num_classes,) fp64: together the norm's square."""
+def sum_squares(table: TensorTable) -> SquareSum:
     on, pointers = tables.on_device(table)
     sums = torch.empty(on.num_chunks, dtype=torch.float64, device=table.device)
-    values = torch.empty(table.num_classes, dtype=torch.float64, device=table.device)
+    total = torch.empty((), dtype=torch.float64, device=table.device)
     bad = torch.empty((), dtype=torch.int64, device=table.device)
     with torch.cuda.device_of(bad):
         for _, gradient, first, count in on.launches:
@@ -107,26 +102,19 @@ def square_sums(table: TensorTable) -> GradientSums:
                 on.rows, on.chunk_rows, pointers, sums, first, G=tables.ELEMENTS[gradient],
                 **configs.square_sums_config(tables.ROCM),
             )  # fmt: skip
-        class_sums_kernel[(table.num_classes,)](
-            on.rows,
-            on.chunk_rows,
-            sums,
-            values,
-            bad,
-            on.num_chunks,
-            **configs.sums_config(tables.ROCM),
-        )
-    return GradientSums(values, bad)
+        config = configs.sums_config(tables.ROCM)
+        add_sums_kernel[(1,)](on.chunk_rows, sums, total, bad, on.num_chunks, **config)
+    return SquareSum(total, bad)
 
 
-def scale_gradients(table: TensorTable, factor: Tensor | float) -> None:
-    """gradient *= factor, a float or a 0-d tensor on the device, in place: in fp32 (of fp64
-    gradients in fp64), rounded to 16 bits at the end."""
+def scale_gradients(table: TensorTable, factor: float) -> None:
+    """gradient *= factor in place: in fp32 (of fp64 gradients in fp64), rounded to 16 bits at the
+    end."""
     on, pointers = tables.on_device(table)
-    factor = torch.as_tensor(factor, dtype=torch.float64, device=table.device)
-    with torch.cuda.device_of(factor):
+    by = torch.full((), factor, dtype=torch.float64, device=table.device)
+    with torch.cuda.device_of(by):
         for _, gradient, first, count in on.launches:
             scale_gradients_kernel[(count,)](
-                on.rows, on.chunk_rows, pointers, factor, first, G=tables.ELEMENTS[gradient],
+                on.rows, on.chunk_rows, pointers, by, first, G=tables.ELEMENTS[gradient],
                 **configs.scale_gradients_config(tables.ROCM),
             )  # fmt: skip

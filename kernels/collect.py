@@ -1,20 +1,20 @@
-"""From parameters, gradients and optimizer state to the tables of pointers that the kernels take.
+"""Makes tables of pointers, which the kernels take, from parameters, gradients and state.
 
-Here everything unusual is made usual, or refused: views with gaps, gradients of other strides than
-their parameter's, DTensors (of which the local parts are taken), parameters on several devices, of
-several dtypes. Tables are made for one step and not kept. Imports torch and siblings only.
+Converts or refuses everything unusual: views with gaps, gradients whose strides differ from their
+parameter's, DTensors (takes the local parts), parameters on several devices, of several dtypes.
+Tables are made for one step and not kept. Imports torch and siblings only.
 """
 
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# The codes of element types in a table, those of csrc/float_type.h. SPLIT: a bfloat16 parameter
-# whose fp32 master's lower 16 bits lie in an int16 tensor beside it (the column REMAINDER).
+# The codes of element types in a table, as in csrc/float_type.h. SPLIT: a bfloat16 parameter; an
+# int16 tensor beside it (column REMAINDER) holds the lower 16 bits of its fp32 master.
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64, SPLIT = range(5)
 CODE = {
     torch.float32: FLOAT32,
@@ -23,10 +23,9 @@ CODE = {
     torch.float64: FLOAT64,
 }
 
-# The columns of a table: six addresses, and what describes the row.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, STEP, NUMEL, PARAM_CODE, GRAD_CODE, GROUP, CLASS = (
-    range(11)
-)
+# The columns of a table: six addresses, sizes and types, the parameter's place.
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, STEP = range(6)
+NUMEL, PARAM_CODE, GRAD_CODE, GROUP, INDEX, COLUMNS = range(6, 12)
 
 
 @dataclass(eq=False)
@@ -35,105 +34,109 @@ class TensorTable:
 
     Element i of a gradient, of the moments and of the remainder belongs to element i of the
     parameter's memory. Moments are float32, of float64 parameters float64; the step counter is one
-    float32. rows: (n, 11) int64 on the CPU: addresses (0 for what a row lacks), number of elements,
-    codes of parameter and gradient, index of the param_group, and of the sum of squares that the
-    gradient goes into.
+    float32. rows: (n, COLUMNS) int64 on the CPU: addresses (0 for what a row lacks), number of
+    elements, codes of parameter and gradient, and the parameter's place: its param_group and its
+    index in that.
     """
 
     device: torch.device
+    ranks: "Ranks | None"  # they hold other parts of these tensors
     rows: Tensor
-    num_classes: int
-    # Lives on from step to step: what a kernel module keeps of the tables on this device.
-    cache: dict
+    cache: dict  # a kernel module's own; lives on from step to step
 
     @property
     def norm_dtype(self) -> torch.dtype:
-        """Of the gradients' norm: float64 if one of the gradients is, else float32."""
+        """The gradients' norm is float64 if one of them is, else float32."""
         return torch.float64 if (self.rows[:, GRAD_CODE] == FLOAT64).any() else torch.float32
 
 
-@dataclass(eq=False)
-class GradientSums:
-    """Sums of squares of the gradients of a table, on its device.
+class SquareSum(NamedTuple):
+    """The sum of squares of a table's gradients, on the table's device."""
 
-    bad: the first row of the table with a gradient that is not finite, -1 if there is none; valid
-    once the step that got these sums is done.
-    """
-
-    values: Tensor  # (num_classes,) float64: together they are the square of the global norm
-    bad: Tensor  # 0-d int64
+    sum: Tensor  # 0-d float64
+    bad: Tensor  # 0-d int64: the first row with a gradient that is not finite, or -1
 
 
 @dataclass(frozen=True, eq=False)
 class StepOptions:
-    """What one step of AdamW does besides reading the table."""
+    """The numbers of one AdamW step."""
 
-    # One row a param_group: lr (a float, or a 0-d or one-element tensor on the table's device,
-    # which is read on the device), beta1, beta2, eps, weight_decay.
+    # One row a param_group: lr (a float, or a 0-d or one-element tensor on the table's device, read
+    # on the device), beta1, beta2, eps, weight_decay.
     hyper: Sequence[tuple[float | Tensor, float, float, float, float]]
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
-    # What a torch.amp.GradScaler hands over: gradients are to be divided by grad_scale; nothing is
-    # to change if found_inf is not 0. One-element float32 tensors on the table's device.
+    # From a torch.amp.GradScaler: divide gradients by grad_scale; change nothing if found_inf is
+    # not 0. One-element float32 tensors on the table's device.
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
 
 @dataclass(eq=False)
 class Collected:
-    tables: list[TensorTable] = field(default_factory=list)  # one a device
-    positions: list[Any] = field(default_factory=list)  # of each row of a table: (group, index)
-    classes: list[Any] = field(default_factory=list)  # sum_class of each sum of squares
+    tables: list[TensorTable] = field(default_factory=list)
     updated: list[Tensor] = field(default_factory=list)  # the parameters that have a gradient
-    held: list[Any] = field(default_factory=list)  # what the pointers point into
-    # Views with gaps and the dense copies that are updated in their place.
+    held: list[Any] = field(default_factory=list)  # the tensors at the addresses
+    # Views with gaps, and dense copies that kernels update in their place.
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    # The rows of each table to be, by device and Ranks.
+    rows: dict[Any, list[list[int]]] = field(default_factory=dict)
 
-    def class_of(self, tensor: Tensor) -> int:
-        """Which sum of squares the gradient, or the gradient of the parameter, goes into."""
-        of_class = sum_class(tensor)
-        if of_class not in self.classes:
-            self.classes.append(of_class)
-        return self.classes.index(of_class)
+    def rows_of(self, tensor: Tensor) -> list[list[int]]:
+        """To be asked for every parameter, with a gradient or not: all ranks then have the same
+        tables, and add up their sums in the same order."""
+        return self.rows.setdefault((tensor.device, other_ranks(tensor)), [])
+
+    def addresses(self, what: str, *tensors: Tensor | None) -> list[int]:
+        """Where the tensors of a row lie."""
+        self.held.append(tensors)
+        for t in tensors:
+            if t is not None and t.numel() and not t.data_ptr():
+                raise ValueError(
+                    f"{what}, its gradient or its state has no memory of its own "
+                    f"({type(t).__name__} on {t.device}): it cannot be updated"
+                )
+        return [0 if t is None else t.data_ptr() for t in tensors]
+
+    def make_tables(self, caches: dict) -> None:
+        for key, rows in self.rows.items():
+            values = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, COLUMNS)
+            self.tables.append(TensorTable(*key, values, caches.setdefault(key, {})))
 
     def dense(self, local: Tensor) -> Tensor:
-        """`local`, or the copy that is worked on in its place."""
+        """`local`, or a copy for kernels to work on."""
         if is_dense(local):
             return local
-        # Moments have the layout that torch gives to copies of the parameter.
+        # The moments are laid out like torch's copies of the parameter.
         copy = torch.empty_like(local).copy_(local)
         self.copies.append((local, copy))
         return copy
 
+    def square_sum(self, kernels: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+        """The square of the global norm, 0-d float64, and each table's SquareSum.bad; `kernels`:
+        each table's module."""
+        found = [k.sum_squares(table) for k, table in zip(kernels, self.tables, strict=True)]
+        sums = [
+            x.sum if table.ranks is None else table.ranks.add(x.sum)
+            for x, table in zip(found, self.tables, strict=True)
+        ]
+        return sum((x.to(sums[0].device) for x in sums[1:]), sums[0]), [x.bad for x in found]
+
     def write_back(self) -> None:
-        """Puts the dense copies' values into the views that they stand for."""
+        """Copies the dense copies back into their views."""
         for view, copy in self.copies:
             view.copy_(copy)
 
 
-class _Rows:
-    """Rows of one device's table."""
-
-    def __init__(self) -> None:
-        self.parts: list[list[Tensor | None]] = []  # in the order of the addresses
-        self.described: list[tuple[int, ...]] = []  # the other columns
-        self.positions: list[tuple[int, int]] = []
-
-
-def collect_step(
-    groups: Sequence[dict], state: Any, split: bool, caches: dict[torch.device, dict]
-) -> Collected:
+def collect_step(groups: Sequence[dict], state: Any, split: bool, caches: dict) -> Collected:
     """Tables of every parameter that has a gradient, with its state, which exists already.
 
-    `caches` gives each device's table its cache. There is a table, if of no rows, of the device of
-    the first parameter: of a norm over all ranks this rank may have no part.
+    `caches` gives each table its cache.
     """
-    found, devices = Collected(), {}
+    found = Collected()
     for group, members in enumerate(groups):
         for index, param in enumerate(members["params"]):
-            # Of every parameter, in the same order on all ranks.
-            of_class = found.class_of(param)
-            rows = devices.setdefault(param.device, _Rows())
+            rows = found.rows_of(param)
             if (grad := param.grad) is None:
                 continue
             found.updated.append(param)
@@ -152,65 +155,42 @@ def collect_step(
             if local.is_neg():
                 raise ValueError(f"{what} is a view that negates its memory: clone it")
             target = found.dense(local)
-            parts = [target, _laid_out_as(grad.resolve_neg(), target)]
-            for name in ("exp_avg", "exp_avg_sq", "remainder"):
-                parts.append(_state_part(entry, name, param, target, split, what))
-            parts.append(_step_counter(entry, local.device))
-            code = CODE[local.dtype] if parts[REMAINDER] is None else SPLIT
-            rows.parts.append(parts)
-            rows.described.append((local.numel(), code, CODE[parts[GRAD].dtype], group, of_class))
-            rows.positions.append((group, index))
-    return _tables(found, devices, caches)
+            grad = _laid_out_as(grad.resolve_neg(), target)
+            moments = [
+                _state_part(entry, name, param, target, moment_dtype(local), what)
+                for name in ("exp_avg", "exp_avg_sq")
+            ]
+            code, rest = CODE[local.dtype], None
+            if has_remainder(param, split):
+                code = SPLIT
+                rest = _state_part(entry, "remainder", param, target, torch.int16, what)
+            step = _step_counter(entry, local.device)
+            addresses = found.addresses(what, target, grad, *moments, rest, step)
+            rows.append([*addresses, local.numel(), code, CODE[grad.dtype], group, index])
+    found.make_tables(caches)
+    return found
 
 
 def collect_gradients(params: Iterable[Tensor]) -> Collected:
-    """Tables of the parameters' gradients alone, each once, to be summed and scaled in place; as
-    with collect_step at least one."""
-    found, devices, seen = Collected(), {}, set()
+    """Tables of the parameters' gradients alone, each once, to be summed and scaled in place."""
+    found, seen = Collected(), set()
     for param in params:
-        found.class_of(param)
-        devices.setdefault(param.device, _Rows())
+        found.rows_of(param)
         if (grad := param.grad) is None or id(grad) in seen:
             continue
         seen.add(id(grad))
         found.updated.append(grad)
         check_gradient(grad, "a parameter")
         target = found.dense(local_part(grad))
-        rows = devices.setdefault(target.device, _Rows())
-        rows.parts.append([None, target, None, None, None, None])
+        addresses = found.addresses("a parameter", None, target, None, None, None, None)
         code = CODE[target.dtype]
-        rows.described.append((target.numel(), code, code, 0, found.class_of(grad)))
-    return _tables(found, devices, {})
-
-
-def _tables(found: Collected, devices: dict[torch.device, _Rows], caches: dict) -> Collected:
-    if any(rows.parts for rows in devices.values()):
-        devices = {device: rows for device, rows in devices.items() if rows.parts}
-    else:
-        devices = dict(list(devices.items())[:1])
-    for device, rows in devices.items():
-        table = []
-        for parts, described in zip(rows.parts, rows.described, strict=True):
-            addresses = [0 if t is None else t.data_ptr() for t in parts]
-            if 0 in addresses and any(
-                t is not None and t.numel() and not t.data_ptr() for t in parts
-            ):
-                classes = sorted({type(t).__name__ for t in parts if t is not None})
-                raise ValueError(
-                    f"a parameter, its gradient or its state on {device} has no memory of its own "
-                    f"({', '.join(classes)}): it cannot be updated"
-                )
-            table.append([*addresses, *described])
-        values = torch.tensor(table, dtype=torch.int64, device="cpu").reshape(-1, 11)
-        cache = caches.setdefault(device, {})
-        found.tables.append(TensorTable(device, values, len(found.classes), cache))
-        found.positions.append(rows.positions)
-        found.held.append(rows.parts)
+        found.rows_of(grad).append([*addresses, target.numel(), code, code, 0, 0])
+    found.make_tables({})
     return found
 
 
 def position_name(groups: Sequence[dict], group: int, index: int) -> str:
-    """What to call a parameter in a message."""
+    """Names a parameter in a message."""
     names = groups[group].get("param_names")
     if names:
         return f"parameter {names[index]!r}"
@@ -224,10 +204,13 @@ def check_gradient(grad: Tensor, what: str) -> None:
             f"the gradient of {what} is sparse ({grad.layout}): only dense ones are supported "
             f"(for nn.Embedding: sparse=False)"
         )
-    if grad.dtype not in CODE:
+    check_dtype(grad, f"the gradient of {what}")
+
+
+def check_dtype(tensor: Tensor, what: str) -> None:
+    if tensor.dtype not in CODE:
         raise TypeError(
-            f"the gradient of {what} has dtype {grad.dtype}: it must be float32, bfloat16, float16 "
-            f"or float64"
+            f"{what} has dtype {tensor.dtype}: it must be float32, bfloat16, float16 or float64"
         )
 
 
@@ -235,17 +218,14 @@ def moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def has_remainder(param: Tensor, split: bool) -> bool:
+    return split and param.dtype == torch.bfloat16
+
+
 def is_dense(tensor: Tensor) -> bool:
-    """Do its elements fill a block of memory, in whatever order of dimensions?"""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    """Do its elements fill a block of memory, in any order of dimensions?"""
+    # empty_like keeps the order of such dimensions and makes any other layout dense.
+    return tensor.is_contiguous() or _same_layout(tensor, torch.empty_like(tensor, device="meta"))
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
@@ -260,14 +240,9 @@ def _laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def _state_part(
-    entry: dict, name: str, param: Tensor, target: Tensor, split: bool, what: str
-) -> Tensor | None:
-    """The local memory of a state tensor in `target`'s layout; None for what is not needed."""
-    dtype = moment_dtype(param)
-    if name == "remainder":
-        if not (split and param.dtype == torch.bfloat16):
-            return None
-        dtype = torch.int16
+    entry: dict, name: str, param: Tensor, target: Tensor, dtype: torch.dtype, what: str
+) -> Tensor:
+    """The local memory of a state tensor in `target`'s layout."""
     if name not in entry:
         raise ValueError(f"the state of {what} has no {name!r}")
     value = local_part(entry[name])
@@ -283,7 +258,7 @@ def _state_part(
 
 
 def _step_counter(entry: dict, device: torch.device) -> Tensor:
-    """The step of the state, made what kernels count in: one fp32 number on `device`."""
+    """Converts the step counter to one fp32 number on `device`, as kernels count."""
     step = entry["step"]
     kept = isinstance(step, Tensor) and step.dtype == torch.float32 and step.device == device
     if not kept or step.numel() != 1:
@@ -291,7 +266,7 @@ def _step_counter(entry: dict, device: torch.device) -> Tensor:
     return step
 
 
-# DTensors (FSDP2, tensor parallelism): whoever makes the first has loaded their module
+# DTensors (FSDP2, tensor parallelism). Their module is loaded before the first one is made.
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -300,12 +275,12 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The tensor's memory on this rank: of an ordinary tensor, itself."""
+    """A DTensor's part on this rank; an ordinary tensor itself."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def placed_as(local: Tensor, tensor: Tensor) -> Tensor:
-    """`local` as the local part of a tensor that is distributed as `tensor` is."""
+    """A tensor distributed like `tensor`, with `local` as its local part."""
     if not is_dtensor(tensor):
         return local
     return type(tensor).from_local(  # type: ignore[attr-defined]
@@ -315,7 +290,7 @@ def placed_as(local: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _placed_like(grad: Tensor, param: Tensor, what: str) -> Tensor:
-    """The gradient's part that belongs to the local part of `param`. ValueError if none does."""
+    """The gradient's part for the local part of `param`. ValueError if there is none."""
     if is_dtensor(param) != is_dtensor(grad):
         kinds = "a DTensor", "an ordinary tensor"
         own, other = kinds if is_dtensor(param) else kinds[::-1]
@@ -326,8 +301,20 @@ def _placed_like(grad: Tensor, param: Tensor, what: str) -> Tensor:
     return local_part(grad)
 
 
-def sum_class(tensor: Tensor) -> tuple[Any, tuple[int, ...]] | None:
-    """(mesh, its dimensions that hold different parts of `tensor`), None if all is here."""
+class Ranks(NamedTuple):
+    mesh: Any
+    dimensions: tuple[int, ...]  # of the mesh: along these, ranks hold different parts of a tensor
+
+    def add(self, local: Tensor) -> Tensor:
+        """The sum of `local` over the ranks."""
+        total = local.clone()
+        for dimension in self.dimensions:
+            torch.distributed.all_reduce(total, group=self.mesh.get_group(dimension))
+        return total
+
+
+def other_ranks(tensor: Tensor) -> Ranks | None:
+    """The ranks with other parts of `tensor`; None if all of it is here."""
     if not is_dtensor(tensor):
         return None
     placements = tensor.placements  # type: ignore[attr-defined]
@@ -337,15 +324,4 @@ def sum_class(tensor: Tensor) -> tuple[Any, tuple[int, ...]] | None:
             f"(grad.redistribute)"
         )
     split = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
-    return (tensor.device_mesh, split) if split else None  # type: ignore[attr-defined]
-
-
-def add_over_ranks(sums: Tensor, classes: list) -> Tensor:
-    """sums: (num_classes,), local sums. The same sums over all ranks that hold parts."""
-    sums = sums.clone()
-    for i, of_class in enumerate(classes):
-        if of_class is not None:
-            mesh, dimensions = of_class
-            for dimension in dimensions:
-                torch.distributed.all_reduce(sums[i : i + 1], group=mesh.get_group(dimension))
-    return sums
+    return Ranks(tensor.device_mesh, split) if split else None  # type: ignore[attr-defined]

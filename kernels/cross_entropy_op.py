@@ -1,14 +1,13 @@
 """Cross-entropy as an op of torch's dispatcher: options, checks, schema, shapes, autograd formula.
 
 The kernels come from outside, a module for each device type, so that the formula stands here once
-for all of them. Imports torch only.
+for all of them. Imports torch and siblings only.
 
 Shapes: N = any leading dimensions, V vocabulary.
 """
 
 import inspect
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -16,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .collect import is_dtensor
 
 # --- Options ---
 
@@ -48,7 +49,19 @@ class LossOptions(Options):
     num_items: Tensor | float | None = None
     return_lse: bool = False
 
+    @classmethod
+    def of(cls, function: Callable[..., Any], options: dict[str, Any]) -> "LossOptions":
+        """What `function`, decorated with shows_options, takes as **options."""
+        for name in options:
+            if name not in cls.__dataclass_fields__:
+                known = ", ".join(inspect.signature(function).parameters)
+                raise TypeError(f"{function.__name__} has no argument {name!r}, but {known}")
+        return cls(**options)
+
     def __post_init__(self):
+        index = self.ignore_index
+        if not isinstance(index, int) and not hasattr(index, "__index__"):  # NumPy's integers
+            raise TypeError(f"ignore_index={index!r}: it must be an integer")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={self.label_smoothing}: it must lie in [0, 1]")
         if self.softcap is not None and not 0.0 < self.softcap < math.inf:
@@ -92,23 +105,15 @@ OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[f.type]} {f.name}" for f in fields(O
 def shows_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Lets help() name what `function` takes as **options."""
     own = inspect.signature(function)
-    shown = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    names = [p.name for p in shown]
-    shown += [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default)
-        for f in fields(LossOptions)
-        if f.name not in names
-    ]
-    function.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]
+    shown = {p.name: p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD}
+    for f in fields(LossOptions):
+        option = inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default)
+        shown.setdefault(f.name, option)
+    function.__signature__ = own.replace(parameters=list(shown.values()))  # type: ignore[attr-defined]
     return function
 
 
 # --- Checks ---
-
-
-def is_dtensor(x: Any) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
 
 
 def check_rows(name: str, rows: Tensor, V: int, targets: Tensor) -> None:

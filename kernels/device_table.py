@@ -23,7 +23,7 @@ CHUNK = tl.constexpr(OPTIMIZER_CHUNK)
 ELEMENTS = (tl.float32, tl.bfloat16, tl.float16, tl.float64, tl.int16)
 # The columns of TensorTable.pointers and of DeviceTable.rows, and how many there are.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, STEP, POINTERS = (tl.constexpr(i) for i in range(7))
-NUMEL, GROUP, CLASS, FIRST_CHUNK, ROW_FIELDS = (tl.constexpr(i) for i in (0, 3, 4, 5, 6))
+NUMEL, GROUP, FIRST_CHUNK, ROW_FIELDS = (tl.constexpr(i) for i in (0, 3, 4, 5))
 
 # Pinned buffers that a mirror has ready for captures, in which none can be allocated. A capture
 # takes one if the values differ from those of the captures before it.
@@ -125,7 +125,7 @@ class Mirror:
 class DeviceTable:
     """A TensorTable on its device, without the pointers' values.
 
-    described: (n, 5) int64 on the CPU: numel, codes of parameter and gradient, group, class.
+    described: (n, 4) int64 on the CPU: numel, codes of parameter and gradient, group.
     rows: (n, ROW_FIELDS) int64, the same and each row's first chunk. chunk_rows: (num_chunks,)
     int32, each chunk's row: one load, where a search in the first chunks of 2,000 tensors would be
     11, each waiting for the one before. launches: for each combination of dtypes (codes of
@@ -152,7 +152,7 @@ class DeviceTable:
 
 def on_device(table: TensorTable) -> tuple[DeviceTable, Tensor]:
     """The table on its device, kept in its cache while only pointers change, and its pointers."""
-    pointers, described = (part.contiguous() for part in table.rows.split([6, 5], 1))
+    pointers, described, _ = (part.contiguous() for part in table.rows.split([6, 4, 1], 1))
     found, capturing = table.cache.get("device_table"), _capturing(table.device)
     if found is None or not torch.equal(found.described, described):
         if capturing:

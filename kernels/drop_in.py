@@ -37,7 +37,7 @@ def cross_entropy_loss(
     Raises ValueError and TypeError for arguments that do not fit. On a GPU a label out of range
     makes the loss NaN, and check_labels() raises.
     """
-    checked = LossOptions(**options)
+    checked = LossOptions.of(cross_entropy_loss, options)
     check_rows("logits", logits, logits.shape[-1] if logits.dim() else 0, targets)
     if logits.device.type not in _device_types:
         raise ValueError(

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .collect import CODE, Collected, GradientSums, StepOptions, add_over_ranks, collect_step
-from .optimizer_state import (
-    checked_state_dict,
+from .collect import (
+    GROUP,
+    Collected,
+    StepOptions,
+    check_dtype,
+    collect_step,
     has_remainder,
+)
+from .optimizer_state import (
+    REFUSED_OPTIONS,
+    check_group,
+    check_options,
+    checked_state_dict,
     joined,
     new_states,
     split_into,
@@ -21,7 +30,6 @@ from .optimizer_state import (
 )
 
 _TORCHS_CHOICES = ("foreach", "fused", "capturable")  # among its implementations: no matter here
-_REFUSED = ("amsgrad", "maximize", "differentiable")
 
 
 class ParameterPosition(NamedTuple):
@@ -64,7 +72,6 @@ class FusedAdamW(torch.optim.AdamW):
     """
 
     last_grad_norm: Tensor | None = None
-    last_bad_row: Tensor | int = -1  # of the last step with a norm; first_nonfinite() names it
     # As torch's constructor says for fused=True: a GradScaler then hands its scale and found_inf to
     # the step, which it would otherwise read on the host.
     _step_supports_amp_scaling = True
@@ -90,9 +97,9 @@ class FusedAdamW(torch.optim.AdamW):
         if param_precision not in ("native", "split"):
             raise ValueError(f"param_precision={param_precision!r}: it must be 'native' or 'split'")
         for name in torch_options:
-            if name not in (*_TORCHS_CHOICES, *_REFUSED):
+            if name not in (*_TORCHS_CHOICES, *REFUSED_OPTIONS):
                 raise TypeError(f"AdamW has no argument {name!r}")
-        _check_options(torch_options)
+        check_options(torch_options, "AdamW")
         if skip_nonfinite is None:
             skip_nonfinite = max_grad_norm is not None
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
@@ -100,19 +107,13 @@ class FusedAdamW(torch.optim.AdamW):
         self._forget()
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    # What subclasses say
-
     @staticmethod
     def kernels_for(device: torch.device, impl: str) -> Any:
         """The module with the kernels for tensors on `device`; ValueError if there are none.
 
-        Its functions are square_sums, step and scale_gradients (kernels/adamw.py).
+        Its functions are sum_squares, step and scale_gradients (kernels/adamw.py).
         """
         raise NotImplementedError
-
-    def _read_tables(self) -> Collected | None:
-        """What collect_step returns, by a faster way; None if this needs collect_step."""
-        return None
 
     # Parameters and state
 
@@ -137,7 +138,7 @@ class FusedAdamW(torch.optim.AdamW):
 
     def _check_last_group(self) -> None:
         group = self.param_groups[-1]
-        _check_options(group)
+        check_group(group, f"group {len(self.param_groups) - 1}")
         for option in ("max_grad_norm", "skip_nonfinite", "param_precision", "impl"):
             if option in group:
                 raise ValueError(
@@ -194,10 +195,10 @@ class FusedAdamW(torch.optim.AdamW):
         self._forget()
 
     def _forget(self) -> None:
-        # What kernel modules keep for a device from step to step (TensorTable.cache).
-        self._caches: dict[torch.device, dict] = {}
-        self.last_bad_row: Tensor | int = -1
-        self._last_positions: Sequence[tuple[int, int]] = []
+        # What kernel modules keep from step to step (TensorTable.cache).
+        self._caches: dict[Any, dict] = {}
+        # Of the last step's tables: SquareSum.bad, and each row's (group, index).
+        self._last: list[tuple[Tensor | int, Any]] = []
 
     @torch.no_grad()
     def master_weights(self) -> list[Tensor]:
@@ -245,44 +246,63 @@ class FusedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            _check_options(group)
+        for i, group in enumerate(self.param_groups):
+            check_group(group, f"group {i}")
         self._update()
         return loss
 
-    def _update(self) -> None:
+    def _update(self, collected: Collected | None = None) -> None:
+        """collected: what collect_step would return, if a subclass has a faster way to it."""
         # Read afresh at every step: whatever has become of parameters, gradients and state is seen.
-        collected = self._read_tables()
         if collected is None:
             self._create_state([p for p in self._params() if p.grad is not None])
             collected = collect_step(self.param_groups, self.state, self._split, self._caches)
-        for table, positions in zip(collected.tables, collected.positions, strict=True):
-            kernels = self.kernels_for(table.device, self._impl)
-            sums = None
-            if self._takes_norm:
-                sums = kernels.square_sums(table)
-                if any(of_class is not None for of_class in collected.classes):
-                    sums = GradientSums(add_over_ranks(sums.values, collected.classes), sums.bad)
-                self.last_bad_row, self._last_positions = sums.bad, positions
-            norm = kernels.step(table, self._options(table.device), sums)
-            if self._takes_norm:
-                self.last_grad_norm = norm
+        tables = collected.tables
+        kernels = [self.kernels_for(table.device, self._impl) for table in tables]
+        square_sum = None
+        if self._takes_norm and tables:
+            square_sum, bad = collected.square_sum(kernels)
+            self._last = [(b, table.rows[:, GROUP:]) for b, table in zip(bad, tables, strict=True)]
+        norms = [
+            k.step(table, self._options(table.device), square_sum)
+            for k, table in zip(kernels, tables, strict=True)
+        ]
+        if square_sum is not None:
+            self.last_grad_norm = max(norms, key=Tensor.element_size)  # float64 if one is
         collected.write_back()
         # A backward through the values from before must raise, as after torch's own steps.
         increment_version(collected.updated)
 
-    def first_nonfinite(self, row: Tensor | int | None = None) -> ParameterPosition | None:
+    @property
+    def last_bad_row(self) -> Tensor | int:
+        """The first row of the last step's tables, end to end, whose gradient was not finite; -1 if
+        there was none on this rank. Kept on the device; for first_nonfinite(row)."""
+        if len(self._last) == 1:
+            return self._last[0][0]
+        row, begin = -1, sum(len(positions) for _, positions in self._last)
+        for bad, positions in reversed(self._last):
+            begin -= len(positions)
+            row = torch.where(torch.as_tensor(bad) >= 0, bad + begin, row)
+        return row
+
+    def first_nonfinite(self, row: int | None = None) -> ParameterPosition | None:
         """The first parameter whose gradient held NaN or infinity in the last step, if there is
         one on this rank. Waits for the device.
 
-        row: the `last_bad_row` of an earlier step, kept on the device until somebody asks. The same
-        parameters must have had gradients then.
+        row: the `last_bad_row` of an earlier step, in which the same parameters had gradients.
         """
         if not self._takes_norm:
             raise RuntimeError("first_nonfinite() needs max_grad_norm or skip_nonfinite")
-        if (bad := int(self.last_bad_row if row is None else row)) < 0:
+        if row is not None:
+            found = []
+            for _, positions in self._last:
+                found += [positions[row]] if 0 <= row < len(positions) else []
+                row -= len(positions)
+        else:
+            found = [positions[bad] for bad, positions in self._last if bad >= 0]
+        if not found:
             return None
-        group, index = map(int, self._last_positions[bad])
+        group, index = min(tuple(map(int, position)) for position in found)
         names = self.param_groups[group].get("param_names")
         return ParameterPosition(group, index, names[index] if names else None)
 
@@ -303,12 +323,6 @@ class FusedAdamW(torch.optim.AdamW):
         return StepOptions(hyper, self.max_grad_norm, self.skip_nonfinite, **scaler)
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    for name in _REFUSED:
-        if options.get(name):
-            raise ValueError(f"{name}={options[name]} is not supported; torch.optim.AdamW has it")
-
-
 def _check_parameter(param: Tensor, split: bool, takes_norm: bool) -> None:
     if torch.nn.parameter.is_lazy(param):
         shape = "not known yet"
@@ -317,11 +331,7 @@ def _check_parameter(param: Tensor, split: bool, takes_norm: bool) -> None:
         overlaps = zip(param.stride(), param.shape, strict=True)
         if any(stride == 0 and size > 1 for stride, size in overlaps):
             raise ValueError(f"a parameter (shape {shape}) overlaps itself: it was expanded")
-    if param.dtype not in CODE:
-        raise TypeError(
-            f"a parameter (shape {shape}) has dtype {param.dtype}: it must be float32, bfloat16, "
-            f"float16 or float64"
-        )
+    check_dtype(param, f"a parameter (shape {shape})")
     if split and param.dtype == torch.float16:
         raise TypeError(
             f'param_precision="split" takes bfloat16 parameters (and full ones), not float16 '

@@ -1,4 +1,4 @@
-"""AdamW's state: what it starts as, what may be loaded into it, the fp32 master of bf16 weights.
+"""AdamW's state: its initial values, checks of what is loaded, the fp32 master of bf16 weights.
 
 Imports torch and siblings only.
 """
@@ -9,16 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collect import is_dtensor, local_part, moment_dtype, placed_as, position_name
+from .collect import (
+    has_remainder,
+    is_dtensor,
+    local_part,
+    moment_dtype,
+    placed_as,
+    position_name,
+)
 
+REFUSED_OPTIONS = ("amsgrad", "maximize", "differentiable")
 _KEYS = ("step", "exp_avg", "exp_avg_sq", "remainder")
 
 
 class _Pool:
-    """Zeros for small tensors that are made one after the other, at most 64 kB of memory together.
-
-    A step of thousands whose memory lies scattered takes a sixth longer.
-    """
+    """Places small tensors side by side in blocks of 64 kB: a step over thousands of scattered ones
+    takes a sixth longer."""
 
     def __init__(self) -> None:
         self.rest = torch.zeros(0, device="cpu")
@@ -33,7 +39,7 @@ class _Pool:
 
 
 def new_states(params: Sequence[Tensor], split: bool) -> list[dict[str, Tensor]]:
-    """State of parameters that have had no step: zeros, moments of each parameter's shape."""
+    """State before the first step: zeros, the moments in each parameter's shape."""
     states: list[dict[str, Tensor]] = [{} for _ in params]
     for key in _KEYS:  # a step goes over the tensors key by key, too
         pool = _Pool()
@@ -50,8 +56,20 @@ def new_states(params: Sequence[Tensor], split: bool) -> list[dict[str, Tensor]]
     return states
 
 
-def has_remainder(param: Tensor, split: bool) -> bool:
-    return split and param.dtype == torch.bfloat16
+def check_options(options: dict[str, Any], what: str) -> None:
+    """ValueError for an option of torch's class that `what` sets and this one does not have."""
+    for name in REFUSED_OPTIONS:
+        if options.get(name):
+            raise ValueError(
+                f"{what}: {name}={options[name]} is not supported; torch.optim.AdamW has it"
+            )
+
+
+def check_group(group: dict[str, Any], what: str) -> None:
+    check_options(group, what)
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        if name not in group:
+            raise ValueError(f"{what} has no {name!r}, which AdamW needs")
 
 
 class Kept:
@@ -66,15 +84,15 @@ def checked_state_dict(
 ) -> dict[str, Any]:
     """`state_dict` with its tensors converted for these parameters, and Kept.
 
-    Of this class, of torch.optim.AdamW or of the seeds' optimizers. ValueError, before anything has
-    changed, if something would be lost: values that the dtype here cannot hold, a remainder
-    without param_precision="split", entries that AdamW does not have.
+    It may come from this class, torch.optim.AdamW or the seeds' optimizers. Raises ValueError,
+    before anything has changed, if something would be lost: values that the dtype here cannot hold,
+    a remainder without param_precision="split", entries that AdamW does not have.
     """
-    saved_groups = state_dict["param_groups"]
+    # Which of torch's implementations ran is the other optimizer's affair.
+    own = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
+    saved_groups = [{**group, **own} for group in state_dict["param_groups"]]
     for i, group in enumerate(saved_groups):
-        for option in ("amsgrad", "maximize"):
-            if group.get(option):
-                raise ValueError(f"the state dict's group {i} has {option}=True: not supported")
+        check_group(group, f"group {i} of the state dict")
     saved_ids = [i for group in saved_groups for i in group["params"]]
     params = [
         (param, position_name(groups, g, i))
@@ -86,24 +104,16 @@ def checked_state_dict(
         for saved_id, (param, what) in zip(saved_ids, params, strict=True):
             if state.get(saved_id):
                 state[saved_id] = _converted(state[saved_id], param, split, what)
-    # Which of torch's implementations ran is the other optimizer's affair.
-    own = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
-    return {
-        **state_dict,
-        "state": state,
-        "param_groups": [{**group, **own} for group in saved_groups],
-    }
+    return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
 def _converted(entry: dict[str, Any], param: Tensor, split: bool, what: str) -> dict[str, Any]:
-    unknown = [key for key in entry if key not in _KEYS]
-    missing = [key for key in _KEYS[:3] if key not in entry]
-    if unknown or missing:
-        raise ValueError(
-            f"the state of {what} has {unknown[0]!r}, which AdamW does not"
-            if unknown
-            else f"the state of {what} has no {missing[0]!r}"
-        )
+    for key in entry:
+        if key not in _KEYS:
+            raise ValueError(f"the state of {what} has {key!r}, which AdamW does not")
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        if key not in entry:
+            raise ValueError(f"the state of {what} has no {key!r}")
     remainder = entry.get("remainder")
     kept = has_remainder(param, split)
     if remainder is not None and not kept and bool((remainder != 0).any()):
@@ -118,22 +128,18 @@ def _converted(entry: dict[str, Any], param: Tensor, split: bool, what: str) -> 
     for key in ("exp_avg", "exp_avg_sq"):
         result[key] = Kept(_exactly(entry[key], param, moment_dtype(param), f"{key} of {what}"))
     if kept:
-        # Weights that came without a remainder are their own fp32 master.
+        # Without a remainder the weights are their own fp32 master.
         if remainder is None:
-            remainder = torch.zeros((), dtype=torch.int16, device=param.device)
-        result["remainder"] = Kept(
-            _exactly(remainder, param, torch.int16, f"remainder of {what}", scalar=True)
-        )
+            remainder = torch.zeros_like(param, dtype=torch.int16)
+        result["remainder"] = Kept(_exactly(remainder, param, torch.int16, f"remainder of {what}"))
     return result
 
 
-def _exactly(
-    value: Any, param: Tensor, dtype: torch.dtype, what: str, scalar: bool = False
-) -> Tensor:
+def _exactly(value: Any, param: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """A copy of `value` in `dtype`, on the device and in the layout of `param`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} is no tensor but {type(value).__name__}")
-    if value.shape != param.shape and not (scalar and value.dim() == 0):
+    if value.shape != param.shape:
         raise ValueError(f"{what} has shape {tuple(value.shape)}, not {tuple(param.shape)}")
     if value.is_floating_point() != dtype.is_floating_point:
         raise ValueError(f"{what} has dtype {value.dtype}, not {dtype}")
@@ -150,7 +156,7 @@ def _exactly(
 
 
 def unwrap_loaded(state: Any, params: Sequence[Tensor]) -> None:
-    """The end of a load: Kept tensors become plain, step counters go where the parameters are."""
+    """Ends a load: unwraps Kept tensors, moves step counters to the parameters' devices."""
     for param in params:
         entry = state.get(param) or {}
         for key, value in entry.items():
@@ -158,8 +164,8 @@ def unwrap_loaded(state: Any, params: Sequence[Tensor]) -> None:
 
 
 def joined(param: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 master whose upper half is the bf16 `param`, rounded, and whose lower half is the
-    int16 `remainder`, of one shape."""
+    """The fp32 master: the bf16 `param` is its upper half, rounded, the int16 `remainder` its lower
+    one."""
     high, rest = local_part(param.detach()), local_part(remainder)
     bits = (high.view(torch.int16).to(torch.int32) << 16) + rest.to(torch.int32)
     return placed_as(bits.view(torch.float32), param)

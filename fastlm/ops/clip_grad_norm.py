@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastlm.kernels.collect import add_over_ranks, collect_gradients
+from fastlm.kernels.collect import collect_gradients
 from fastlm.ops.dispatch import implementation, resolve_implementation
 
 
@@ -49,11 +49,7 @@ def clip_gradients(
         return norm
     collected = collect_gradients(params)
     kernels = [implementation("clip_grad_norm", impl, t.device) for t in collected.tables]
-    total = 0.0
-    for table, module in zip(collected.tables, kernels, strict=True):
-        sums = module.square_sums(table).values
-        total += float(add_over_ranks(sums, collected.classes).sum())
-    norm = math.sqrt(total)
+    norm = math.sqrt(collected.square_sum(kernels)[0]) if kernels else 0.0
     if (factor := clip_factor(norm, max_norm, eps)) < 1:
         for table, module in zip(collected.tables, kernels, strict=True):
             module.scale_gradients(table, factor)

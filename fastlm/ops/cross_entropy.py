@@ -56,7 +56,7 @@ def cross_entropy_loss(
     names its position; on a GPU, which is not waited for, the loss is NaN and
     `fastlm.check_labels()` raises. There is no second derivative, except with impl="torch".
     """
-    checked = LossOptions(**options)
+    checked = LossOptions.of(cross_entropy_loss, options)
     check_rows("logits", logits, logits.shape[-1] if logits.dim() else 0, targets)
     if resolve_implementation("cross_entropy", impl, logits.device, logits.dtype) == "torch":
         return _torch_cross_entropy(logits, targets, checked)

@@ -1,8 +1,8 @@
 """Which implementation of an op runs.
 
 Implementations: "triton" (kernels/, CUDA and ROCm tensors), "cpp" (csrc/, CPU tensors) and "torch"
-(the fastest plain PyTorch). `impl="auto"` takes the kernel where this version has one for the
-device, else "torch". An implementation asked for by name that cannot run raises.
+(the fastest plain PyTorch). `impl="auto"` takes the kernel if this version has one for the device,
+else "torch". A name that cannot run raises.
 """
 
 import importlib
@@ -29,7 +29,9 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "gather_batch": {"cpp": "fastlm.ops.gather_batch"},
 }
 _DEVICE_TYPES = {"triton": "cuda", "cpp": "cpu", "torch": "*"}  # "*": every device
-# Their kernels take no float64: "auto" then means "torch".
+# C++ reads batches from host memory; then they are copied to the device.
+_READS_HOST_MEMORY = ("gather_batch",)
+# Their kernels take no float64: for it "auto" means "torch".
 _NO_FLOAT64 = ("cross_entropy", "linear_cross_entropy")
 # Their Triton kernels also run on CPU tensors under Triton's interpreter, if asked for by name.
 _INTERPRETED = ("adamw", "clip_grad_norm")
@@ -39,24 +41,24 @@ def resolve_implementation(
     op: str, impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> str:
     """The implementation that runs for `op` on `device`; ValueError if `impl` cannot."""
-    device_type = torch.device(device).type
+    device_type = "cpu" if op in _READS_HOST_MEMORY else torch.device(device).type
     usable = [name for name in IMPLEMENTATIONS[op] if _DEVICE_TYPES[name] in ("*", device_type)]
-    if impl == "auto" and usable:
+    if impl == "auto":
         return "torch" if dtype == torch.float64 and op in _NO_FLOAT64 else usable[0]
     if os.environ.get("TRITON_INTERPRET") == "1" and op in _INTERPRETED:
         usable.insert(0, "triton")
     if impl in usable:
         return impl
     raise ValueError(
-        f"impl={impl!r}: {op} on {device_type} has {', '.join(usable) or 'no implementation'}; "
+        f"impl={impl!r}: {op} on {device_type} has {', '.join(usable)}; "
         f"impl is 'auto' or one of these"
     )
 
 
 def implementation(op: str, impl: str, device: torch.device | str) -> ModuleType:
-    """The module of the implementation that `impl` names for `op` on `device`, loaded when needed.
+    """Loads the module that `impl` names for `op` on `device`.
 
-    ValueError as resolve_implementation; ImportError if what it needs (Triton) is not installed.
+    Raises ValueError like resolve_implementation, ImportError if Triton is needed and missing.
     """
     return importlib.import_module(IMPLEMENTATIONS[op][resolve_implementation(op, impl, device)])
 
@@ -67,6 +69,7 @@ def active_implementation(
     """The name of the implementation that `impl="auto"` runs for `op` on `device`.
 
     dtype: of the logits, for the linear loss of its products (hidden's, or autocast's).
+    gather_batch runs "cpp" for every device: C++ reads host memory, and the batch is copied.
     """
     if op not in IMPLEMENTATIONS:
         raise ValueError(f"op={op!r} is unknown; ops: {', '.join(IMPLEMENTATIONS)}")

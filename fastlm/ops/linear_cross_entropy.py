@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from fastlm.kernels.collect import is_dtensor
 from fastlm.kernels.cross_entropy_op import (
     OPTIONS_SCHEMA,
     LossOptions,
@@ -20,7 +21,6 @@ from fastlm.kernels.cross_entropy_op import (
     check_rows,
     flat,
     fp32,
-    is_dtensor,
     refuse_other_backwards,
     refuse_transforms,
     shows_options,
@@ -50,7 +50,7 @@ def linear_cross_entropy_loss(
     """cross_entropy_loss(hidden @ weight.T + bias, targets, ...) without the memory for the logits.
 
     Options and results are those of `cross_entropy_loss`. The products are computed in autocast's
-    dtype where autocast is on, else in hidden's. The weight is cast inside: pass the fp32 parameter
+    dtype if autocast is on, else in hidden's. The weight is cast inside: pass the fp32 parameter
     itself, then its gradient, summed over chunks in fp32, reaches it without rounding. In float16
     the gradients are computed in backward, after a GradScaler's factor, from logits made again.
 
@@ -68,7 +68,7 @@ def linear_cross_entropy_loss(
     The same errors as `cross_entropy_loss`; ValueError or TypeError for shapes or dtypes of weight
     and bias that do not fit. There is no second derivative, except with impl="torch".
     """
-    checked = LossOptions(**options)
+    checked = LossOptions.of(linear_cross_entropy_loss, options)
     weight, bias = _whole(weight), _whole(bias)
     _check(hidden, weight, bias, targets)
     dtype = _compute_dtype(hidden)
@@ -142,8 +142,8 @@ def _whole(parameter: Tensor | None) -> Tensor | None:
         return parameter
     from torch.distributed.tensor import Partial
 
-    # Each rank's gradient is that of its own rows' mean: not equal over ranks, as full_tensor()
-    # takes them to be, but to be averaged. Of ranks with the same rows the average is the same.
+    # Each rank's gradient belongs to the mean over its own rows: average them. full_tensor() by
+    # itself takes them to be equal. Ranks with the same rows average equal gradients.
     average = [Partial("avg")] * parameter.device_mesh.ndim  # type: ignore[attr-defined]
     return parameter.full_tensor(grad_placements=average)  # type: ignore[attr-defined]
 
@@ -307,19 +307,19 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _loss_flops(hidden, weight, *rest, out_val, **kwargs) -> int:
-    """Of the logits, and as much again for each of the gradients of hidden and weight."""
+    """Counts the logits, and as much again for each of the gradients of hidden and weight."""
     made = sum(gradient.dim() > 1 for gradient in out_val[-3:-1])
     return (1 + made) * 2 * hidden.numel() * weight.shape[0]
 
 
 def _register_flops() -> None:
-    """If FlopCounterMode is loaded. Not at import: it would load Triton."""
+    """Registers the formula if FlopCounterMode is loaded. At import it would load Triton."""
     module = sys.modules.get("torch.utils.flop_counter")
     loss = torch.ops.fastlm.linear_cross_entropy_loss
     if module is None or loss in module.flop_registry:
         return
     ops = [loss, torch.ops.fastlm.linear_cross_entropy_gradient]
     module.register_flop_formula(ops, get_raw=True)(_loss_flops)
-    for mode in _get_current_dispatch_mode_stack():  # has a copy of what was registered before
+    for mode in _get_current_dispatch_mode_stack():  # its registry is an earlier copy
         if isinstance(mode, module._FlopCounterMode):
             mode.counter.flop_registry.update({op: module.flop_registry[op] for op in ops})

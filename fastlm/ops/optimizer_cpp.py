@@ -1,7 +1,7 @@
 """The optimizer's kernels for CPUs, csrc/{adamw,clip_grad_norm}.cpp: the same bits for any number
 of threads.
 
-square_sums, step and scale_gradients do what kernels/adamw.py and kernels/clip_grad_norm.py say of
+sum_squares, step and scale_gradients do what kernels/adamw.py and kernels/clip_grad_norm.py say of
 theirs, for the n rows of a fastlm.kernels.collect.TensorTable.
 """
 
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from fastlm.extension import extension
-from fastlm.kernels.collect import GradientSums, StepOptions, TensorTable
+from fastlm.kernels.collect import SquareSum, StepOptions, TensorTable
 from fastlm.ops.clip_grad_norm import clip_factor
 
 
-def square_sums(table: TensorTable) -> GradientSums:
-    sums = np.zeros(table.num_classes)
-    bad = extension().sum_squares(table.rows.numpy(), sums)
-    return GradientSums(torch.from_numpy(sums), torch.tensor(bad, device="cpu"))
+def sum_squares(table: TensorTable) -> SquareSum:
+    total, bad = extension().sum_squares(table.rows.numpy())
+    total = torch.tensor(total, dtype=torch.float64, device="cpu")
+    return SquareSum(total, torch.tensor(bad, device="cpu"))
 
 
-def step(table: TensorTable, options: StepOptions, sums: GradientSums | None) -> Tensor | None:
+def step(table: TensorTable, options: StepOptions, square_sum: Tensor | None) -> Tensor | None:
     factor, norm, skip = 1.0, None, False
     if options.grad_scale is not None:
         factor = 1.0 / float(options.grad_scale)
-    if sums is not None:
-        norm = factor * math.sqrt(float(sums.values.sum()))
+    if square_sum is not None:
+        norm = factor * math.sqrt(float(square_sum))
         if not math.isfinite(norm):
             skip = options.skip_nonfinite
         elif options.max_grad_norm is not None:

@@ -41,19 +41,19 @@ def update(optimizer: Any) -> None:
     Skipped if optimizer.found_inf, which torch's own step does not take here, is not 0.
     """
     found_inf = optimizer.__dict__.pop("found_inf", None)
-    positions = [
-        (g, i)
+    found = {
+        (g, i): param.grad
         for g, group in enumerate(optimizer.param_groups)
         for i, param in enumerate(group["params"])
         if param.grad is not None
-    ]
-    gradients = [optimizer.param_groups[g]["params"][i].grad for g, i in positions]
+    }
+    gradients = list(found.values())
     if optimizer._takes_norm:
         norm = gradient_norm(gradients)
         wide = any(g.dtype == torch.float64 for g in gradients)
         optimizer.last_grad_norm = norm if wide else norm.float()
         bad = (i for i, g in enumerate(gradients) if not norm.isfinite() and not g.isfinite().all())
-        optimizer.last_bad_row, optimizer._last_positions = next(bad, -1), positions
+        optimizer._last = [(next(bad, -1), list(found))]
         if optimizer.skip_nonfinite and not norm.isfinite():
             return
     if found_inf is not None and bool(found_inf):

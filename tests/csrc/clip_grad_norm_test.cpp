@@ -14,18 +14,20 @@
 namespace fastlm {
 namespace {
 
-struct Sums {
-  std::vector<double> sums;
-  int64_t bad;
-  bool operator==(const Sums& o) const {
-    return bad == o.bad && !std::memcmp(sums.data(), o.sums.data(), 8 * sums.size());
-  }
-};
+SquareSum sum_of(std::vector<Row>& rows) { return sum_squares(Table(rows).list()); }
 
-Sums sums_of(std::vector<Row>& rows, const std::vector<int64_t>& classes, double before = 0) {
-  Sums result{std::vector<double>(rows.size(), before), 0};
-  result.bad = sum_squares(Table(rows, classes).list(), result.sums.data());
-  return result;
+// Of each row alone, and of all.
+std::vector<double> sums_of(const std::vector<Row>& rows) {
+  std::vector<double> sums;
+  for (const Row& row : rows) {
+    std::vector<Row> alone = {row};
+    const SquareSum found = sum_of(alone);
+    check_equal(found.bad, -1, "sum_squares of finite gradients");
+    sums.push_back(found.sum);
+  }
+  std::vector<Row> all = rows;
+  sums.push_back(sum_of(all).sum);
+  return sums;
 }
 
 void test_sum_squares() {
@@ -37,36 +39,30 @@ void test_sum_squares() {
     const Type type = kTypes[random_below(4)];
     rows.emplace_back(type, type, random_below(70), random_below(4));
   }
-  // Some classes have no row, others several. Many sums, since the largest swallow what a square
-  // that is not rounded by itself would change.
-  const int64_t n = static_cast<int64_t>(rows.size());
-  std::vector<int64_t> classes;
-  std::vector<long double> expected(n);
-  for (const Row& row : rows) {
-    classes.push_back(random_below(n));
+  // Many sums, since the largest swallow what a square that is not rounded by itself would change.
+  std::vector<long double> expected(rows.size() + 1);
+  for (size_t k = 0; k < rows.size(); ++k) {
+    const Row& row = rows[k];
     for (int64_t i = row.offset; i < row.offset + row.n; ++i) {
       const long double x = get(row.grad_type, row.grad, i);
-      expected[classes.back()] += x * x;
+      expected[k] += x * x;
     }
+    expected.back() += expected[k];
   }
   use_threads(1);
   force_isa(Isa::kPortable);
-  const Sums first = sums_of(rows, classes);
-  for (int64_t k = 0; k < n; ++k) {
-    check(std::abs(first.sums[k] - expected[k]) <= 1e-13L * expected[k], "sum_squares");
+  const std::vector<double> first = sums_of(rows);
+  for (size_t k = 0; k < first.size(); ++k) {
+    check(std::abs(first[k] - expected[k]) <= 1e-13L * expected[k], "sum_squares");
   }
-  check_equal(first.bad, -1, "sum_squares of finite gradients");
   for (Isa isa : supported_isas()) {
     force_isa(isa);
     for (int threads : {1, 2, 3, 4}) {
       use_threads(threads);
-      check(sums_of(rows, classes) == first, std::string("bits of sum_squares ") + isa_name(isa) +
-                                                 " threads " + std::to_string(threads));
+      check(!std::memcmp(sums_of(rows).data(), first.data(), 8 * first.size()),
+            std::string("bits of sum_squares ") + isa_name(isa) + " threads " +
+                std::to_string(threads));
     }
-  }
-  const Sums added = sums_of(rows, classes, 1e6);
-  for (int64_t k = 0; k < n; ++k) {
-    check(std::abs(added.sums[k] - 1e6 - first.sums[k]) < 1e-7, "sum_squares adds");
   }
 }
 
@@ -79,7 +75,6 @@ void test_first_bad() {
                                std::to_string(static_cast<int>(type));
       std::vector<Row> rows;
       for (int64_t n : {0, 1, 8, 33, 16385}) rows.emplace_back(type, type, n, 1);
-      const std::vector<int64_t> classes(rows.size());
       for (size_t bad = 0; bad < rows.size(); ++bad) {
         Row& row = rows[bad];
         for (double value : {NAN, INFINITY, -INFINITY}) {
@@ -87,13 +82,13 @@ void test_first_bad() {
             if (row.n == 0) continue;
             const Bytes good = row.grad;
             put(type, row.grad, row.offset + i, value);
-            const Sums found = sums_of(rows, classes);
+            const SquareSum found = sum_of(rows);
             check_equal(found.bad, bad, what);
-            check(std::isnan(found.sums[0]) == std::isnan(value) && !std::isfinite(found.sums[0]),
+            check(std::isnan(found.sum) == std::isnan(value) && !std::isfinite(found.sum),
                   what + ", sum");
             if (bad + 1 < rows.size()) {  // another, later
               put(type, rows.back().grad, 1, NAN);
-              check_equal(sums_of(rows, classes).bad, bad, what + ", two of them");
+              check_equal(sum_of(rows).bad, bad, what + ", two of them");
               put(type, rows.back().grad, 1, 0.5);
             }
             row.grad = good;
@@ -106,7 +101,7 @@ void test_first_bad() {
                              : type == Type::kFloat32  ? 3.40282347e38
                                                        : 1e150;
       for (int64_t i = 0; i < 33; ++i) put(type, rows[3].grad, 1 + i, i % 2 ? largest : -largest);
-      check_equal(sums_of(rows, classes).bad, -1, what + ", largest numbers");
+      check_equal(sum_of(rows).bad, -1, what + ", largest numbers");
     }
   }
   force_isa(best_isa());

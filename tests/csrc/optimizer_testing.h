@@ -94,7 +94,7 @@ struct Row {
 struct Table {
   std::vector<TensorRow> rows;
 
-  explicit Table(std::vector<Row>& tensors, const std::vector<int64_t>& classes = {}) {
+  explicit Table(std::vector<Row>& tensors) {
     for (Row& row : tensors) {
       const auto start = [&](Bytes& block, Type type) -> int64_t {
         return block.empty() ? 0
@@ -103,8 +103,7 @@ struct Table {
       rows.push_back({start(row.param, row.param_type), start(row.grad, row.grad_type),
                       start(row.mean, row.moment_type()), start(row.variance, row.moment_type()),
                       start(row.rest, Type::kBfloat16), reinterpret_cast<int64_t>(row.step.data()),
-                      row.n, row.param_type, row.grad_type, row.group,
-                      classes.empty() ? 0 : classes[rows.size()]});
+                      row.n, row.param_type, row.grad_type, row.group, 0});
     }
   }
   TensorList list() const { return {rows.data(), static_cast<int64_t>(rows.size())}; }

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
-from fastlm.kernels.collect import CODE, SPLIT, StepOptions, TensorTable
+from fastlm.kernels.collect import CODE, COLUMNS, SPLIT, StepOptions, TensorTable
 from tolerance import assert_bitwise_equal
 from torch import Tensor
 
@@ -104,21 +104,20 @@ def make_row(
     return row
 
 
-def make_table(rows: list[Row], classes: list[int] | None = None, num_classes: int = 1):
+def make_table(rows: list[Row]):
     def pointer(x: Tensor | None) -> int:
         return 0 if x is None else x.data_ptr()
 
     def codes(row: Row) -> list[int]:
         return [SPLIT if row.remainder is not None else CODE[row.p.dtype], CODE[row.g.dtype]]
 
-    addresses = [[pointer(x) for x in (r.p, r.g, r.m, r.v, r.remainder, r.step)] for r in rows]
-    described = [
-        [row.p.numel(), *codes(row), row.group, of_class]
-        for row, of_class in zip(rows, classes or [0] * len(rows), strict=True)
+    tensors = [[r.p, r.g, r.m, r.v, r.remainder, r.step] for r in rows]
+    table = [
+        [*map(pointer, of_row), row.p.numel(), *codes(row), row.group, 0]
+        for row, of_row in zip(rows, tensors, strict=True)
     ]
-    table = [a + b for a, b in zip(addresses, described, strict=True)]
-    values = torch.tensor(table, dtype=torch.int64).reshape(-1, 11)
-    return TensorTable(torch.device("cpu"), values, num_classes, {})
+    values = torch.tensor(table, dtype=torch.int64).reshape(-1, COLUMNS)
+    return TensorTable(torch.device("cpu"), None, values, {})
 
 
 def oracle(row: Row, factor, lr, beta1, beta2, eps, weight_decay):
@@ -140,13 +139,14 @@ def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def run(rows, hyper=(HYPER,), *, normed=False, **options):
-    """One step by the Triton kernels; (norm, sums)."""
+    """One step by the Triton kernels; (norm, SquareSum)."""
     from fastlm.kernels.adamw import step
-    from fastlm.kernels.clip_grad_norm import square_sums
+    from fastlm.kernels.clip_grad_norm import sum_squares
 
     table = make_table(rows)
-    sums = square_sums(table) if normed or options.get("max_grad_norm") else None
-    return step(table, StepOptions(list(hyper), **options), sums), sums
+    squares = sum_squares(table) if normed or options.get("max_grad_norm") else None
+    total = None if squares is None else squares.sum
+    return step(table, StepOptions(list(hyper), **options), total), squares
 
 
 # In ULP: half of one for each of fp32's few roundings; 16-bit parameters are rounded once.

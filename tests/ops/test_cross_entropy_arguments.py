@@ -58,6 +58,13 @@ def test_label_dtypes(dtype):
         (ValueError, "num_items=0", lambda x, y: cross_entropy_loss(x, y, num_items=0)),
         (ValueError, r"num_items has shape \(3,\)",
          lambda x, y: cross_entropy_loss(x, y, num_items=torch.ones(3))),
+        (TypeError, "ignore_index=None", lambda x, y: cross_entropy_loss(x, y, ignore_index=None)),
+        (TypeError, "ignore_index='pad'",
+         lambda x, y: cross_entropy_loss(x, y, ignore_index="pad")),
+        (TypeError, "^cross_entropy_loss has no argument 'in_place', but logits, targets, inplace,",
+         lambda x, y: cross_entropy_loss(x, y, in_place=True)),
+        (TypeError, "^linear_cross_entropy_loss has no argument 'inplace', but hidden, weight,",
+         lambda x, y: linear_cross_entropy_loss(x, torch.ones(9, 5), y, inplace=True)),
         (ValueError, "impl='cuda'", lambda x, y: cross_entropy_loss(x, y, impl="cuda")),
         (ValueError, "impl='triton'", lambda x, y: cross_entropy_loss(x, y, impl="triton")),
     ],
@@ -90,6 +97,12 @@ def test_the_active_implementation_of_float64_is_torch(op):
     assert active_implementation(op) == "cpp"
     assert active_implementation(op, dtype=torch.float64) == "torch"
     assert active_implementation("adamw", dtype=torch.float64) == "cpp"
+
+
+def test_batches_are_gathered_on_the_host():
+    # By C++, whatever device they are copied to.
+    assert active_implementation("gather_batch", "cuda") == "cpp"
+    assert active_implementation("gather_batch", "mps") == "cpp"
 
 
 def test_targets_on_another_device():

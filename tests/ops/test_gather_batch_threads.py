@@ -1,6 +1,8 @@
 """gather_batch with any number of threads, by several callers, after fork(); instruction sets."""
 
 import multiprocessing
+import os
+import subprocess
 import sys
 import threading
 
@@ -139,3 +141,43 @@ def test_works_in_a_forked_child(restored):
     assert_equals_reference(
         gather_batch(tokens, starts, context_len), tokens, starts, context_len
     )  # and the parent goes on
+
+
+BOUND = """
+import numpy as np, torch, fastlm
+from fastlm.extension import extension
+from fastlm.ops.cross_entropy import cross_entropy_loss_reference
+from fastlm.ops.gather_batch import gather_batch_reference
+
+torch.manual_seed(0)
+tokens = np.random.default_rng(0).integers(0, 50_000, 50_000).astype(np.uint16)
+starts = np.random.default_rng(1).integers(0, 50_000 - 1024, 128)
+logits, targets = torch.randn(600, 2000), torch.randint(2000, (600,))
+expected = gather_batch_reference(tokens, starts, 1024)
+truth = cross_entropy_loss_reference(logits.double(), targets)
+assert extension().max_threads() == 2
+for _ in range(30):
+    assert all(map(torch.equal, fastlm.gather_batch(tokens, starts, 1024), expected))
+    x, _ = fastlm.get_batch(tokens, 128, 1024)
+    assert x.shape == (128, 1024) and x.max() < 50_000
+    copy = logits.clone().requires_grad_()
+    loss = fastlm.cross_entropy_loss(copy, targets)
+    loss.backward()
+    assert abs(loss - truth) < 1e-5 and abs(copy.grad.sum()) < 1e-3
+print("right")
+"""
+
+
+@pytest.mark.parametrize("bind", [{"OMP_PROC_BIND": "true"},
+                                  {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"},
+                                  {"OMP_PLACES": "threads"}], ids=str)  # fmt: skip
+def test_threads_bound_to_cores(bind):
+    # Right results, and no waiting for ever: a thread started by a bound one inherits its core.
+    if not extension().THREADS_ARE_OPENMPS:
+        pytest.skip("built without OpenMP")
+    kept = {k: v for k, v in os.environ.items() if k not in ("OMP_PROC_BIND", "OMP_PLACES")}
+    result = subprocess.run(
+        [sys.executable, "-c", BOUND], env={**kept, "OMP_NUM_THREADS": "2", **bind},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stdout == "right\n", result.stderr

@@ -30,6 +30,22 @@ def test_refused_options(option):
         AdamW([{"params": parameters(), option: True}])
 
 
+@pytest.mark.parametrize("name", ["lr", "betas", "eps", "weight_decay"])
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_a_group_without_a_hyperparameter(name, impl):
+    params = parameters()
+    optimizer = AdamW(params, **HYPER, impl=impl)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0][name]
+    if impl == "auto":
+        with pytest.raises(ValueError, match=f"group 0 of the state dict has no '{name}'"):
+            optimizer.load_state_dict(saved)
+        assert name in optimizer.param_groups[0]
+    del optimizer.param_groups[0][name]
+    with pytest.raises(ValueError, match=f"group 0 has no '{name}', which AdamW needs"):
+        run(optimizer, params, range(1))
+
+
 @pytest.mark.parametrize("option", ["amsgrad", "maximize"])
 def test_options_that_are_set_later(option):
     params = parameters()
@@ -143,6 +159,40 @@ def test_torchs_implementation(dtype):
     run(optimizer, params, range(8, 10))
     for p, q in zip(copies, params, strict=True):
         assert_bitwise_equal(p.detach(), q.detach())
+
+
+@pytest.fixture
+def swapped():
+    """module.to() changes the parameters themselves, which the optimizer holds, to any device."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def test_a_model_moved_to_a_device_without_kernels(swapped):
+    layer = torch.nn.Linear(3, 4)
+    weight, optimizer = layer.weight, AdamW(layer.parameters(), **HYPER)
+    assert optimizer._step_supports_amp_scaling
+    layer.to("meta")
+    assert layer.weight is weight and weight.is_meta
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.state[weight]["exp_avg"].is_meta
+    assert optimizer.state[weight]["step"] == 2
+    assert not optimizer._step_supports_amp_scaling  # torch's step takes no scale
+    optimizer.init_state()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+    halves = torch.nn.Linear(3, 4, dtype=torch.bfloat16)
+    optimizer = AdamW(halves.parameters(), **HYPER, param_precision="split")
+    halves.to("meta")
+    for p in halves.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match='param_precision="split" needs impl "cpp" or "triton"'):
+        optimizer.step()
 
 
 def test_torchs_implementation_refuses_the_split():

@@ -38,9 +38,10 @@ SAMPLE = {
 CEILINGS = (52, 54, 54, 76, 60)
 TYPES = {
     "rows": "*i64", "chunk_rows": "*i32", "pointers": "*i64", "sums": "*fp64", "out": "*fp64",
-    "bad": "*i64", "factor": "*fp64", "hyper": "*fp64", "grad_scale": "*fp32",
-    "found_inf": "*fp32", "constants": "*fp64", "skip": "*fp64", "skip_out": "*fp64",
-    "norm_out": "*fp32", "n": "i32", "k": "i32", "groups": "i32", "num_sums": "i32", "first": "i32",
+    "bad": "*i64", "factor": "*fp64", "hyper": "*fp64", "square_sum": "*fp64",
+    "grad_scale": "*fp32", "found_inf": "*fp32", "constants": "*fp64", "skip": "*fp64",
+    "skip_out": "*fp64", "norm_out": "*fp32", "n": "i32", "k": "i32", "groups": "i32",
+    "first": "i32",
 }  # fmt: skip
 
 
@@ -84,8 +85,8 @@ def cases(everything: bool) -> list[dict]:
             ):
                 if everything or target in ("sm_90", "gfx942"):
                     add(target, kernel, DTYPES[g], config, {"G": g}, size, stores)
-        add(target, "class_sums_kernel", "any", configs.sums_config(rocm), {})
-        bare = {"sums": None, "grad_scale": None, "found_inf": None, "norm_out": None}
+        add(target, "add_sums_kernel", "any", configs.sums_config(rocm), {})
+        bare = {"square_sum": None, "grad_scale": None, "found_inf": None, "norm_out": None}
         add(target, "prepare_kernel", "bare", configs.prepare_config(rocm), bare)
         for norm in ("fp32", "fp64"):
             add(target, "prepare_kernel", norm, configs.prepare_config(rocm), {}, norm_out=norm)
