@@ -345,6 +345,7 @@ class Run:
         self.log.metrics("summary", **print_summary(figures, runner, ceiling))
         self.watch.complain(self.missing, final.loss)
         print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
-        command = generate_command(model_path, cfg, tokenizer=data.tokenizer_json is not None)
-        print(f"[summary] try it      {command}", flush=True)
+        if model_path.exists():
+            command = generate_command(model_path, cfg, tokenizer=data.tokenizer_json is not None)
+            print(f"[summary] try it      {command}", flush=True)
         return True

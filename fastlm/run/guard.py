@@ -180,8 +180,9 @@ class GuardWatch:
 
     @property
     def is_stuck(self) -> bool:
-        """Does the last look say that it may be time to go back, or to give up?"""
-        return self.report.in_a_row >= ROLL_BACK
+        """Does the last look say that it is time to go back, or to give up?"""
+        limit = ROLL_BACK if self.runner.guard.mode == "rollback" else GIVE_UP
+        return self.report.in_a_row >= limit
 
     def way_back(self, completed: int, directory: Any) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to go back to, if the last look says that it is time for that. Raises

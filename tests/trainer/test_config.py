@@ -57,7 +57,6 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
     cfg = TrainingConfig()
     new = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in NOTEBOOK_DEFAULTS}
     assert new == dict(
-        guard="skip",
         data=(), val_data=(), data_dtype=None, grad_accum=1, tie_embeddings=False, dropout=0.0,
         train_minutes=None, max_minutes=None, eval_batches=20, weight_decay_all=False,
         schedule="cosine", dtype="auto", compile=False, activation_checkpointing=False, seed=0,

@@ -114,7 +114,7 @@ def test_a_stop_between_the_batches_of_an_evaluation(tmp_path, monkeypatch, stra
 def test_a_stop_in_the_last_evaluation_leaves_the_end_to_the_resumed_run(
     tmp_path, monkeypatch, straight
 ):
-    def stopping(loss, data, *args):
+    def stopping(loss, data, *args, **options):
         signal.raise_signal(signal.SIGTERM)
         return mean_loss(loss, [(torch.zeros(1, 4, dtype=torch.long),) * 2]), 1
 
@@ -171,7 +171,7 @@ def test_an_error_saves_what_there_is(tmp_path, monkeypatch, straight, error, ca
 
 def test_the_first_error_is_the_one_that_is_raised(tmp_path, monkeypatch, capsys):
     def fail():
-        monkeypatch.setattr("fastlm.loop.Run._save", lambda *args, **options: 1 / 0)
+        monkeypatch.setattr("fastlm.loop.Run._payload", lambda *args, **options: 1 / 0)
         raise RuntimeError("the first")
 
     at_sample(monkeypatch, 4 * 3, fail)

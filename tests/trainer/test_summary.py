@@ -69,15 +69,15 @@ def test_a_run_that_only_gets_its_end_records_its_speed(tmp_path):
     ],
 )
 def test_nothing_optional_fails_a_finished_run(tmp_path, monkeypatch, capsys, place, what):
-    from fastlm.data.files import Data, as_dataset
+    from fastlm.data.dataset import as_dataset
+    from fastlm.data.files import Data
     from fastlm.train import train
 
     def fail(*args, **options):
         raise MemoryError("DefaultCPUAllocator: can't allocate memory\nmore")
 
     monkeypatch.setattr(place, fail)
-    monkeypatch.setattr(Data, "tokenizer_json", "{}")
-    data = Data(as_dataset(TRAIN), as_dataset(TRAIN[:500]))
+    data = Data(as_dataset(TRAIN), as_dataset(TRAIN[:500]), tokenizer_json="{}")
     if what != "samples":
         monkeypatch.setattr("fastlm.run.summary.sample_texts", lambda *args, **options: ["text"])
     train(data, tiny_config(tmp_path, total_steps=3))
@@ -116,9 +116,9 @@ def test_nothing_of_the_warm_up_stays_in_memory():
 def test_a_checkpoint_that_is_resumed_is_not_kept(tmp_path, monkeypatch):
     """Its tensors, 12 bytes a parameter, are gone before the first step."""
     run_tiny(tmp_path / "run", ckpt_every=6)
-    import fastlm.train as train_module
+    import fastlm.run.resume as resume_module
 
-    read, run = train_module.read_checkpoint, TrainStep.run
+    read, run = resume_module.read_checkpoint, TrainStep.run
     storages, alive = [], []
 
     def watched(path):
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_is_resumed_is_not_kept(tmp_path, monkeypatch):
             alive.append(len(kept))
         return run(self, first_sample, lr, *stop)
 
-    monkeypatch.setattr(train_module, "read_checkpoint", watched)
+    monkeypatch.setattr(resume_module, "read_checkpoint", watched)
     monkeypatch.setattr(TrainStep, "run", step)
     run_tiny(tmp_path / "run", ckpt_path_to_resume=str(checkpoint(tmp_path / "run", 6)))
     assert storages and alive == [0]
