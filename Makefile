@@ -1,4 +1,4 @@
-# make train | test | test-all | test-newest | test-oldest | bench | report | lint | format | clean
+# make train | test | test-all | torture | test-newest | test-oldest | bench | report | lint | format | clean
 # Each makes the environment it needs first: .venv, .venv-newest or .venv-oldest.
 #
 # PYTHON=python3.12           the interpreter that environments are made with
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # and files in order: the last ones are short.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-all test-newest test-oldest bench report lint format check clean
+.PHONY: train test test-all torture test-newest test-oldest bench report lint format check clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m fastlm.train --compile $(ARGS)
@@ -23,6 +23,10 @@ test: $(VENV)/.installed
 # The sweeps that `make test` samples, too.
 test-all: $(VENV)/.installed
 	$(PYTEST) -m "" $(ARGS)
+
+# Kills, damage, full disks (as root) and fuzz cases by the hundred; about 15 minutes.
+torture: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py $(ARGS)
 
 # The same suite with the newest versions that the package index serves, and with the lowest that
 # pyproject.toml admits.
