@@ -90,7 +90,7 @@ def assert_right(actual, logits, targets, options, grad_losses, grad_lse):
     magnitude = true[2].abs() + everywhere[:, None]
     labels = torch.where(targets == options.ignore_index, 0, targets)[:, None]
     magnitude = magnitude.scatter_add(-1, labels, magnitude.sum(-1, keepdim=True) / 2)
-    # NumPy's float32 exp, which the interpreter computes with, is off by up to 3 units, by processor.
+    # NumPy's float32 exp, which the interpreter uses, is off by up to 3 units on some processors.
     slack = 3.0 if logits.dtype == torch.float32 else 0.0
     assert_as_accurate(
         actual[2], torchs[2], true[2], magnitude=magnitude, slack=slack, what="gradient"
