@@ -137,14 +137,14 @@ def killed_run(
 ) -> collections.Counter[str]:
     """Kills a run at `kills` moments, or as many as there are until it ends; then lets it end.
 
-    Of three kills one is inside an operation. Returns how often it was killed, by kind.
+    Of two kills one is inside an operation. Returns how often it was killed, by kind.
     """
     write_tokens(directory)
     told: collections.Counter[str] = collections.Counter()
     while True:
         fatal = None
         done = sum(told.values()) >= kills
-        if not done and rng.random() < 0.4:
+        if not done and sum(told.values()) % 2:
             kind = rng.choice(OPERATIONS)
             # Early ones, so that there is a rest of the run to kill again.
             fatal = {"kind": kind, "number": rng.randint(1, max(1, undisturbed.counts[kind] // 6))}

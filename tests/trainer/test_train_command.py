@@ -4,7 +4,6 @@
 """
 
 import os
-import random
 import re
 import signal
 import subprocess
@@ -36,7 +35,13 @@ pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 
 # --- the command ---
 
-CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 0}
+SIGNALS = [
+    ("SIGTERM", 143),
+    ("SIGUSR1", 0),
+    # test_signals.py has them, too, in its own process.
+    pytest.param("SIGINT", 130, marks=pytest.mark.exhaustive),
+    pytest.param("SIGHUP", 129, marks=pytest.mark.exhaustive),
+]
 LONG = dict(total_steps=300, dropout=0.1, ckpt_every=20, log_every=1, eval_every=50)
 
 
@@ -141,7 +146,7 @@ def test_validation_at_the_end_is_over_all_targets(straight):
     assert listing(straight.parent) == before  # and nothing was written
 
 
-@pytest.mark.parametrize("name, code", CODES.items())
+@pytest.mark.parametrize("name, code", SIGNALS)
 def test_a_signal_saves_and_stops(here, straight, name, code):
     command = commands().start(tiny_flags(**LONG), here)
     command.until(r"step 30/300")
@@ -205,28 +210,6 @@ def test_a_run_in_pieces_of_max_minutes(here):
     assert "stopped" not in result.stdout and result.returncode == 0
     assert commands().run(tiny_flags(**settings, target_dir="straight"), here).returncode == 0
     assert_equal_runs(here / "run", here / "straight")
-
-
-def test_kill_9_again_and_again(here, straight):
-    """At random moments, those of saving among them: what comes out is the uninterrupted run."""
-    rng = random.Random(5)
-    kills, argv = 0, tiny_flags(**LONG)
-    for _ in range(30):
-        command = commands().start(argv, here)
-        command.until(r"CKPT|complete", timeout=60)  # some progress each time
-        time.sleep(rng.uniform(0, 0.1))
-        command.signal(signal.SIGKILL)
-        result = command.wait()
-        if result.returncode == 0:
-            break
-        assert result.returncode == -signal.SIGKILL, result.output
-        kills += 1
-        argv = [*tiny_flags(**LONG), "--resume"]
-    else:
-        result = commands().run(argv, here)
-    assert result.returncode == 0, result.output
-    assert kills >= 3
-    assert_equal_runs(here / "run", straight)
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(here):
