@@ -147,11 +147,14 @@ def killed_run(
         if not done and sum(told.values()) % 2:
             kind = rng.choice(OPERATIONS)
             # Early ones, so that there is a rest of the run to kill again.
-            fatal = {"kind": kind, "number": rng.randint(1, max(1, undisturbed.counts[kind] // 6))}
+            fatal = {
+                "kind": kind,
+                "number": rng.randint(1, max(1, undisturbed.counts[kind] // kills)),
+            }
         command = start(directory, _next_argv(undisturbed, directory), fatal)
         if fatal is None and not done:
             command.until(r"\[run\]|complete|error")
-            time.sleep(rng.uniform(0, undisturbed.seconds / 2))
+            time.sleep(rng.uniform(0, undisturbed.seconds / kills))
             command.signal(signal.SIGKILL)
         result = command.wait(300)
         if result.returncode == 0:
