@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastlm.run.output import LineFile, Missing, replace_content
+from fastlm.run.output import LineFile, Missing, remove_half_written, replace_content
 from fastlm.run.plot import LivePlotter
 
 
@@ -51,6 +51,7 @@ class RunLog:
         self._metrics, self._log = (
             LineFile(file, missing) for file in (path, self.directory / f"{prefix}.log")
         )
+        remove_half_written(path)
         if resuming:
             self.rewind(start_step)
         if sys.stderr is not None and sys.stderr.isatty():

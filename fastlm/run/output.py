@@ -200,8 +200,11 @@ def _append(path: Path, data: bytes) -> None:
 
 
 def replace_content(path: Path, content: bytes) -> None:
-    """Writes the file anew: at every moment there is the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Writes the file anew: at every moment there is the old one or the new one.
+
+    For one writer: a process that is killed here leaves a file that `remove_half_written` knows.
+    """
+    temporary = _half_written(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -211,6 +214,16 @@ def replace_content(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_half_written(path: Path) -> None:
+    """Removes what a process has left that was killed in replace_content."""
+    with contextlib.suppress(OSError):
+        _half_written(path).unlink(missing_ok=True)
+
+
+def _half_written(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _reason(error: Exception) -> str:

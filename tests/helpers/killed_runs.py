@@ -181,8 +181,8 @@ def assert_equal_runs(directory: Path, undisturbed: Undisturbed) -> None:
     assert values[0] == values[1]
     last = [metrics(place, "summary")[-1]["val_loss"] for place in (run, expected)]
     assert last[0] == last[1]
-    names = {str(path.relative_to(run)) for path in run.rglob("*")}
-    assert names == {str(path.relative_to(expected)) for path in expected.rglob("*")}
+    names, wanted = ({str(p.relative_to(d)) for p in d.rglob("*")} for d in (run, expected))
+    assert names == wanted, names ^ wanted
 
 
 def resumed(directory: Path, *argv: str) -> Result:
