@@ -131,7 +131,15 @@ def check(logits, targets, options=OPTIONS["defaults"], *, seed=1):
     return losses, lse, gradient
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(options, dtype):
     for N, V in ((1, 1), (3, 1), (7, 2), (5, 17), (4, 511), (3, 1000)):
