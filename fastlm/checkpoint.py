@@ -107,11 +107,6 @@ def iteration_of(payload: Mapping[str, Any]) -> int:
     return _count(_first(payload, _ITERATION_KEYS), "step number") or 0
 
 
-def samples_seen_of(payload: Mapping[str, Any]) -> int | None:
-    """The stored position in the data; None if there is none. Raises CheckpointError likewise."""
-    return _count(payload.get("samples_seen"), "position in the data (samples_seen)")
-
-
 def holds_optimizer_state(payload: Mapping[str, Any]) -> bool:
     """False for weights alone."""
     return _first(payload, _OPTIMIZER_KEYS) is not None

@@ -48,9 +48,9 @@ class ExtensionError(UserError, ImportError):
 
 
 def shown(value: Any) -> str:
-    """`value` as a message shows it: its repr, cut where it is long."""
+    """`value` as a message shows it: its repr on one line, cut where it is long."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except ValueError:  # Python writes no integer of more than 4,300 digits
         text = "a number of thousands of digits"
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -79,6 +79,8 @@ class Run:
             found=checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix) if resumed else (),
             resumed=resumed,
         )
+        if (val_loss := self.log.evaluation(start_step - 1)) is not None:
+            self.saver.evaluated(val_loss)
         self.watch = GuardWatch(runner)
         self._graphs = graphs_compiled() if cfg.compile else 0
         # Sums over the good steps since the last log line.
@@ -97,8 +99,7 @@ class Run:
         finally:
             self.saver.wait()
             self._report_saves()
-            unsaved = self.saver.missing()
-            for what in unsaved:
+            for what in self.saver.missing():
                 self.missing.note(what)
             self.log.flush()
         if not finished:
@@ -108,8 +109,7 @@ class Run:
                 f"{self._how_to_continue()}",
                 flush=True,
             )
-            if not unsaved:  # else the command ends with 1
-                self.stop.leave()
+            self.stop.leave()
 
     def _steps(self) -> bool:
         """All steps that are left; False if it was stopped before the last. After an error: saves
@@ -125,7 +125,7 @@ class Run:
 
     def _run_steps(self) -> None:
         cfg, step = self.cfg, self.completed - 1
-        if self._is_evaluated(step) and not self.log.has_evaluated(step):
+        if self._is_evaluated(step) and self.log.evaluation(step) is None:
             self._validate(step)  # the run was stopped in the evaluation
         self.clock.start()
         while self.completed < cfg.total_steps:
@@ -167,9 +167,9 @@ class Run:
     def _how_to_continue(self) -> str:
         if self.data.train.paths:
             return resume_command(self.cfg)
-        # Of train_loop's arrays the command knows nothing.
-        path = self.directory.checkpoint_path(str(self.completed))
-        return f"ckpt_path_to_resume={str(path)!r}"
+        # The command knows nothing of train_loop's arrays.
+        path = self.saver.newest
+        return "no checkpoint" if path is None else f"ckpt_path_to_resume={str(path)!r}"
 
     def _time_is_up(self) -> bool:
         minutes = self.cfg.max_minutes
@@ -225,6 +225,8 @@ class Run:
 
     def _save(self, name: str, *, must: bool) -> None:
         """Begins a checkpoint; `must`: waits for it. The run goes on where it cannot be written."""
+        if must and name.isdecimal() and self.saver.holds(int(name)):
+            return  # a signal came while it was written
         self.clock.pause()
         self.saver.save(name, self._payload(), wait=must)
         self._report_saves()
@@ -342,7 +344,7 @@ class Run:
             "samples", lambda: print_samples(runner.model, data.tokenizer_json, cfg.seed)
         )
         ceiling = self.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))
-        self.log.metrics("summary", **print_summary(figures, runner, ceiling))
+        self.log.metrics("summary", step=self.completed, **print_summary(figures, runner, ceiling))
         self.watch.complain(self.missing, final.loss)
         print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
         if model_path.exists():

@@ -262,6 +262,7 @@ def _opened(cfg: TrainingConfig, origins: dict[str, str]) -> tuple[Data, Trainin
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
     fill_closed_descriptors()
+    StopSignals.is_command = True
     try:
         with surviving_output() as missing:
             code = run_command(lambda: _command(argv))

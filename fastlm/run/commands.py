@@ -4,6 +4,7 @@ import os
 import shlex
 from pathlib import Path
 
+from fastlm.checkpoint import list_checkpoints
 from fastlm.config import TrainingConfig
 
 
@@ -17,7 +18,8 @@ def resume_flags(cfg: TrainingConfig) -> str:
         flags = {"resume": None, "target-dir": cfg.target_dir, "ckpt-dir": cfg.ckpt_dir}
     if not _same(cfg.log_dir, cfg.target_dir, "logs"):
         flags["log-dir"] = cfg.log_dir
-    if cfg.ckpt_save_prefix != TrainingConfig.ckpt_save_prefix:
+    prefixes = {file.prefix for file in list_checkpoints(cfg.ckpt_dir)}
+    if prefixes - {TrainingConfig.ckpt_save_prefix}:
         flags["ckpt-save-prefix"] = cfg.ckpt_save_prefix
     if cfg.device != TrainingConfig.device:
         flags["device"] = cfg.device

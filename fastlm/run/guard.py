@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastlm.checkpoint import iteration_of, list_checkpoints, read_checkpoint
 from fastlm.errors import CheckpointError, DivergedError
+from fastlm.foreign_state import first_line
 from fastlm.optim import AdamW
 from fastlm.run.output import Missing
 
@@ -121,6 +122,10 @@ class Guard:
         loss, bound, row = self._last.tolist()
         return Report(*counts, loss, bound, -1 if math.isnan(row) else int(row))
 
+    def count_skipped(self, skipped: int) -> None:
+        """Sets the number of steps that were skipped since the run began."""
+        self._skipped = torch.full_like(self._skipped, skipped)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors on the CPU that share nothing with the guard's."""
         counts = (self._skipped, self._in_a_row, self._spikes, self._new_levels)
@@ -141,8 +146,10 @@ class Guard:
             self._ring = ring.to(self.device, torch.float32, copy=True)
             self._last = last.to(self.device, torch.float32, copy=True)
             self.steps, self.rolled_back, self.back_to, self.times = map(int, state["host"])
-        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as e:
-            raise CheckpointError(f"the checkpoint's state of the guard does not fit: {e}") from e
+        except Exception as error:  # values that no run has written raise anything
+            raise CheckpointError(
+                f"the checkpoint's state of the guard does not fit ({first_line(error)})"
+            ) from error
 
 
 class GuardWatch:
@@ -151,6 +158,7 @@ class GuardWatch:
     def __init__(self, runner: Any):  # a TrainStep
         self.runner = runner
         self.steps = self.skipped = 0  # in this process
+        self._going_back = (0, -1, 0)
         self._mark()
 
     def _mark(self) -> None:
@@ -187,19 +195,21 @@ class GuardWatch:
     def way_back(self, completed: int, directory: Any) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to go back to, if the last look says that it is time for that. Raises
         DivergedError if nothing helps."""
-        guard, report = self.runner.guard, self.report
-        if report.in_a_row >= GIVE_UP:
-            raise DivergedError(
-                f"the last {report.in_a_row} steps were skipped: {self._reason()}; nothing is "
-                f"learnt any more. Resume an earlier checkpoint with a lower --lr-max"
+        guard, report, found = self.runner.guard, self.report, None
+        if guard.mode == "rollback":
+            cfg = directory.cfg
+            found = last_good_checkpoint(
+                cfg.ckpt_dir, cfg.ckpt_save_prefix, directory.run_id, completed
             )
-        if guard.mode != "rollback" or not self.is_stuck:
-            return None
-        cfg = directory.cfg
-        found = last_good_checkpoint(
-            cfg.ckpt_dir, cfg.ckpt_save_prefix, directory.run_id, completed
-        )
+            if found is None:
+                print("[guard] no checkpoint to go back to: bad steps are skipped from now on")
+                guard.mode = "skip"
         if found is None:
+            if report.in_a_row >= GIVE_UP:
+                raise DivergedError(
+                    f"the last {report.in_a_row} steps were skipped: {self._reason()}; nothing is "
+                    f"learnt any more. Resume an earlier checkpoint with a lower --lr-max"
+                )
             return None
         step = iteration_of(found[1])
         times = guard.times + 1 if step == guard.back_to else 1
@@ -216,7 +226,8 @@ class GuardWatch:
         """The checkpoint that `way_back` returned is restored."""
         guard, skipped = self.runner.guard, self.report.in_a_row
         guard.rolled_back, guard.back_to, guard.times = self._going_back
-        log.rewind(completed)
+        guard.count_skipped(self.report.skipped)  # those behind the checkpoint, too
+        log.rewind(completed, keep=("guard", "rollback"))
         log.event(
             f"[guard] {skipped} steps in a row skipped: back to {path}, step {completed}, and on "
             f"with the data that follows",

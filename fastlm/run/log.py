@@ -44,7 +44,7 @@ class RunLog:
         self.directory, self.prefix, self.missing = Path(directory), prefix, missing
         self.total_steps = total_steps
         self.plotter = LivePlotter()
-        self._evaluated: set[int] = set()  # steps
+        self._evaluated: dict[int, float] = {}  # step -> validation loss
         self._draws, self._closed = True, False
         self._bar = None
         path = metrics_path(directory, prefix)
@@ -54,6 +54,8 @@ class RunLog:
         remove_half_written(path)
         if resuming:
             self.rewind(start_step)
+        elif path.is_file():  # of a run that was killed before its first checkpoint
+            self.attempt("new file of metrics", lambda: path.replace(f"{path}_abandoned"))
         if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -62,9 +64,10 @@ class RunLog:
             )
         self._line(f"=== Training started at {time.ctime()} ===")
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, keep: tuple[str, ...] = ()) -> None:
         """The run goes on at `step`: takes back what the metrics and the curve say of it and the
-        steps behind it, and what a crash has damaged. Rows of earlier runs in the file stay."""
+        steps behind it, and what a crash has damaged. Rows of the events in `keep` stay, and those
+        of earlier runs in the file."""
         path = self._metrics.path
         lines = _lines(path)
         rows = _parsed(lines)
@@ -72,7 +75,8 @@ class RunLog:
         first = begins[-1] if begins else -1
         kept = [
             i for i, row in enumerate(rows)
-            if row is not None and (i <= first or row["step"] is None or row["step"] < step)
+            if row is not None
+            and (i <= first or row["event"] in keep or row["step"] is None or row["step"] < step)
         ]  # fmt: skip
         if damaged := rows.count(None):
             self.say(f"[resume] {path}: {damaged} damaged line{'s' * (damaged > 1)} removed")
@@ -83,20 +87,22 @@ class RunLog:
             except OSError as error:
                 self.missing.note(f"the cut of {path} at step {step} ({error.strerror or error})")
         self.plotter = LivePlotter()
-        self._evaluated = set()
+        self._evaluated = {}
         for row in (rows[i] for i in kept if i >= first):
             loss, lr = row.get("loss"), row.get("lr")
             if row["event"] == "train" and _is_number(loss) and _is_number(lr):
                 self.plotter.log_train(row["step"], loss, lr)
-            elif row["event"] == "val" and row["step"] is not None:
-                self._evaluated.add(row["step"])
-                if _is_number(row.get("val_loss")):
-                    self.plotter.log_eval(row["step"], row["val_loss"])
+            elif row["event"] == "val":
+                val_loss = row.get("val_loss")
+                self._evaluated[row["step"]] = val_loss if _is_number(val_loss) else math.nan
+                if _is_number(val_loss):
+                    self.plotter.log_eval(row["step"], val_loss)
         if self._bar is not None:
             self._bar.n = step
 
-    def has_evaluated(self, step: int) -> bool:
-        return step in self._evaluated
+    def evaluation(self, step: int) -> float | None:
+        """The validation loss behind `step` that an earlier piece of the run has logged."""
+        return self._evaluated.get(step)
 
     def say(self, line: str) -> None:
         """A line on the console, above the progress bar if there is one."""

@@ -72,6 +72,9 @@ class Resumed:
             "samples_seen": samples_seen is None
             or (type(samples_seen) is int and 0 <= samples_seen < _MAX_SAMPLES),
             "run_id": run_id is None or (isinstance(run_id, str) and 0 < len(run_id) <= 100),
+            "sampler_version": type(payload.get("sampler_version", 1)) is int,
+            "environment": _is_plain(payload.get("environment", {})),
+            "clock": _is_clock(payload.get("clock", {})),
             "random_state": _is_random_state(payload.get("random_state", {})),
         }
         for name, holds in checks.items():
@@ -212,6 +215,22 @@ def _stored_settings(path: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
     return settings
+
+
+def _is_plain(environment: Any) -> bool:
+    return isinstance(environment, Mapping) and all(
+        value is None or type(value) in (str, int, float, bool) for value in environment.values()
+    )
+
+
+def _is_clock(clock: Any) -> bool:
+    """Seconds by name, as Clock.state_dict has them."""
+    names = {"step_seconds", "run_seconds"}
+    return (
+        isinstance(clock, Mapping)
+        and clock.keys() in (set(), names)
+        and all(type(seconds) in (int, float) and 0 <= seconds < 1e12 for seconds in clock.values())
+    )
 
 
 def _is_random_state(state: Any) -> bool:

@@ -31,7 +31,8 @@ class Saver:
 
     Only numbered checkpoints are ever deleted: those that this object wrote, and of those found at
     the start the ones that carry this run's id. One is deleted only when a newer one has been
-    written, read back and found whole; never the one with the best validation loss.
+    written, read back and found whole; never the one with the best validation loss, nor the last
+    one that the guard may roll back to.
     """
 
     def __init__(
@@ -58,9 +59,16 @@ class Saver:
         self._numbered.update(self._found)
         self._unevaluated: int | None = None  # the step of the last numbered save
         self._best: tuple[float, int] | None = None  # (validation loss, step)
+        self._good: int | None = None  # the last step saved that was no skipped one
+        self.newest: Path | None = resumed  # what a run can go on from
         if resumed is not None:
-            best = _stored_best(_peek(resumed))
+            payload = _peek(resumed)
+            best = _stored_best(payload)
             self._best = best if best and best[1] in self._numbered else None
+            step = _step_of(resumed)
+            if step in self._numbered:
+                self._unevaluated = step
+                self._good = step if _is_good(payload) else None
 
     def save(self, name: str, payload: dict[str, Any], *, wait: bool = False) -> None:
         """Copies the tensors of `payload` and starts to write it; waits for the save before it.
@@ -88,6 +96,11 @@ class Saver:
                 self._write(name, payload)  # which needs neither
         if wait:
             self.wait()
+
+    def holds(self, step: int) -> bool:
+        """Is the checkpoint of `step` there? Waits for it if it is in flight."""
+        self.wait()
+        return step in self._numbered
 
     def due(self) -> bool:
         """Have the minutes gone by since the last save?"""
@@ -118,7 +131,7 @@ class Saver:
         Saves and evaluations need not coincide: the first evaluation behind a checkpoint counts.
         """
         step, self._unevaluated = self._unevaluated, None
-        if step is None or not math.isfinite(val_loss):
+        if step is None or not math.isfinite(val_loss) or not self.holds(step):
             return
         if self._best is None or val_loss < self._best[0]:
             self._best = (val_loss, step)
@@ -156,6 +169,7 @@ class Saver:
         self._failed = {name: why for name, why in self._failed.items() if not name.isdecimal()}
         if self._best is not None and self._best[1] > step:
             self._best = None
+        self._good = step if step in self._numbered else None
         self._unevaluated = None
 
     def _is_old(self, step: int) -> bool:
@@ -202,13 +216,18 @@ class Saver:
             if name.isdecimal():
                 self._numbered[int(name)] = path
                 self._found.pop(int(name), None)
-                self._delete_old(int(name), payload.get("run_id"))
+                if _is_good(payload):
+                    self._good = int(name)
+            if name.isdecimal() or name == "final":
+                self.newest = path
+                self._delete_old(payload.get("run_id"))
 
-    def _delete_old(self, newest: int, run_id: str | None) -> None:
-        """Deletes what is neither among the last, nor the best, nor `newest`, just read back."""
+    def _delete_old(self, run_id: str | None) -> None:
+        """A newer one has just been read back: deletes what is neither among the last, nor the
+        best, nor the one to roll back to."""
         if not self._keep_last:
             return
-        keep = {newest, *sorted(self._numbered)[-self._keep_last :]}
+        keep = {*sorted(self._numbered)[-self._keep_last :], self._good}
         if self._best is not None:
             keep.add(self._best[1])
         for step in sorted(self._numbered.keys() - keep):
@@ -235,6 +254,12 @@ def _peek(path: Path) -> dict[str, Any]:
     except Exception:  # gone, damaged, or another program's
         return {}
     return payload if isinstance(payload, dict) else {}
+
+
+def _is_good(payload: dict[str, Any]) -> bool:
+    """Was the step before it taken? The guard rolls back to such a checkpoint."""
+    guard = payload.get("guard")  # missing in an older version's
+    return not guard or guard["counts"][1] == 0
 
 
 def _stored_best(payload: dict[str, Any]) -> tuple[float, int] | None:

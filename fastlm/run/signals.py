@@ -18,11 +18,14 @@ class Stopped(Exception):
 
 class StopSignals:
     """SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 ask for a stop at the next safe point; a second
-    one ends the process at once, with 128 + its number.
+    one ends the process at once, with 128 + its number. In somebody else's program, a notebook for
+    one, a second Ctrl-C raises KeyboardInterrupt where the run is.
 
     A signal that is ignored when the run begins stays ignored: nohup's SIGHUP, a background job's
     SIGINT. Outside the main thread, where Python lets nobody handle signals, it does nothing.
     """
+
+    is_command = False  # the process is the trainer's own
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -48,6 +51,8 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            if number == signal.SIGINT and not self.is_command:
+                raise KeyboardInterrupt
             _tell("stopped at once: nothing was saved after the last checkpoint")
             os._exit(128 + number)
         self.received = number
@@ -55,7 +60,7 @@ class StopSignals:
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def leave(self) -> None:
         """Ends as the received signal ends a program, SIGUSR1 with 0; returns if there was none."""

@@ -16,11 +16,15 @@ from fastlm.checkpoint import (
     read_checkpoint,
     restore_random_state,
     restore_scaler,
-    samples_seen_of,
 )
 from fastlm.foreign_state import shape_of, shortened
+from fastlm.run.environment import differences, environment
+from fastlm.run.guard import Guard
+from fastlm.run.resume import Resumed
+from fastlm.run.summary import Clock
 
 CPU = torch.device("cpu")
+HERE = environment(CPU, torch.float32, compiled=False)
 
 
 def fuzz(count: int, seed: int, directory: Path) -> int:
@@ -61,7 +65,10 @@ def _restores(model, optimizer, path: Path) -> bool:
     try:
         # What is refused last must not have changed anything either.
         payload = read_checkpoint(path)
-        samples_seen_of(payload)
+        differences(Resumed.of(path, dict(payload), frozenset()).payload.get("environment"), HERE)
+        Clock(CPU, 0.0, payload)
+        if payload.get("guard") is not None:
+            Guard("skip", CPU).load_state_dict(payload["guard"])
         restore_random_state(payload, CPU)
         restore_scaler(_scaler(), payload)
         step = load_checkpoint(model, optimizer, path)
@@ -87,6 +94,13 @@ def _payload() -> dict[str, Any]:
         config={"betas": (0.9, 0.95), "data": ("a.bin",), "seed": 0, "lr_max": 3e-4},
         best_checkpoint={"val_loss": 3.0, "step": 1},
         run_id="0123456789abcdef",
+        saved_at=1.0,
+        data_fingerprint="0" * 64,
+        sampler_version=2,
+        fastlm_version="0.1.0",
+        environment=dict(HERE),
+        clock={"step_seconds": 1.0, "run_seconds": 2.0},
+        guard=Guard("skip", CPU).state_dict(),
     )
 
 

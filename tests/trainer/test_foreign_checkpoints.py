@@ -18,7 +18,6 @@ from fastlm.checkpoint import (
     restore_optimizer,
     restore_random_state,
     restore_scaler,
-    samples_seen_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,8 +110,8 @@ def test_thousands_of_cases_of_the_fuzz(tmp_path, seed):
 
 @pytest.mark.parametrize("value", [7, 7.0, torch.tensor(7), torch.tensor(7.0)])
 def test_step_numbers_of_other_programs(value):
-    assert iteration_of({"step": value}) == 7 and samples_seen_of({"samples_seen": value}) == 7
-    assert iteration_of({}) == 0 and samples_seen_of({}) is None
+    assert iteration_of({"step": value}) == 7
+    assert iteration_of({}) == 0
 
 
 def test_random_states_and_scales_that_are_none():
