@@ -265,7 +265,10 @@ class Run:
             return
         try:
             self.runner.drop()
-            self._report(*self.saver.emergency(self._payload()))
+            path, error = self.saver.emergency(self._payload())
+            self._report(path, error)
+            if error is None:
+                self.log.say(f"[train] an error follows; --resume {path} goes on from before it")
         except Exception as error:
             self.log.say(f"[CKPT] FAILED: the emergency checkpoint: {error}")
 

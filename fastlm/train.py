@@ -4,7 +4,7 @@ main() is the command; train_loop() is the same run for data and settings of one
 is set up and checked; fastlm/loop.py runs it, fastlm/step.py is the step.
 
 Exit codes
-    0    the run is complete, or SIGUSR1 asked for its checkpoint
+    0    the run is complete, or was stopped by --max-minutes or SIGUSR1
     1    it came to its end and something is missing: lines of a log, a checkpoint, a model that
          learnt anything; the last line says what
     2    a setting, a file or the training itself must be changed first; the error says which

@@ -421,3 +421,25 @@ def test_train_loop_raises_when_it_diverges(tmp_path, monkeypatch):
     poison(monkeypatch, set(range(1000)), math.nan)
     with pytest.raises(DivergedError):
         train_loop(tokens(4000), VAL, tiny_config(tmp_path))
+
+
+def test_without_a_checkpoint_to_go_back_to_it_skips(tmp_path, monkeypatch, small_window, capsys):
+    """Also where more steps than give up stand between two log lines."""
+    monkeypatch.setattr(guard_module, "GIVE_UP", 12)
+    poison(monkeypatch, set(range(15, 26)), math.nan)
+    run_tiny(tmp_path / "run", guard="rollback", total_steps=40, log_every=5)
+    said = capsys.readouterr().out
+    assert said.count("[guard] no checkpoint to go back to: bad steps are skipped from now on") == 1
+    (summary,) = metrics(tmp_path / "run", "summary")
+    assert (summary["skipped"], summary["steps"]) == (11, 40)
+
+
+def test_going_back_comes_before_giving_up(tmp_path, monkeypatch, small_window):
+    monkeypatch.setattr(guard_module, "GIVE_UP", 12)
+    poison(monkeypatch, set(range(15, 45)), math.nan)
+    settings = dict(total_steps=60, log_every=40, ckpt_every=2)
+    run_tiny(tmp_path / "run", guard="rollback", **settings)
+    assert len(metrics(tmp_path / "run", "rollback")) == 1
+    (summary,) = metrics(tmp_path / "run", "summary")
+    assert summary["rolled_back"] == 1 and summary["skipped"] >= 20
+    assert metrics(tmp_path / "run", "guard")  # what was skipped stays in the metrics

@@ -105,3 +105,13 @@ def test_file_names_that_are_not_utf8(tmp_path):
     assert checkpoint(tmp_path / name).exists()
     log = (tmp_path / name / "logs" / "train.log").read_bytes()
     assert b"Saved to caf\xe9/checkpoints" in log
+
+
+def test_the_prefix_is_printed_where_there_are_others(tmp_path):
+    from fastlm.run.commands import resume_command
+
+    run_tiny(tmp_path, total_steps=2)
+    cfg = run_tiny(tmp_path, total_steps=2, ckpt_save_prefix="b", log_save_prefix="b")
+    assert "--ckpt-save-prefix b" in resume_command(cfg)
+    cfg.ckpt_save_prefix = "checkpoint"
+    assert "--ckpt-save-prefix checkpoint" in resume_command(cfg)

@@ -360,3 +360,40 @@ def test_a_save_changes_nothing(tmp_path, sync_save):
 def test_ckpt_minutes(tmp_path):
     run_tiny(tmp_path, total_steps=5, ckpt_minutes=1e-9)
     assert names_of_run(checkpoint(tmp_path).parent) == {*"1234", "final", "model"}
+
+
+# --- which stay when not all goes well ---
+
+
+def test_the_last_one_before_skipped_steps_stays(path_of, tmp_path):
+    """The guard may roll back to it."""
+    saver = Saver(path_of, keep_last=2)
+    for step, in_a_row in ((10, 0), (20, 0), (30, 2), (40, 3), (50, 4)):
+        guard = {"counts": [in_a_row, in_a_row, 0, 0]}
+        saver.save(str(step), {**payload(step), "guard": guard}, wait=True)
+    assert names(tmp_path) == {"20", "40", "50"}
+    saver.forget_after(20)
+    save_all(saver, 30, 40)
+    assert names(tmp_path) >= {"30", "40"} and "50" in names(tmp_path)  # another branch's now
+
+
+def test_the_best_is_one_that_is_there(path_of, tmp_path, monkeypatch):
+    saver = Saver(path_of, keep_last=1)
+    save_all(saver, 10)
+    saver.evaluated(2.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_file, "digest_holds", lambda _: False)
+        save_all(saver, 20)
+    saver.evaluated(1.0)  # of what was not saved
+    save_all(saver, 30, 40)
+    assert names(tmp_path) == {"10", "40"}
+
+
+def test_a_resumed_checkpoint_gets_the_loss_that_it_still_lacked(path_of, tmp_path):
+    save_all(Saver(path_of, keep_last=1), 10)  # and stopped in the evaluation
+    saver = Saver(path_of, keep_last=1, found=[path_of("10")], resumed=path_of("10"))
+    saver.evaluated(1.0)
+    save_all(saver, 20)
+    saver.evaluated(5.0)
+    save_all(saver, 30)
+    assert names(tmp_path) == {"10", "30"}

@@ -188,3 +188,58 @@ def test_an_error_before_a_step_is_done_saves_nothing(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="at once"):
         run_tiny(tmp_path)
     assert list(checkpoint(tmp_path).parent.iterdir()) == []
+
+
+def test_a_signal_during_a_save_does_not_write_it_again(tmp_path, monkeypatch):
+    from fastlm.run import saver
+
+    written, write = [], saver.write_checkpoint
+
+    def noted(payload, path, **options):
+        written.append(path.stem)
+        write(payload, path, **options)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(saver, "write_checkpoint", noted)
+    with pytest.raises(SystemExit):
+        run_tiny(tmp_path, ckpt_every=5, sync_save=True)
+    assert written == ["checkpoint_5"]
+
+
+def test_ctrl_c_is_raised_when_nothing_can_be_saved(tmp_path, monkeypatch, capsys):
+    from fastlm.run import saver
+
+    def full(payload, path, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver, "write_checkpoint", full)
+    at_sample(monkeypatch, 5 * 4, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path)
+    said = capsys.readouterr().out
+    assert "continue with: no checkpoint" in said and "[train] missing: " in said
+
+
+def test_a_second_ctrl_c_in_somebody_elses_program_raises(tmp_path, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    at_sample(monkeypatch, 5 * 4, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "checkpoint", lambda *_: None)
+        at_sample(patched, 5 * 4, lambda: 1 / 0)
+        patched.setattr("fastlm.loop.Run._save_emergency", lambda self: None)
+        with pytest.raises(ZeroDivisionError):
+            run_tiny(tmp_path)
+    assert losses(tmp_path).keys() == set(range(5))
+    run_tiny(tmp_path)
+    assert [row["step"] for row in metrics(tmp_path, "train")] == list(range(12))
+    assert len(metrics(tmp_path, "start")) == 1
+    assert (tmp_path / "logs" / "metrics.jsonl_abandoned").exists()
