@@ -159,6 +159,8 @@ class Run:
         self._window_good += self.runner.good
         self._window_steps += 1
         self.log.advance()
+        if self.completed == self.start_step + 1:
+            self.saver.reserve(self._payload())
 
     def _is_evaluated(self, step: int) -> bool:
         every = self.cfg.eval_every

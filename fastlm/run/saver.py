@@ -70,6 +70,26 @@ class Saver:
                 self._unevaluated = step
                 self._good = step if _is_good(payload) else None
 
+    def reserve(self, payload: dict[str, Any]) -> None:
+        """Makes the memory of the copies of such a payload, in the background: otherwise the first
+        save waits for its pages, ten times as long as for the copy. To be called when the optimizer
+        has its state."""
+        if self._wait_for_each or self._thread is not None:
+            return
+
+        def copy() -> None:  # what is copied does not matter
+            try:
+                self._copied(payload)
+            except (MemoryError, RuntimeError):
+                self._buffers.clear()
+
+        thread = threading.Thread(target=copy, name="checkpoint buffers")
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: the first save does it
+            return
+        self._thread = thread
+
     def save(self, name: str, payload: dict[str, Any], *, wait: bool = False) -> None:
         """Copies the tensors of `payload` and starts to write it; waits for the save before it.
 

@@ -29,6 +29,7 @@ from fastlm.kernels.cross_entropy_op import Options
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT16 = pytest.param(torch.float16, marks=pytest.mark.exhaustive)
 OPTIONS = {
     "defaults": Options(),
     "smoothing": Options(label_smoothing=0.1),
@@ -131,15 +132,7 @@ def check(logits, targets, options=OPTIONS["defaults"], *, seed=1):
     return losses, lse, gradient
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        torch.bfloat16,
-        pytest.param(torch.float16, marks=pytest.mark.exhaustive),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], FLOAT16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(options, dtype):
     for N, V in ((1, 1), (3, 1), (7, 2), (5, 17), (4, 511), (3, 1000)):

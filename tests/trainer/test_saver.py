@@ -397,3 +397,16 @@ def test_a_resumed_checkpoint_gets_the_loss_that_it_still_lacked(path_of, tmp_pa
     saver.evaluated(5.0)
     save_all(saver, 30)
     assert names(tmp_path) == {"10", "30"}
+
+
+def test_reserved_memory_is_what_the_saves_use(path_of):
+    model, optimizer = make_pair()
+    saver = Saver(path_of, keep_last=0)
+    saver.reserve(checkpoint_payload(model, optimizer, 1))
+    saver.wait()
+    reserved = {place: buffer.data_ptr() for place, buffer in saver._buffers.items()}
+    train_step(model, optimizer, 9)
+    saver.save("2", checkpoint_payload(model, optimizer, 2), wait=True)
+    assert {place: buffer.data_ptr() for place, buffer in saver._buffers.items()} == reserved
+    stored = read_checkpoint(path_of("2"))
+    assert same(stored["model_state"], dict(model.state_dict()))
