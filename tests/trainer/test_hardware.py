@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,7 +175,9 @@ def test_no_python_headers_is_one_line_that_says_what_to_do(monkeypatch, tmp_pat
 
 def tell(program: str, *argv: str, **options) -> list[str]:
     """The words that a function of command_programs prints in a process of its own."""
-    result = commands().run([*argv], Path.cwd(), call=f"command_programs:{program}", **options)
+    with tempfile.TemporaryDirectory() as directory:  # for the files that some of them write
+        call = f"command_programs:{program}"
+        result = commands().run([*argv], Path(directory), call=call, **options)
     assert result.returncode == 0, result.output
     return result.stdout.split()
 
