@@ -80,7 +80,7 @@ class Saver:
         def copy() -> None:  # what is copied does not matter
             try:
                 self._copied(payload)
-            except (MemoryError, RuntimeError):
+            except (MemoryError, RuntimeError):  # the save copies again, and tells
                 self._buffers.clear()
 
         thread = threading.Thread(target=copy, name="checkpoint buffers")
