@@ -268,6 +268,7 @@ def main(argv: list[str] | None = None) -> int:
             code = run_command(lambda: _command(argv))
         return code or int(bool(missing))
     finally:
+        StopSignals.is_command = False  # a caller's own train_loop may follow
         silence_broken_streams()
 
 

@@ -13,12 +13,25 @@ from fastlm.checkpoint import checkpoint_files
 from fastlm.data.loader import TrainLoader
 from fastlm.evaluate import mean_loss
 from fastlm.run.log import RunLog
+from fastlm.run.signals import StopSignals
 from fastlm.step import ModelLoss
+from fastlm.train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 
 CODES = {"SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 0}
 ACCUMULATED = dict(grad_accum=4, dropout=0.2, batch_size=2, total_steps=8)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Whoever started the tests: a background job begins with SIGINT ignored."""
+    usual = {number: signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    usual[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def at_sample(monkeypatch, sample: int, action) -> None:
@@ -229,6 +242,12 @@ def test_a_second_ctrl_c_in_somebody_elses_program_raises(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run_tiny(tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_command_leaves_a_second_ctrl_c_as_it_was():
+    """Called from a program, main() must not make its later runs end the process."""
+    assert main(["--print-config"]) == 0
+    assert not StopSignals.is_command
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
