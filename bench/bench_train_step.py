@@ -20,6 +20,7 @@ from fastlm import TrainingConfig, create_model_and_optimizer
 from fastlm.data.loader import TrainLoader
 from fastlm.hardware import back_heap_with_huge_pages, select_dtype
 from fastlm.model import training_flops_per_token
+from fastlm.model_loss import ModelLoss
 from fastlm.presets import PRESETS
 from fastlm.step import TrainStep
 
@@ -38,7 +39,7 @@ def bench_train_step(benchmark, device, allocator, preset, vocab_size):
     tokens = np.random.default_rng(0).integers(0, vocab_size, 1_000_000, dtype=np.uint16)
     model, optimizer, _ = create_model_and_optimizer(cfg)
     loader = TrainLoader(tokens, cfg.batch_size, cfg.context_len, seed=0, device=device)
-    step = TrainStep(model, optimizer, loader, cfg)
+    step = TrainStep(ModelLoss(model, loader.device, cfg), optimizer, loader, cfg)
     dtype = select_dtype(cfg.dtype, device)
     rivals = {
         "notebook's loop: eager fp32": notebook_step(copy.deepcopy(model), tokens, cfg),

@@ -183,39 +183,6 @@ def restore_scaler(scaler: torch.amp.GradScaler, payload: Mapping[str, Any]) -> 
         ) from error
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of torch's generators that a run on `device` draws from; waits for nothing."""
-    state = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def restore_random_state(payload: Mapping[str, Any], device: torch.device) -> None:
-    """Sets torch's generators, the CPU's and that of `device`, to a checkpoint's, if it has them.
-
-    Raises CheckpointError for what is no state of a generator.
-    """
-    stored = payload.get("random_state")
-    if stored is None:
-        return
-    try:
-        if not isinstance(stored, Mapping):
-            raise TypeError(f"it is a {type(stored).__name__}")
-        if "torch" in stored:
-            torch.set_rng_state(stored["torch"])
-        if "cuda" in stored and device.type == "cuda":
-            torch.cuda.set_rng_state(stored["cuda"], device)
-        if "mps" in stored and device.type == "mps":
-            torch.mps.set_rng_state(stored["mps"])
-    except Exception as error:
-        raise CheckpointError(
-            f"the checkpoint's random state cannot be restored ({first_line(error)})"
-        ) from error
-
-
 def _fitting_state(model: nn.Module, payload: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint, names without prefixes, checked against those of `model`."""
     stored = _first(payload, _MODEL_KEYS)

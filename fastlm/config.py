@@ -5,7 +5,7 @@ The comment behind a field is its help text (`python -m fastlm.train --help`).
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastlm.errors import ConfigError, shown
@@ -35,7 +35,9 @@ class TrainingConfig:
     context_len: int = 256
     """Tokens in a window."""
     grad_accum: int = 1
-    """Micro-batches in a step."""
+    """Micro-batches of each process in a step."""
+    tokens_per_step: int | None = None
+    """Tokens in a step, on all processes together: sets grad_accum."""
     vocab_size: int = 10000
     """Token ids lie below it. Taken from the data's manifest if there is one."""
 
@@ -117,11 +119,22 @@ class TrainingConfig:
     """Dtype of the matmuls; weights stay float32. auto: bfloat16 if it is faster there."""
     compile: bool = False
     """torch.compile the training and the evaluation step."""
+    compile_scope: Literal["model", "block"] | None = None
+    """What is compiled as one: the model, faster in one process; or each block, which is compiled
+    once for all, and lets several processes exchange gradients during backward. Default: the model
+    in one process, blocks in several."""
     deterministic: bool = False
     """On CUDA: let torch choose the algorithms that give the same bits each time, and stop with an
     error at an operation that has none. A CPU gives the same bits without it."""
     activation_checkpointing: bool = False
     """Recompute activations in backward: less memory, a third more work."""
+
+    # === Several processes (torchrun) ===
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every process has the whole model; fsdp: a part of weights, gradients and moments."""
+    fsdp_reshard: bool = True
+    """fsdp: drop a block's weights after its forward and gather them again for backward: less
+    memory, half as much communication again."""
 
     # === Run ===
     seed: int = 0
@@ -180,7 +193,7 @@ class TrainingConfig:
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must not be negative")
-        for name in ("train_minutes", "max_minutes", "ckpt_minutes"):
+        for name in ("train_minutes", "max_minutes", "ckpt_minutes", "tokens_per_step"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must be positive")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -193,9 +206,13 @@ class TrainingConfig:
             ("schedule", ("cosine", "wsd")),
             ("guard", ("skip", "rollback", "off")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("compile_scope", (None, "model", "block")),
+            ("parallel", ("ddp", "fsdp")),
         ):
             if getattr(self, name) not in values:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: it must be {', '.join(values)}")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}: it must be {', '.join(map(str, values))}"
+                )
         if self.batch_size * self.grad_accum * self.context_len >= 2**_STEP_TOKENS_POWER:
             raise ConfigError(
                 f"batch_size={self.batch_size} * grad_accum={self.grad_accum} * "
@@ -216,6 +233,23 @@ class TrainingConfig:
             check_heads(self.d_model, self.num_heads)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    def accumulated(self, processes: int) -> "TrainingConfig":
+        """With the grad_accum that tokens_per_step asks for on so many processes.
+
+        Raises ConfigError if they do not divide it.
+        """
+        if self.tokens_per_step is None:
+            return self
+        micro_batches = self.batch_size * self.context_len * processes
+        accum = max(1, round(self.tokens_per_step / micro_batches))
+        if accum * micro_batches != self.tokens_per_step:
+            raise ConfigError(
+                f"tokens_per_step={self.tokens_per_step}: batch_size={self.batch_size} * "
+                f"context_len={self.context_len} * {processes} processes = {micro_batches} does "
+                f"not divide it; the nearest is {accum * micro_batches}"
+            )
+        return replace(self, grad_accum=accum)
 
     def _check_ranges(self) -> None:
         """What no setting may be, whichever it is."""

@@ -17,6 +17,7 @@ from fastlm.data.loader import all_batches, spread_batches
 from fastlm.data.progress import progress
 from fastlm.hardware import autocast, select_device, select_dtype
 from fastlm.ops.cross_entropy import check_labels, cross_entropy_loss
+from fastlm.parallel.world import ALONE, World
 
 LossFunction = Callable[
     [Tensor, Tensor], Tensor
@@ -68,30 +69,49 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy_loss(logits, targets, reduction="sum")
 
 
-def mean_loss(loss: LossFunction, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Mean loss per target over `batches`, summed in fp64.
+def mean_loss(
+    loss: LossFunction, batches: Iterable[tuple[Tensor, Tensor]], world: World = ALONE
+) -> float:
+    """Mean loss per target over `batches`, which the ranks share, summed in fp64.
 
     Waits for the device once, at the end. Raises ValueError for a label out of range, which makes
     a loss on a GPU NaN.
     """
-    total, targets = _loss_sum(loss, batches)
+    total, targets = _loss_sum(loss, batches, world)
     return total / targets
 
 
 def _loss_sum(
     loss: LossFunction,
     batches: Iterable[tuple[Tensor, Tensor]],
+    world: World,
     on_targets: Callable[[int], object] = lambda _: None,  # takes the size of each batch
 ) -> tuple[float, int]:
-    """(sum of the losses, number of targets)."""
+    """(sum of the losses, number of targets) of all ranks."""
     losses, targets = [], []
-    for x, y in batches:
+    for x, y in _shared(batches, world):
         losses.append(loss(x, y))
         targets.append((y != -100).sum())
-        on_targets(y.numel())
+        on_targets(y.numel() * world.size)
     total = sum(torch.stack(losses).tolist())
     check_labels()
-    return total, int(torch.stack(targets).sum())
+    sums = world.sum(torch.tensor([total, int(torch.stack(targets).sum())], dtype=torch.float64))
+    return float(sums[0]), int(sums[1])
+
+
+def _shared(
+    batches: Iterable[tuple[Tensor, Tensor]], world: World
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """This rank's batches, on every rank as many: what is over at the end has no targets."""
+    group: list[tuple[Tensor, Tensor]] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == world.size:
+            yield group[world.rank]
+            group = []
+    if group:
+        x, y = group[min(world.rank, len(group) - 1)]
+        yield x, y if world.rank < len(group) else torch.full_like(y, -100)
 
 
 class Evaluation(NamedTuple):
@@ -117,6 +137,7 @@ def loss_over_all(
     device: torch.device,
     *,
     max_targets: int = 0,
+    world: World = ALONE,
 ) -> Evaluation:
     """The loss over every target of `data` once, or over about `max_targets` (0: no limit) of them,
     in windows spread evenly. Shows how far it is.
@@ -130,7 +151,7 @@ def loss_over_all(
         unit="targets",
         silent_seconds=10.0,
     ) as on_targets:
-        total, targets = _loss_sum(loss, batches, on_targets)
+        total, targets = _loss_sum(loss, batches, world, on_targets)
     return Evaluation(total / targets, targets, of_targets)
 
 

@@ -14,7 +14,6 @@ from fastlm.checkpoint import (
     checkpoint_files,
     checkpoint_payload,
     iteration_of,
-    random_state,
     restore_model,
 )
 from fastlm.config import TrainingConfig
@@ -22,15 +21,16 @@ from fastlm.data.files import Data
 from fastlm.data.loader import spread_batches
 from fastlm.data.sampler import SAMPLER_VERSION
 from fastlm.errors import DivergedError
-from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss
+from fastlm.evaluate import LossFunction, bits_per_byte, evaluating, loss_over_all, mean_loss
 from fastlm.hardware import PeakMemory
 from fastlm.model import training_flops_per_token
 from fastlm.ops.cross_entropy import check_labels
+from fastlm.parallel.world import World
 from fastlm.run.commands import generate_command, resume_command
 from fastlm.run.directory import RunDirectory
 from fastlm.run.environment import environment
 from fastlm.run.guard import GuardWatch
-from fastlm.run.log import RunLog
+from fastlm.run.log import NoLog, RunLog
 from fastlm.run.output import Missing
 from fastlm.run.saver import Saver
 from fastlm.run.signals import Stopped, StopSignals
@@ -60,11 +60,14 @@ class Run:
         missing: Missing,  # what the run could not show or write
     ):
         self.data, self.cfg, self.runner, self.directory = data, cfg, runner, directory
+        self.world: World = runner.world
         self.start_step, self.completed = start_step, start_step
         self.samples_seen = self.start_samples = samples_seen
         self.clock, self.stop, self.missing = clock, stop, missing
         self.memory = PeakMemory(runner.device)
-        self.log = RunLog(
+        # Every rank knows the same and rank 0 tells it.
+        log = RunLog if self.world.is_main else NoLog
+        self.log = log(
             cfg.log_dir, cfg.log_save_prefix, missing=missing,
             resuming=bool(cfg.ckpt_path_to_resume),
             start_step=start_step, total_steps=cfg.total_steps,
@@ -79,7 +82,7 @@ class Run:
             found=checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix) if resumed else (),
             resumed=resumed,
         )
-        if (val_loss := self.log.evaluation(start_step - 1)) is not None:
+        if (val_loss := self._evaluated(start_step - 1)) is not None:
             self.saver.evaluated(val_loss)
         self.watch = GuardWatch(runner)
         self._graphs = graphs_compiled() if cfg.compile else 0
@@ -119,18 +122,23 @@ class Run:
         except DivergedError:
             raise  # all is saved
         except Exception:
-            self._save_emergency()
+            if self.world.size == 1:  # several cannot rely on each other any more
+                self._save_emergency()
             raise
         return self.completed == self.cfg.total_steps
 
     def _run_steps(self) -> None:
         cfg, step = self.cfg, self.completed - 1
-        if self._is_evaluated(step) and self.log.evaluation(step) is None:
+        if self._is_evaluated(step) and self._evaluated(step) is None:
             self._validate(step)  # the run was stopped in the evaluation
+        # One process leaves a step at a micro-batch; several agree behind the step.
+        alone = self.world.size == 1
+        leaves = (lambda: self.stop.requested) if alone else (lambda: False)
         self.clock.start()
         while self.completed < cfg.total_steps:
             step, lr = self.completed, learning_rate(self.completed, cfg)
-            loss = self.runner.run(self.samples_seen, lr, lambda: self.stop.requested)
+            vote = None if alone else self.world.vote(*self._wishes())
+            loss = self.runner.run(self.samples_seen, lr, leaves)
             if loss is not None:  # None: stopped before the step's last micro-batch
                 self._count(loss)
                 self._report_saves()
@@ -140,16 +148,31 @@ class Run:
                         continue
 
             last = self.completed == cfg.total_steps
-            stopping = not last and (self.stop.requested or self._time_is_up())
+            signal, time_is_up, save_is_due = self._wishes() if vote is None else vote.wait()
+            stopping = not last and bool(signal or time_is_up)
             # The checkpoint first: what may fail in an evaluation must not cost the steps.
             due = cfg.ckpt_every > 0 and self.completed % cfg.ckpt_every == 0
-            if last or stopping or due or self.saver.due():
+            if last or stopping or due or save_is_due:
                 self._save("final" if last else str(self.completed), must=last or stopping)
             if stopping:
+                self.stop.received = self.stop.received or signal or None
                 break
             if self._is_evaluated(step):
                 self._validate(step)
         self.clock.pause()
+
+    def _wishes(self) -> tuple[int, int, int]:
+        """What may end the run or is due, for a vote: one process's is everybody's."""
+        main = self.world.is_main
+        return (
+            self.stop.received or 0,
+            int(main and self._time_is_up()),
+            int(main and self.saver.due()),
+        )
+
+    def _evaluated(self, step: int) -> float | None:
+        """The validation loss behind `step` that an earlier piece of the run has logged."""
+        return self.world.decide(lambda: self.log.evaluation(step))
 
     def _count(self, loss: Tensor) -> None:
         """A step is done; the samples of a skipped one are passed, too."""
@@ -208,7 +231,7 @@ class Run:
         self.saver.wait()
         self._report_saves()
         try:
-            found = self.watch.way_back(self.completed, self.directory)
+            found = self.watch.way_back(self.completed, self.directory)  # the same on every rank
         except DivergedError:
             self._save(str(self.completed), must=True)
             raise
@@ -243,7 +266,6 @@ class Run:
             self.completed,
             samples_seen=self.samples_seen,
             scaler=runner.scaler.state_dict(),
-            random_state=random_state(runner.device),
             guard=runner.guard.state_dict(),
             clock=self.clock.state_dict(),
             **self._identity(),
@@ -280,13 +302,24 @@ class Run:
         return {
             "run_id": self.directory.run_id,
             "saved_at": time.time(),
-            "environment": environment(runner.device, runner.dtype, compiled=self.cfg.compile),
+            "environment": environment(
+                runner.device,
+                runner.dtype,
+                compiled=self.cfg.compile,
+                processes=self.world.size,
+            ),
             "config": asdict(self.cfg),
             "data_fingerprint": self.data.fingerprint,
             "sampler_version": SAMPLER_VERSION,
             "tokenizer": self.data.tokenizer_json,
             "fastlm_version": __version__,
         }
+
+    @property
+    def _summed(self) -> LossFunction:
+        """The loss for evaluations, left at a signal where that leaves nobody waiting."""
+        summed = self.runner.loss.summed
+        return self.stop.interruptible(summed) if self.world.size == 1 else summed
 
     def _validate(self, step: int) -> None:
         """The mean loss on the fixed batches. Left between two of them at a signal; the resumed run
@@ -297,7 +330,7 @@ class Run:
             self.data.val, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
         )
         with contextlib.suppress(Stopped), evaluating(runner.model):
-            val_loss = mean_loss(self.stop.interruptible(runner.loss.summed), batches)
+            val_loss = mean_loss(self._summed, batches, self.world)
             self.saver.evaluated(val_loss)
             self.log.val(step, val_loss)
         self.clock.start()
@@ -316,12 +349,13 @@ class Run:
         try:
             with evaluating(runner.model):
                 final = loss_over_all(
-                    self.stop.interruptible(runner.loss.summed),
+                    self._summed,
                     data.val,
                     cfg.batch_size,
                     cfg.context_len,
                     runner.device,
                     max_targets=cfg.final_eval_tokens,
+                    world=self.world,
                 )
         except Stopped:
             return False
@@ -341,6 +375,7 @@ class Run:
             flops_per_token=training_flops_per_token(runner.model, cfg.context_len),
             final=final,
             peak_memory=self.memory,
+            peaks=self.world.gather(self.memory.bytes),
             skipped=self.watch.report.skipped,
             rolled_back=runner.guard.rolled_back,
             bits_per_byte=in_bytes,

@@ -13,22 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastlm.checkpoint import (
-    load_checkpoint,
-    random_state,
-    restore_optimizer,
-    restore_random_state,
-    restore_scaler,
-)
+from fastlm.checkpoint import load_checkpoint, restore_optimizer, restore_scaler
 from fastlm.config import TrainingConfig
 from fastlm.data.loader import TrainLoader
+from fastlm.data.sampler import mixed
 from fastlm.errors import CompileError
 from fastlm.evaluate import evaluating
-from fastlm.hardware import autocast, check_compiler, select_device, select_dtype, synchronize
+from fastlm.hardware import select_device, synchronize
 from fastlm.model import TransformerLM
-from fastlm.ops.linear_cross_entropy import linear_cross_entropy_loss
+from fastlm.model_loss import ModelLoss
 from fastlm.optim import AdamW
+from fastlm.parallel.world import ALONE, World
+from fastlm.parallel.wrap import micro_step
 from fastlm.run.guard import Guard
+
+IGNORED = -100  # the label of no target
 
 
 def set_seed(seed: int) -> None:
@@ -41,18 +40,26 @@ def set_seed(seed: int) -> None:
 def create_model_and_optimizer(
     cfg: TrainingConfig, ckpt_path_to_resume: str | None = None
 ) -> tuple[TransformerLM, AdamW, int]:
-    """(model, optimizer, start_step) on cfg.device, restored from a checkpoint if one is given.
-
-    Matrices are decayed and vectors (the norms' weights) are not, unless cfg.weight_decay_all.
-    """
+    """(model, optimizer, start_step) on cfg.device, restored from a checkpoint if one is given."""
     model = create_model(cfg)
-    parameters = list(model.parameters())
+    optimizer, start_step = create_optimizer(model, cfg), 0
+    if ckpt_path_to_resume is not None:
+        print(f"[resume] Loading checkpoint from {ckpt_path_to_resume}")
+        start_step = load_checkpoint(model, optimizer, ckpt_path_to_resume)
+    return model, optimizer, start_step
+
+
+def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
+    """AdamW of `model`: matrices are decayed and vectors (norms' weights, biases) are not, unless
+    cfg.weight_decay_all.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if cfg.weight_decay_all or p.dim() >= 2]
     others = [p for p in parameters if not (cfg.weight_decay_all or p.dim() >= 2)]
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
-    optimizer = AdamW(
+    return AdamW(
         groups,
         lr=cfg.lr_max,
         betas=cfg.betas,
@@ -61,11 +68,6 @@ def create_model_and_optimizer(
         # Also without clipping: a NaN must not reach the weights, and the norm is logged.
         skip_nonfinite=True,
     )
-    start_step = 0
-    if ckpt_path_to_resume is not None:
-        print(f"[resume] Loading checkpoint from {ckpt_path_to_resume}")
-        start_step = load_checkpoint(model, optimizer, ckpt_path_to_resume)
-    return model, optimizer, start_step
 
 
 def create_model(cfg: TrainingConfig) -> TransformerLM:
@@ -84,55 +86,29 @@ def create_model(cfg: TrainingConfig) -> TransformerLM:
     ).to(select_device(cfg.device))
 
 
-class ModelLoss:
-    """The loss of a model's head over its hidden states, both in cfg.dtype; the loss is fp32."""
-
-    def __init__(self, model: nn.Module, device: torch.device, cfg: TrainingConfig):
-        self.model, self.device = model, device
-        self.dtype = select_dtype(cfg.dtype, device)
-        self._hidden = self._hidden_states
-        if cfg.compile:
-            check_compiler(device)
-            # Shapes are fixed: a graph for each mode, and no recompilation for a changed size.
-            self._hidden = torch.compile(self._hidden_states, dynamic=False)
-
-    def _hidden_states(self, x: Tensor) -> Tensor:
-        """x: (B, T) -> (B, T, D) in the matmuls' dtype."""
-        with autocast(self.device, self.dtype):
-            return self.model.hidden(x).to(self.dtype)
-
-    def __call__(self, x: Tensor, y: Tensor, **options) -> Tensor:
-        """x, y: (B, T) -> linear_cross_entropy_loss with its `options`.
-
-        Computed outside the compiled graph, so the upstream gradient is 1 and precomputed gradients
-        are returned without another pass.
-        """
-        head = self.model.lm_head
-        return linear_cross_entropy_loss(self._hidden(x), head.weight, y, bias=head.bias, **options)
-
-    def summed(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y: (B, T) -> sum of the B * T losses in nats, fp32."""
-        return self(x, y, reduction="sum")
-
-
 class TrainStep:
-    """Runs training steps of one model on one device."""
+    """Runs training steps of one model on one device, or on one of each rank's."""
 
     def __init__(
-        self, model: nn.Module, optimizer: AdamW, loader: TrainLoader, cfg: TrainingConfig
+        self,
+        loss: ModelLoss,
+        optimizer: AdamW,
+        loader: TrainLoader,
+        cfg: TrainingConfig,
+        world: World = ALONE,
+        wrapped: nn.Module | None = None,  # what spreads `loss` over the ranks
     ):
-        self.model, self.optimizer, self.loader = model, optimizer, loader
-        self.device = loader.device
-        self.loss = ModelLoss(model, self.device, cfg)
-        self.dtype = self.loss.dtype
-        self.grad_accum = cfg.grad_accum
-        self.samples = loader.batch_size * cfg.grad_accum  # windows in a step
-        self.tokens = self.samples * loader.context_len  # in a step
+        self.loss, self.wrapped, self.optimizer = loss, wrapped or loss, optimizer
+        self.loader, self.world = loader, world
+        self.model, self.dtype, self.device = loss.model, loss.dtype, loader.device
+        self.grad_accum, self.seed = cfg.grad_accum, cfg.seed
+        # In a step, on all ranks.
+        self.samples = loader.batch_size * cfg.grad_accum * world.size  # windows
+        self.tokens = self.samples * loader.context_len
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.guard = Guard(cfg.guard, self.device)
         optimizer.register_step_pre_hook(lambda *_: self.guard.hand_over(optimizer))
         self.good = torch.ones((), dtype=torch.bool, device=self.device)  # the last step was taken
-        self._before: dict[str, Tensor] | None = None  # random state before an unfinished step
         self.compile_seconds = 0.0
         self._compile = cfg.compile
 
@@ -140,24 +116,34 @@ class TrainStep:
         self, first_sample: int, lr: float, stop: Callable[[], bool] = lambda: False
     ) -> Tensor | None:
         """One optimizer step on the samples from `first_sample` on. Returns the mean loss of its
-        tokens, 0-d on the device.
+        targets on all ranks, 0-d on the device.
 
         Nothing here waits for the device: read the loss, self.good (was the step taken?) and
         optimizer.last_grad_norm when they are wanted. `stop` is asked before each micro-batch: if
         it says yes, the step is dropped, nothing has changed, and None comes back.
         """
-        self._before = random_state(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        batch_size, world = self.loader.batch_size, self.world
+        samples = [
+            first_sample + (micro * world.size + world.rank) * batch_size
+            for micro in range(self.grad_accum)
+        ]
+        batches = [self.loader.batch(sample) for sample in samples]
+        targets = world.sum(torch.stack([(y != IGNORED).sum() for _, y in batches]).sum())
         loss = torch.zeros((), device=self.device)
-        for micro_step in range(self.grad_accum):
+        for micro, (sample, (x, y)) in enumerate(zip(samples, batches, strict=True)):
             if stop():
                 self.drop()
                 return None
-            x, y = self.loader.batch(first_sample + micro_step * self.loader.batch_size)
-            micro_loss = self.loss(x, y, num_items=self.tokens)
-            self.scaler.scale(micro_loss).backward()
+            # What is random is a function of the samples: a run that is resumed, on however many
+            # ranks, draws the same.
+            _seed(mixed(self.seed, sample), self.device)
+            with micro_step(self.wrapped, last=micro == self.grad_accum - 1):
+                micro_loss = self.wrapped(x, y, targets)
+                self.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
+        world.sum(loss)
         self.guard.judge(loss)
         self.optimizer.last_grad_norm = None
         self.scaler.unscale_(self.optimizer)  # does nothing without float16
@@ -165,18 +151,14 @@ class TrainStep:
         self.scaler.update()
         self.good = self.guard.record(loss, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        self._before = None
         return loss
 
     def drop(self) -> None:
         """Undoes what a step that does not come to its end has done."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self._before is not None:
-            restore_random_state({"random_state": self._before}, self.device)
-            self._before = None
 
     def restore(self, payload: Mapping[str, Any]) -> None:
-        """All of a checkpoint but the weights: moments, loss scale, random state, guard."""
+        """All of a checkpoint but the weights: moments, loss scale, guard."""
         groups = self.optimizer.param_groups
         # Its state brings the settings of the run before; this run's are those that it was given.
         settings = [{name: g[name] for name in ("betas", "eps", "weight_decay")} for g in groups]
@@ -184,7 +166,6 @@ class TrainStep:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         restore_scaler(self.scaler, payload)
-        restore_random_state(payload, self.device)
         if payload.get("guard") is not None:
             self.guard.load_state_dict(payload["guard"])
 
@@ -213,9 +194,12 @@ class TrainStep:
         durations: list[float] = []
         with self._unchanged():
             deadline = time.perf_counter() + seconds
-            while time.perf_counter() < deadline or len(durations) < 5:
-                if durations and stop():
-                    break
+
+            def goes_on() -> bool:
+                more = time.perf_counter() < deadline or len(durations) < 5
+                return more and not (durations and stop())
+
+            while self.world.decide(goes_on):
                 start = time.perf_counter()
                 self.run(len(durations) * self.samples, lr=0.0)
                 synchronize(self.device)
@@ -224,16 +208,14 @@ class TrainStep:
 
     @contextlib.contextmanager
     def _unchanged(self):
-        """Undoes what steps of lr = 0 do: moments, random state, loss scale, what the guard counts.
-        Weights stay as is."""
+        """Undoes what steps of lr = 0 do: moments, loss scale, what the guard counts. Weights stay
+        as is."""
         if self.optimizer.state:
             raise RuntimeError("the optimizer has state already: warm up before loading it")
         scale, guard = self.scaler.state_dict(), self.guard
         self.guard = Guard("off", self.device)
-        devices = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=devices):
-                yield
+            yield
         except Exception as error:
             if not (self._compile and _is_compile_failure(error)):
                 raise
@@ -247,6 +229,16 @@ class TrainStep:
         self.optimizer.state.clear()
         if scale:
             self.scaler.load_state_dict(scale)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds the generators that a micro-batch on `device` draws from."""
+    # Not torch.manual_seed: for devices that are not there it takes 0.1 ms.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _is_compile_failure(error: Exception) -> bool:

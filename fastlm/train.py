@@ -17,7 +17,10 @@ Exit codes
 import sys
 import time
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from fastlm import __version__
 from fastlm.checkpoint import read_checkpoint, restore_model
@@ -34,7 +37,9 @@ from fastlm.hardware import (
     select_device,
 )
 from fastlm.loop import Run
-from fastlm.model import TransformerLM
+from fastlm.model_loss import ModelLoss
+from fastlm.parallel.world import ALONE, World
+from fastlm.parallel.wrap import wrap
 from fastlm.run.directory import RunDirectory
 from fastlm.run.environment import deterministic_algorithms, differences, environment
 from fastlm.run.log import has_ended
@@ -43,19 +48,21 @@ from fastlm.run.resume import Resumed
 from fastlm.run.signals import StopSignals
 from fastlm.run.summary import Clock, describe
 from fastlm.schedule import rate_jump
-from fastlm.step import (
-    ModelLoss,
-    TrainStep,
-    create_model,
-    create_model_and_optimizer,
-    set_seed,
-)
+from fastlm.step import TrainStep, create_model, create_optimizer, set_seed
+
+if TYPE_CHECKING:
+    from fastlm.run.cli import Invocation
 
 
-def train_loop(train_data: Any, val_data: Any, cfg: TrainingConfig) -> TransformerLM:
-    """Trains a TransformerLM under `cfg` and returns it; writes checkpoints, log and loss curve.
+def train_loop(
+    train_data: Any, val_data: Any, cfg: TrainingConfig, model: nn.Module | None = None
+) -> nn.Module:
+    """Trains a model under `cfg` and returns it; writes checkpoints, log and loss curve.
 
     train_data, val_data: (n,) token ids, NumPy arrays or memory maps (load_token_dataset).
+    model: default a TransformerLM of cfg's size. Else any module from (B, T) ids to (B, T, V)
+    logits, V = cfg.vocab_size; with hidden(x), (B, T) ids to (B, T, D), and lm_head, an nn.Linear,
+    the head and the loss are one fused op. It is trained where it is, from the weights it has.
     With cfg.eval_only it evaluates, and returns, the model of cfg.ckpt_path_to_resume or
     cfg.init_from. Ctrl-C saves a checkpoint at the micro-batch's end, then raises
     KeyboardInterrupt. Where a file cannot be written the run goes on; the last line says what is
@@ -63,19 +70,28 @@ def train_loop(train_data: Any, val_data: Any, cfg: TrainingConfig) -> Transform
 
     The same call gives the same model bit for bit, however often it was interrupted and resumed:
     on a CPU always, on CUDA with cfg.deterministic (fastlm/run/environment.py says what it takes).
+    Under torchrun every process calls it with the same arguments.
     """
-    with surviving_output():
-        return train(Data(as_dataset(train_data), as_dataset(val_data)), cfg)
+    with surviving_output(), World.start() as world:
+        data = Data(as_dataset(train_data), as_dataset(val_data))
+        return train(data, cfg, world=world, model=model)
 
 
 def train(
-    data: Data, cfg: TrainingConfig, resumed: Resumed | None = None, *, new_name: bool = False
-) -> TransformerLM:
+    data: Data,
+    cfg: TrainingConfig,
+    resumed: Resumed | None = None,
+    *,
+    new_name: bool = False,
+    world: World = ALONE,
+    model: nn.Module | None = None,
+) -> nn.Module:
     """train_loop for opened data. Every check that can fail comes before anything is written.
 
     resumed: what cfg.ckpt_path_to_resume names, if it has been read already; it is freed.
     new_name: cfg.target_dir is a new run's, and gets a counter if it is there already.
     """
+    cfg = replace(cfg, device=world.device_name(cfg.device)).accumulated(world.size)
     with deterministic_algorithms(cfg.deterministic):
         if cfg.ckpt_path_to_resume and cfg.init_from:
             raise ConfigError(
@@ -84,30 +100,38 @@ def train(
         if resumed is None and cfg.ckpt_path_to_resume:
             resumed = Resumed.read(cfg.ckpt_path_to_resume)
         if cfg.eval_only:
-            return _evaluate_only(data, cfg, resumed)
-        return _train(data, cfg, resumed, new_name)
+            return _evaluate_only(data, cfg, resumed, world, model)
+        return _train(data, cfg, resumed, new_name, world, model)
 
 
 def _train(
-    data: Data, cfg: TrainingConfig, resumed: Resumed | None, new_name: bool
-) -> TransformerLM:
+    data: Data,
+    cfg: TrainingConfig,
+    resumed: Resumed | None,
+    new_name: bool,
+    world: World,
+    model: nn.Module | None,
+) -> nn.Module:
     begin = time.perf_counter()
     device = select_device(cfg.device)
     if device.type == "cpu":
         keep_freed_memory()
     for dataset, what in ((data.train, "training"), (data.val, "validation")):
-        check_dataset(dataset, what, context_len=cfg.context_len, vocab_size=cfg.vocab_size)
+        check = partial(
+            check_dataset, dataset, what, context_len=cfg.context_len, vocab_size=cfg.vocab_size
+        )
+        world.decide(check)  # it reads all ids, once
 
     set_seed(cfg.seed)
-    model, optimizer, _ = create_model_and_optimizer(cfg)
+    is_own = model is not None
+    model = create_model(cfg) if model is None else model.to(device)
     _load_weights(model, cfg, resumed)
     start_step = resumed.step if resumed else 0
     if resumed:
-        resumed.check(data, cfg)
+        world.together(lambda: resumed.check(data, cfg))
         # Killed behind its last step, a run still lacks its end: weights, samples, summary.
-        lacks_its_end = start_step == cfg.total_steps and not has_ended(
-            cfg.log_dir, cfg.log_save_prefix
-        )
+        ended = world.decide(lambda: has_ended(cfg.log_dir, cfg.log_save_prefix))
+        lacks_its_end = start_step == cfg.total_steps and not ended
         if start_step >= cfg.total_steps and not lacks_its_end:
             print(
                 f"[resume] the run is complete: {start_step} of {cfg.total_steps} steps; "
@@ -117,25 +141,34 @@ def _train(
 
     with (
         surviving_output() as missing,
-        RunDirectory(cfg, resumed, new_name=new_name) as directory,
+        RunDirectory(cfg, resumed, new_name=new_name, world=world) as directory,
         StopSignals() as stop,
     ):
         cfg = directory.cfg
         loader = TrainLoader(
             data.train, cfg.batch_size, cfg.context_len, seed=cfg.seed, device=device
         )
-        runner = TrainStep(model, optimizer, loader, cfg)
+        loss = ModelLoss(model, device, cfg)
+        wrapped = wrap(
+            loss,
+            world,
+            parallel=cfg.parallel,
+            dtype=loss.dtype,
+            reshard=cfg.fsdp_reshard,
+            find_unused=is_own,
+        )
+        runner = TrainStep(loss, create_optimizer(model, cfg), loader, cfg, world, wrapped)
         describe(data, cfg, model, runner)
         if cfg.compile:
             print("[compile] compiling the training and the evaluation step ...", flush=True)
         runner.warm_up()
-        stop.leave()
+        _leave_if_asked(stop, world)
         if device.type == "cpu":
             back_heap_with_huge_pages()  # now that the heap has grown to what a step needs
         if cfg.compile:
             print(f"[compile] done in {runner.compile_seconds:.1f} s, not counted in tokens/s")
         if cfg.train_minutes is not None:
-            cfg = _calibrated(cfg, runner, stop)
+            cfg = _calibrated(cfg, runner, stop, world)
         samples_seen, clock = 0, Clock(device, begin, resumed and resumed.payload)
         if resumed:
             _restore_state(runner, resumed, compiled=cfg.compile)
@@ -148,7 +181,7 @@ def _train(
     return model
 
 
-def _load_weights(model: TransformerLM, cfg: TrainingConfig, resumed: Resumed | None) -> None:
+def _load_weights(model: nn.Module, cfg: TrainingConfig, resumed: Resumed | None) -> None:
     """Loads the weights that --resume or --init-from names, if they name any."""
     if resumed is not None:
         print(f"[resume] Loading checkpoint from {resumed.path}")
@@ -187,16 +220,26 @@ def _restore_state(runner: TrainStep, resumed: Resumed, *, compiled: bool) -> No
         raise CheckpointError(
             f"{resumed.path}: {error}; --init-from starts a new run with its weights"
         ) from error
-    now = environment(runner.device, runner.dtype, compiled=compiled)
+    now = environment(runner.device, runner.dtype, compiled=compiled, processes=runner.world.size)
     for line in differences(resumed.payload.get("environment"), now):
         print(f"[resume] differs: {line}; the results may, in their last bits")
     print(f"[resume] at step {resumed.step}")
 
 
-def _calibrated(cfg: TrainingConfig, runner: TrainStep, stop: StopSignals) -> TrainingConfig:
-    """`cfg` with the number of steps that take cfg.train_minutes on this machine."""
-    seconds = runner.seconds_per_step(stop=lambda: stop.requested)
+def _leave_if_asked(stop: StopSignals, world: World) -> None:
+    """A signal to one process ends them all."""
+    (signal,) = world.vote(stop.received or 0).wait()
+    stop.received = signal or None
     stop.leave()
+
+
+def _calibrated(
+    cfg: TrainingConfig, runner: TrainStep, stop: StopSignals, world: World
+) -> TrainingConfig:
+    """`cfg` with the number of steps that take cfg.train_minutes on this machine."""
+    mine = runner.seconds_per_step(stop=lambda: stop.requested)
+    seconds = world.decide(lambda: mine)
+    _leave_if_asked(stop, world)
     steps = max(10, round(cfg.train_minutes * 60 / seconds / 10) * 10)
     print(
         f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about "
@@ -211,13 +254,19 @@ def _calibrated(cfg: TrainingConfig, runner: TrainStep, stop: StopSignals) -> Tr
     )
 
 
-def _evaluate_only(data: Data, cfg: TrainingConfig, resumed: Resumed | None) -> TransformerLM:
+def _evaluate_only(
+    data: Data,
+    cfg: TrainingConfig,
+    resumed: Resumed | None,
+    world: World,
+    model: nn.Module | None,
+) -> nn.Module:
     """--eval-only: the loss over the validation data. Returns the model."""
     device = select_device(cfg.device)
     check_dataset(data.val, "validation", context_len=cfg.context_len, vocab_size=cfg.vocab_size)
     if not (resumed or cfg.init_from):
         raise ConfigError("--eval-only needs the checkpoint to evaluate: --resume or --init-from")
-    model = create_model(cfg)
+    model = create_model(cfg) if model is None else model.to(device)
     _load_weights(model, cfg, resumed)
     if resumed:
         resumed.free()
@@ -230,6 +279,7 @@ def _evaluate_only(data: Data, cfg: TrainingConfig, resumed: Resumed | None) -> 
             cfg.context_len,
             device,
             max_targets=cfg.final_eval_tokens,
+            world=world,
         )
     known = data.val_bytes
     bpb = f", {bits_per_byte(found.loss, found.of_targets, known):.4f} bits/byte" if known else ""
@@ -237,14 +287,41 @@ def _evaluate_only(data: Data, cfg: TrainingConfig, resumed: Resumed | None) -> 
     return model
 
 
-def _opened(cfg: TrainingConfig, origins: dict[str, str]) -> tuple[Data, TrainingConfig]:
+def _parsed(argv: list[str] | None, world: World) -> "Invocation":
+    """The settings, as rank 0 finds them; a checkpoint that they name, every process reads."""
+    from fastlm.run.cli import parse
+
+    mine: list[Invocation] = []
+
+    def parse_here() -> "Invocation":
+        mine.append(parse(argv))
+        return mine[0] if world.size == 1 else replace(mine[0], resumed=None)
+
+    invocation = world.decide(parse_here)
+    if mine:
+        return mine[0]
+    path = invocation.config.ckpt_path_to_resume
+    return replace(invocation, resumed=path and Resumed.read(path))
+
+
+def _opened(
+    cfg: TrainingConfig, origins: dict[str, str], world: World
+) -> tuple[Data, TrainingConfig]:
     """The data that `cfg` names, and `cfg` with the vocabulary of its manifest."""
     paths = cfg.data
     if not paths:
         from fastlm.corpus import default_corpus
 
-        paths = (str(default_corpus()),)
-    data = open_data(paths, cfg.val_data, dtype=cfg.data_dtype)
+        paths = world.decide(lambda: (str(default_corpus()),))
+    mine: list[Data] = []
+
+    def open_here() -> None:
+        if not mine:
+            mine.append(open_data(paths, cfg.val_data, dtype=cfg.data_dtype))
+
+    world.decide(open_here)  # what it has verified, the others find verified
+    world.together(open_here)
+    data = mine[0]
     if data.manifest is None:
         return data, cfg
     vocab_size = data.manifest.vocab_size
@@ -273,9 +350,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(argv: list[str] | None) -> None:
-    from fastlm.run.cli import format_config, parse
+    with World.start() as world:
+        _run(argv, world)
 
-    invocation = parse(argv)
+
+def _run(argv: list[str] | None, world: World) -> None:
+    from fastlm.run.cli import format_config
+
+    invocation = _parsed(argv, world)
     if invocation.print_config:
         print(format_config(invocation))
         return
@@ -292,9 +374,10 @@ def _command(argv: list[str] | None) -> None:
     if cfg.eval_only and not asked:
         cfg = replace(cfg, final_eval_tokens=0)
     select_device(cfg.device)  # before the time that the data may take
-    data, cfg = _opened(cfg, invocation.origins)
+    data, cfg = _opened(cfg, invocation.origins, world)
+    new_name = invocation.origins["target_dir"] == "time"
     try:
-        train(data, cfg, invocation.resumed, new_name=invocation.origins["target_dir"] == "time")
+        train(data, cfg, invocation.resumed, new_name=new_name, world=world)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

