@@ -43,6 +43,18 @@ class DivergedError(UserError, RuntimeError):
     """Training does not go on: one bad step follows the other."""
 
 
+class RankLostError(UserError, RuntimeError):
+    """Another process of this run was killed, hangs, or cannot be reached."""
+
+
+class Elsewhere(Exception):
+    """Another rank has failed, and says why: this one ends as it does, and says nothing."""
+
+    def __init__(self, rank: int, exit_code: int):
+        super().__init__(f"rank {rank} has failed")
+        self.rank, self.exit_code = rank, exit_code
+
+
 class ExtensionError(UserError, ImportError):
     """The compiled extension `fastlm._C` is missing or older than its sources."""
 
@@ -56,8 +68,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
+def exit_code(error: BaseException) -> int:
+    """What a command ends with that raises `error`."""
+    if isinstance(error, Elsewhere):
+        return error.exit_code
+    if isinstance(error, UserError | PermissionError):
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 1
+
+
 def run_command(command: Callable[[], None]) -> int:
-    """Runs a command; returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
+    """Runs a command; returns its exit code: 0, 2 after a user's error, 130 after Ctrl-C, and the
+    failed rank's where another one has failed."""
     if hasattr(sys.stdout, "reconfigure"):
         # A file name need not be UTF-8: its bytes are printed as they are.
         sys.stdout.reconfigure(errors="surrogateescape")
@@ -66,14 +92,14 @@ def run_command(command: Callable[[], None]) -> int:
     except UserError as error:
         # On one line: the messages of the libraries behind it may have several.
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
+        return exit_code(error)
     except PermissionError as error:  # already from asking whether something is there
         print(
             f"error: {error.filename}: {error.strerror}; change its or its directory's "
             f"permissions, or choose another",
             file=sys.stderr,
         )
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        return exit_code(error)
+    except (KeyboardInterrupt, Elsewhere) as error:
+        return exit_code(error)
     return 0

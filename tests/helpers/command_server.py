@@ -139,6 +139,7 @@ def _serve() -> None:
     for module in (
         "fastlm.train", "fastlm.generate", "fastlm.run.cli", "fastlm.prepare", "tyro", "tokenizers",
         "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "numpy.random",
+        "torch.distributed.fsdp", "torch.distributed.tensor",
         "tomllib" if sys.version_info >= (3, 11) else "tomli",
     ):  # fmt: skip
         importlib.import_module(module)

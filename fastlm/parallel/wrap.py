@@ -1,0 +1,147 @@
+"""DDP and FSDP2 around a module that is model and loss in one: forward(x, y, ...) -> loss.
+
+Every rank divides its loss by the tokens of all ranks. So gradients are added up over the ranks,
+never averaged, and the sum is that of one process with the whole batch.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastlm.errors import ConfigError
+from fastlm.parallel.world import World
+
+PARALLEL = ("ddp", "fsdp")
+
+
+def wrap(
+    loss: nn.Module,
+    world: World,
+    *,
+    parallel: str = "ddp",
+    dtype: torch.dtype = torch.float32,
+    reshard: bool = True,
+    find_unused: bool = False,
+) -> nn.Module:
+    """The module to call in training and evaluation instead of `loss`; in a world of one, `loss`.
+
+    loss: forward(x, y, ...) -> 0-d loss; on this rank's device, or for "fsdp" on the CPU: each
+    block moves to the device when it is sharded. All ranks get rank 0's weights. Build the
+    optimizer afterwards: "fsdp" replaces the parameters of `loss` by their shards.
+    dtype: what FSDP2 gathers the blocks' weights in; gradients are reduced in fp32. reshard: FSDP2
+    frees a block's weights after its forward, and gathers them once more in backward. find_unused:
+    some parameters may get no gradient, on some ranks or on all: a model of somebody else's.
+
+    Raises ConfigError for another `parallel`, and for "fsdp" in float16.
+    """
+    if parallel not in PARALLEL:
+        raise ConfigError(f"parallel={parallel!r}: it must be ddp or fsdp")
+    if parallel == "fsdp" and dtype == torch.float16:
+        raise ConfigError("--parallel fsdp trains in bfloat16 or float32, not float16")
+    if world.size == 1:
+        return loss
+    if parallel == "ddp":
+        return _data_parallel(loss, find_unused)
+    return _sharded(loss, world, dtype, reshard, find_unused)
+
+
+def _data_parallel(loss: nn.Module, find_unused: bool) -> nn.Module:
+    device = next(loss.parameters()).device
+    known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+    # Torch 2.13 has renamed it. Buffers are constants here, equal from the construction on.
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    module = nn.parallel.DistributedDataParallel(
+        loss,
+        device_ids=[device] if device.type == "cuda" else None,
+        **{sync: False},
+        gradient_as_bucket_view=True,  # one copy of the gradients instead of two
+        find_unused_parameters=find_unused,
+    )
+    # DDP by itself divides by the number of ranks. To multiply the loss by it would undo that, but
+    # for the rounding where it is no power of two.
+    module.register_comm_hook(None, _add_up)
+    return module
+
+
+def _add_up(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def _sharded(
+    loss: nn.Module, world: World, dtype: torch.dtype, reshard: bool, find_unused: bool
+) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    for tensor in [*loss.parameters(), *loss.buffers()]:
+        dist.broadcast(tensor.detach(), src=0)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        # Inputs stay as they are: RoPE's tables are fp32, and so are sums under autocast.
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    blocks = blocks_of(loss)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # The rest, embeddings and head, is gathered in fp32: the gradient of a whole vocabulary is a
+    # sum over few or very many tokens, which autocast does not round to bf16 either. Backward
+    # begins with it, so that freeing it after forward would gain nothing.
+    fully_shard(loss, mesh=mesh, reshard_after_forward=False)
+    for module in _shards(loss):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+        if find_unused and hasattr(module, "set_reduce_scatter_unused_params"):  # torch >= 2.13
+            module.set_reduce_scatter_unused_params(True, recurse=False)
+    loss._kept_gathered = [loss] if reshard else [loss, *blocks]  # see micro_step
+    loss.register_forward_hook(_free_after_evaluation)
+    return loss
+
+
+def _free_after_evaluation(loss: nn.Module, args: object, output: object) -> None:
+    """Without a backward nothing else would free what the forward has gathered, and the module's
+    parameters would be whole copies that no optimizer step reaches."""
+    if not torch.is_grad_enabled():
+        for module in _shards(loss):
+            module.reshard()
+
+
+def _shards(module: nn.Module) -> list:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in module.modules() if isinstance(m, FSDPModule)]
+
+
+@contextlib.contextmanager
+def micro_step(module: nn.Module, *, last: bool) -> Iterator[None]:
+    """Around forward and backward of one micro-batch: gradients are reduced behind the last only.
+
+    FSDP2 keeps the unreduced gradients of all parameters until then, and keeps gathered what it
+    does not free after forward anyway: the root's parameters, and the blocks' without `reshard`.
+    """
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        with contextlib.nullcontext() if last else module.no_sync():
+            yield
+        return
+    if _shards(module):
+        module.set_is_last_backward(last)
+        module.set_requires_gradient_sync(last)
+        for shard in module._kept_gathered:
+            shard.set_reshard_after_backward(last, recurse=False)
+    yield
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model: what its outermost nn.ModuleLists hold."""
+    children = list(model.children())
+    if isinstance(model, nn.ModuleList):
+        children = [child for child in children if isinstance(child, nn.ModuleList)]
+        if not children:
+            return list(model)
+    return [block for child in children for block in blocks_of(child)]
