@@ -78,7 +78,10 @@ class Run:
             directory.checkpoint_path,
             keep_last=cfg.keep_last,
             minutes=cfg.ckpt_minutes,
-            wait_for_each=cfg.sync_save,
+            # In DDP rank 0 writes; the others count along.
+            wait_for_each=cfg.sync_save or not self.world.is_main,
+            deletes=self.world.is_main,
+            **({} if self.world.is_main else {"write": lambda payload, path: None}),
             found=checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix) if resumed else (),
             resumed=resumed,
         )

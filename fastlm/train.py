@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -43,15 +43,17 @@ from fastlm.parallel.wrap import wrap
 from fastlm.run.directory import RunDirectory
 from fastlm.run.environment import deterministic_algorithms, differences, environment
 from fastlm.run.log import has_ended
-from fastlm.run.output import fill_closed_descriptors, silence_broken_streams, surviving_output
+from fastlm.run.output import (
+    fill_closed_descriptors,
+    rank_0_tells,
+    silence_broken_streams,
+    surviving_output,
+)
 from fastlm.run.resume import Resumed
 from fastlm.run.signals import StopSignals
 from fastlm.run.summary import Clock, describe
 from fastlm.schedule import rate_jump
 from fastlm.step import TrainStep, create_model, create_optimizer, set_seed
-
-if TYPE_CHECKING:
-    from fastlm.run.cli import Invocation
 
 
 def train_loop(
@@ -72,7 +74,7 @@ def train_loop(
     on a CPU always, on CUDA with cfg.deterministic (fastlm/run/environment.py says what it takes).
     Under torchrun every process calls it with the same arguments.
     """
-    with surviving_output(), World.start() as world:
+    with surviving_output(), World.start(cfg.device) as world, rank_0_tells(world):
         data = Data(as_dataset(train_data), as_dataset(val_data))
         return train(data, cfg, world=world, model=model)
 
@@ -287,23 +289,6 @@ def _evaluate_only(
     return model
 
 
-def _parsed(argv: list[str] | None, world: World) -> "Invocation":
-    """The settings, as rank 0 finds them; a checkpoint that they name, every process reads."""
-    from fastlm.run.cli import parse
-
-    mine: list[Invocation] = []
-
-    def parse_here() -> "Invocation":
-        mine.append(parse(argv))
-        return mine[0] if world.size == 1 else replace(mine[0], resumed=None)
-
-    invocation = world.decide(parse_here)
-    if mine:
-        return mine[0]
-    path = invocation.config.ckpt_path_to_resume
-    return replace(invocation, resumed=path and Resumed.read(path))
-
-
 def _opened(
     cfg: TrainingConfig, origins: dict[str, str], world: World
 ) -> tuple[Data, TrainingConfig]:
@@ -350,14 +335,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(argv: list[str] | None) -> None:
-    with World.start() as world:
-        _run(argv, world)
+    from fastlm.run.cli import device_asked, parse_together
+
+    argv = sys.argv[1:] if argv is None else argv
+    with World.start(device_asked(argv)) as world, rank_0_tells(world):
+        _run(parse_together(argv, world), world)
 
 
-def _run(argv: list[str] | None, world: World) -> None:
+def _run(invocation: Any, world: World) -> None:
     from fastlm.run.cli import format_config
 
-    invocation = _parsed(argv, world)
     if invocation.print_config:
         print(format_config(invocation))
         return

@@ -296,6 +296,9 @@ class World:
             raise explained from error
 
 
+ALONE = World({})  # a process that nobody else trains with
+
+
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     value = environment.get(name)
     if value is None and default is not None:

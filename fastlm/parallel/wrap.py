@@ -129,10 +129,10 @@ def micro_step(module: nn.Module, *, last: bool) -> Iterator[None]:
         with contextlib.nullcontext() if last else module.no_sync():
             yield
         return
-    if _shards(module):
+    if kept := getattr(module, "_kept_gathered", None):
         module.set_is_last_backward(last)
         module.set_requires_gradient_sync(last)
-        for shard in module._kept_gathered:
+        for shard in kept:
             shard.set_reshard_after_backward(last, recurse=False)
     yield
 

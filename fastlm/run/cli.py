@@ -11,8 +11,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastlm.checkpoint import checkpoint_files
 from fastlm.config import TrainingConfig
 from fastlm.errors import ConfigError, DeviceError, shown
+from fastlm.parallel.world import World
 from fastlm.presets import PRESETS
 from fastlm.run.resume import RUNS, Resumed, find
 from fastlm.run.settings import nearest, read_toml, to_toml
@@ -108,6 +110,60 @@ def parse(argv: list[str] | None = None) -> Invocation:
         if chosen and name in stored and value != getattr(config, name) and name != "train_minutes"
     ]
     return Invocation(config, preset, parsed.print_config, origins, resumed, changed, ignored)
+
+
+def parse_together(argv: list[str], world: World) -> Invocation:
+    """parse() by rank 0 for all ranks; a checkpoint that it names, each of them reads."""
+    if world.size == 1:
+        return parse(argv)
+    mine: list[Invocation] = []
+
+    def parse_here() -> Invocation:
+        mine.append(_parse_restarted(argv, world) if world.max_restarts else parse(argv))
+        return dataclasses.replace(mine[0], resumed=None)
+
+    invocation = world.decide(parse_here)
+    path = invocation.config.ckpt_path_to_resume
+
+    def resumed() -> Resumed | None:
+        if mine:
+            return mine[0].resumed
+        return None if path is None else Resumed.read(path)
+
+    return dataclasses.replace(invocation, resumed=world.together(resumed))
+
+
+def device_asked(argv: list[str]) -> str:
+    """--device alone: processes find each other on it before they read the other settings."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flags.add_argument("--device", default="auto")
+    try:
+        return flags.parse_known_args(argv)[0].device
+    except argparse.ArgumentError:  # without a value, as parse() says
+        return "auto"
+
+
+def _parse_restarted(argv: list[str], world: World) -> Invocation:
+    """The command again, by torchrun --max-restarts: a run that has a checkpoint goes on."""
+    invocation = parse(argv)
+    if invocation.origins["target_dir"] == "time":
+        raise ConfigError(
+            "torchrun --max-restarts gives the command again: name the run's directory with "
+            "--target-dir, so that it finds its checkpoints there"
+        )
+    cfg = invocation.config
+    if not (world.restarts and checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix)):
+        return invocation
+    # What only starts a run is done.
+    starts = {"--init-from", "--init_from", "--train-minutes", "--train_minutes"}
+    rest, tokens = [], iter(argv)
+    for token in tokens:
+        if token == "--overwrite" or token.split("=")[0] in starts:
+            if token in starts:
+                next(tokens, None)
+            continue
+        rest.append(token)
+    return parse([*rest, "--resume", cfg.ckpt_dir])
 
 
 def _find_resumed(first: argparse.Namespace, file_settings: dict) -> Resumed | None:

@@ -9,7 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from fastlm.parallel.world import World
+
 _KEPT_BYTES = 4 << 20  # of the lines that wait for room in a file
+
+
+@contextlib.contextmanager
+def rank_0_tells(world: World) -> Iterator[None]:
+    """Nothing of what other ranks print is shown; errors go to stderr and stay."""
+    if world.is_main:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 class Missing:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +45,12 @@ class Saver:
         wait_for_each: bool = False,  # write before `save` returns
         found: Iterable[Path] = (),  # numbered checkpoints of the run's earlier processes
         resumed: Path | None = None,  # the checkpoint that the run goes on from
+        write: Callable[[dict[str, Any], Path], None] | None = None,  # instead of one file
+        deletes: bool = True,  # False: another process does
     ):
         self._path_of, self._keep_last, self._wait_for_each = path_of, keep_last, wait_for_each
+        self._write_file = write or partial(write_checkpoint, read_back=True)
+        self._deletes = deletes
         self._seconds = math.inf if minutes is None else minutes * 60
         self._last_save = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -223,7 +228,7 @@ class Saver:
     def _write(self, name: str, payload: dict[str, Any]) -> None:
         path = self._path_of(name)
         try:
-            write_checkpoint(payload, path, read_back=True)
+            self._write_file(payload, path)
         except (OSError, MemoryError) as error:
             cause = error.__cause__  # OutputError's own text names the path, which stands before it
             self._failed[name] = getattr(cause, "strerror", None) or str(error) or "out of memory"
@@ -256,7 +261,8 @@ class Saver:
             if found is not None and not (run_id and _peek(path).get("run_id") == run_id):
                 continue  # another run's, or nobody knows
             try:
-                path.unlink(missing_ok=True)
+                if self._deletes:
+                    path.unlink(missing_ok=True)
             except OSError as error:
                 self._numbered[step] = path  # tried again after the next save
                 self._reports.append(Report(path, f"{path}: cannot be deleted ({error.strerror})"))

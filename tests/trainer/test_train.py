@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fastlm.parallel.world import ALONE
 from in_process import (
     TRAIN,
     VAL,
@@ -31,6 +30,7 @@ from fastlm import (
 from fastlm.data.loader import TrainLoader
 from fastlm.loop import learning_rate
 from fastlm.model_loss import ModelLoss
+from fastlm.parallel.world import ALONE
 from fastlm.run import saver
 from fastlm.run.signals import StopSignals
 from fastlm.step import TrainStep
