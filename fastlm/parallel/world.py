@@ -296,9 +296,6 @@ class World:
             raise explained from error
 
 
-ALONE = World({})  # a process that nobody else trains with
-
-
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     value = environment.get(name)
     if value is None and default is not None:
@@ -342,3 +339,6 @@ def _cores() -> set[str]:
         siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
         found.add(siblings.read_text() if siblings.exists() else str(number))
     return found
+
+
+ALONE = World({})  # a process that nobody else trains with
