@@ -117,6 +117,9 @@ class TrainingConfig:
     """Dtype of the matmuls; weights stay float32. auto: bfloat16 if it is faster there."""
     compile: bool = False
     """torch.compile the training and the evaluation step."""
+    compile_scope: Literal["model", "block"] = "model"
+    """What is compiled as a whole: the model, or each of its layers, which share what is compiled.
+    block: compiling takes as long for many layers as for one, and steps are a little slower."""
     deterministic: bool = False
     """On CUDA: let torch choose the algorithms that give the same bits each time, and stop with an
     error at an operation that has none. A CPU gives the same bits without it."""
@@ -193,6 +196,7 @@ class TrainingConfig:
             ("schedule", ("cosine", "wsd")),
             ("guard", ("skip", "rollback", "off")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("compile_scope", ("model", "block")),
         ):
             if getattr(self, name) not in values:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: it must be {', '.join(values)}")

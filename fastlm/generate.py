@@ -52,7 +52,8 @@ def generate(
         raise ValueError(f"prompt has shape {tuple(prompt.shape)}: it must be (B, T), T at least 1")
     follow = _cached(model) if model_class(model) is None else _uncached(model, context_len)
     tokens = prompt
-    with evaluating(model):
+    # What was compiled for training windows would be compiled again for every length.
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
         for _ in range(max_new_tokens):
             following = sample(follow(tokens).float(), temperature, top_k, top_p, generator)
             tokens = torch.cat((tokens, following), dim=1)
@@ -157,18 +158,16 @@ def sample_texts(
         raise ConfigError(f"prompt holds token ids outside the vocabulary of {vocab_size}")
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    # Blocks compiled for training would be compiled again for every length.
-    with torch.compiler.set_stance("force_eager"):
-        rows = generate(
-            model,
-            torch.tensor([ids] * num_samples, device=device),
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-            context_len=context_len,
-        ).tolist()
+    rows = generate(
+        model,
+        torch.tensor([ids] * num_samples, device=device),
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+        context_len=context_len,
+    ).tolist()
     texts = []
     for row in rows:
         new = row[len(ids) :]

@@ -26,6 +26,8 @@ from fastlm.errors import CompileError
 from fastlm.evaluate import evaluating
 from fastlm.hardware import autocast, check_compiler, select_device, select_dtype, synchronize
 from fastlm.model import TransformerLM
+from fastlm.model_interface import compile_blocks, has_fused_head, prepare_model
+from fastlm.ops.cross_entropy import cross_entropy_loss
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy_loss
 from fastlm.optim import AdamW
 from fastlm.run.guard import Guard
@@ -39,14 +41,17 @@ def set_seed(seed: int) -> None:
 
 
 def create_model_and_optimizer(
-    cfg: TrainingConfig, ckpt_path_to_resume: str | None = None
-) -> tuple[TransformerLM, AdamW, int]:
+    cfg: TrainingConfig, ckpt_path_to_resume: str | None = None, model: nn.Module | None = None
+) -> tuple[nn.Module, AdamW, int]:
     """(model, optimizer, start_step) on cfg.device, restored from a checkpoint if one is given.
+
+    model: the caller's own (fastlm/model_interface.py says what it must have), in place of a
+    TransformerLM of cfg's size. Parameters that require no gradient are not trained.
 
     Matrices are decayed and vectors (the norms' weights) are not, unless cfg.weight_decay_all.
     """
-    model = create_model(cfg)
-    parameters = list(model.parameters())
+    model = create_model(cfg) if model is None else prepare_model(model, cfg)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if cfg.weight_decay_all or p.dim() >= 2]
     others = [p for p in parameters if not (cfg.weight_decay_all or p.dim() >= 2)]
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}]
@@ -90,25 +95,32 @@ class ModelLoss:
     def __init__(self, model: nn.Module, device: torch.device, cfg: TrainingConfig):
         self.model, self.device = model, device
         self.dtype = select_dtype(cfg.dtype, device)
-        self._hidden = self._hidden_states
+        self.fused = has_fused_head(model)
+        self._output = self._model_output
         if cfg.compile:
             check_compiler(device)
             # Shapes are fixed: a graph for each mode, and no recompilation for a changed size.
-            self._hidden = torch.compile(self._hidden_states, dynamic=False)
+            if cfg.compile_scope == "block":
+                compile_blocks(model)
+            else:
+                self._output = torch.compile(self._model_output, dynamic=False)
 
-    def _hidden_states(self, x: Tensor) -> Tensor:
-        """x: (B, T) -> (B, T, D) in the matmuls' dtype."""
+    def _model_output(self, x: Tensor) -> Tensor:
+        """x: (B, T) -> (B, T, D) in the matmuls' dtype; without a fused head logits: (B, T, V)."""
         with autocast(self.device, self.dtype):
-            return self.model.hidden(x).to(self.dtype)
+            return self.model.hidden(x).to(self.dtype) if self.fused else self.model(x)
 
     def __call__(self, x: Tensor, y: Tensor, **options) -> Tensor:
-        """x, y: (B, T) -> linear_cross_entropy_loss with its `options`.
+        """x, y: (B, T) -> linear_cross_entropy_loss (cross_entropy_loss) with its `options`.
 
         Computed outside the compiled graph, so the upstream gradient is 1 and precomputed gradients
         are returned without another pass.
         """
+        output = self._output(x)
+        if not self.fused:
+            return cross_entropy_loss(output, y, **options)
         head = self.model.lm_head
-        return linear_cross_entropy_loss(self._hidden(x), head.weight, y, bias=head.bias, **options)
+        return linear_cross_entropy_loss(output, head.weight, y, bias=head.bias, **options)
 
     def summed(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y: (B, T) -> sum of the B * T losses in nats, fp32."""

@@ -19,6 +19,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from fastlm import __version__
 from fastlm.checkpoint import read_checkpoint, restore_model
 from fastlm.config import TrainingConfig
@@ -34,7 +36,7 @@ from fastlm.hardware import (
     select_device,
 )
 from fastlm.loop import Run
-from fastlm.model import TransformerLM
+from fastlm.model_interface import check_model_class, model_class, prepare_model
 from fastlm.run.directory import RunDirectory
 from fastlm.run.environment import deterministic_algorithms, differences, environment
 from fastlm.run.log import has_ended
@@ -52,10 +54,17 @@ from fastlm.step import (
 )
 
 
-def train_loop(train_data: Any, val_data: Any, cfg: TrainingConfig) -> TransformerLM:
+def train_loop(
+    train_data: Any, val_data: Any, cfg: TrainingConfig, *, model: nn.Module | None = None
+) -> nn.Module:
     """Trains a TransformerLM under `cfg` and returns it; writes checkpoints, log and loss curve.
 
     train_data, val_data: (n,) token ids, NumPy arrays or memory maps (load_token_dataset).
+    model: trained instead, and returned: any nn.Module from (B, T) ids to (B, T, V) logits. With a
+    method hidden(x), (B, T, D), and an nn.Linear lm_head, the head and the loss are one op, which
+    saves the memory for the logits. It is moved to cfg.device; vocab_size and context_len are
+    cfg's, the other sizes there do not count. Continued with the same call and
+    cfg.ckpt_path_to_resume; the commands know TransformerLM alone and say so.
     With cfg.eval_only it evaluates, and returns, the model of cfg.ckpt_path_to_resume or
     cfg.init_from. Ctrl-C saves a checkpoint at the micro-batch's end, then raises
     KeyboardInterrupt. Where a file cannot be written the run goes on; the last line says what is
@@ -65,12 +74,17 @@ def train_loop(train_data: Any, val_data: Any, cfg: TrainingConfig) -> Transform
     on a CPU always, on CUDA with cfg.deterministic (fastlm/run/environment.py says what it takes).
     """
     with surviving_output():
-        return train(Data(as_dataset(train_data), as_dataset(val_data)), cfg)
+        return train(Data(as_dataset(train_data), as_dataset(val_data)), cfg, model=model)
 
 
 def train(
-    data: Data, cfg: TrainingConfig, resumed: Resumed | None = None, *, new_name: bool = False
-) -> TransformerLM:
+    data: Data,
+    cfg: TrainingConfig,
+    resumed: Resumed | None = None,
+    *,
+    new_name: bool = False,
+    model: nn.Module | None = None,
+) -> nn.Module:
     """train_loop for opened data. Every check that can fail comes before anything is written.
 
     resumed: what cfg.ckpt_path_to_resume names, if it has been read already; it is freed.
@@ -84,13 +98,17 @@ def train(
         if resumed is None and cfg.ckpt_path_to_resume:
             resumed = Resumed.read(cfg.ckpt_path_to_resume)
         if cfg.eval_only:
-            return _evaluate_only(data, cfg, resumed)
-        return _train(data, cfg, resumed, new_name)
+            return _evaluate_only(data, cfg, resumed, model)
+        return _train(data, cfg, resumed, new_name, model)
 
 
 def _train(
-    data: Data, cfg: TrainingConfig, resumed: Resumed | None, new_name: bool
-) -> TransformerLM:
+    data: Data,
+    cfg: TrainingConfig,
+    resumed: Resumed | None,
+    new_name: bool,
+    model: nn.Module | None,
+) -> nn.Module:
     begin = time.perf_counter()
     device = select_device(cfg.device)
     if device.type == "cpu":
@@ -99,7 +117,7 @@ def _train(
         check_dataset(dataset, what, context_len=cfg.context_len, vocab_size=cfg.vocab_size)
 
     set_seed(cfg.seed)
-    model, optimizer, _ = create_model_and_optimizer(cfg)
+    model, optimizer, _ = create_model_and_optimizer(cfg, model=model)
     _load_weights(model, cfg, resumed)
     start_step = resumed.step if resumed else 0
     if resumed:
@@ -148,7 +166,7 @@ def _train(
     return model
 
 
-def _load_weights(model: TransformerLM, cfg: TrainingConfig, resumed: Resumed | None) -> None:
+def _load_weights(model: nn.Module, cfg: TrainingConfig, resumed: Resumed | None) -> None:
     """Loads the weights that --resume or --init-from names, if they name any."""
     if resumed is not None:
         print(f"[resume] Loading checkpoint from {resumed.path}")
@@ -157,13 +175,17 @@ def _load_weights(model: TransformerLM, cfg: TrainingConfig, resumed: Resumed | 
         path, payload = cfg.init_from, _read(cfg.init_from)
     else:
         return
+    check_model_class(payload, path, model)
     try:
         restore_model(model, payload)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     stored = payload.get("config")
     num_heads = stored.get("num_heads") if isinstance(stored, dict) else None
-    if num_heads not in (None, cfg.num_heads):  # the shapes of the weights do not tell
+    if model_class(model) is None and num_heads not in (
+        None,
+        cfg.num_heads,
+    ):  # the shapes of the weights do not tell
         raise CheckpointError(
             f"{path}: the checkpoint is of another architecture: num_heads={shown(num_heads)}, not "
             f"{cfg.num_heads}; set the model's size as the checkpoint's run did"
@@ -211,13 +233,15 @@ def _calibrated(cfg: TrainingConfig, runner: TrainStep, stop: StopSignals) -> Tr
     )
 
 
-def _evaluate_only(data: Data, cfg: TrainingConfig, resumed: Resumed | None) -> TransformerLM:
+def _evaluate_only(
+    data: Data, cfg: TrainingConfig, resumed: Resumed | None, model: nn.Module | None
+) -> nn.Module:
     """--eval-only: the loss over the validation data. Returns the model."""
     device = select_device(cfg.device)
     check_dataset(data.val, "validation", context_len=cfg.context_len, vocab_size=cfg.vocab_size)
     if not (resumed or cfg.init_from):
         raise ConfigError("--eval-only needs the checkpoint to evaluate: --resume or --init-from")
-    model = create_model(cfg)
+    model = create_model(cfg) if model is None else prepare_model(model, cfg)
     _load_weights(model, cfg, resumed)
     if resumed:
         resumed.free()
