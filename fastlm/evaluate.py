@@ -30,8 +30,8 @@ def evaluate_model_loss(
     """Mean loss per token (nats) over `num_batches` fixed batches spread evenly over `data`.
 
     data: (n,) token ids. The batches are of config.batch_size windows of config.context_len tokens,
-    the same at every call, and the matmuls are in config.dtype, as in training. The model is put
-    into eval mode and back into the mode it was in.
+    the same at every call, and the matmuls are in config.dtype, as in training. The model, (B, T)
+    ids to (B, T, V) logits, is put into eval mode and back into the mode it was in.
     """
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
@@ -165,11 +165,12 @@ def bits_per_byte(mean_nats: float, targets: int, num_bytes: int) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside, the mode of before outside."""
-    was_training = model.training
+    """Eval mode and no gradients inside; outside each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training

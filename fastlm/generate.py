@@ -3,20 +3,24 @@
 B samples at once, T prompt tokens, V vocabulary.
 """
 
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlm.checkpoint import newest_readable, read_checkpoint, restore_model
 from fastlm.data.text import END_OF_TEXT
 from fastlm.data.tokenizer import encode_batch, encoding_plain_text
 from fastlm.errors import CheckpointError, ConfigError, run_command
+from fastlm.evaluate import evaluating
 from fastlm.hardware import select_device
 from fastlm.model import KVCache, TransformerLM
+from fastlm.model_interface import check_model_class, model_class
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def generate(
-    model: TransformerLM,
+    model: nn.Module,
     prompt: Tensor,  # (B, T) token ids
     max_new_tokens: int,
     *,
@@ -32,30 +36,48 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    context_len: int | None = None,
 ) -> Tensor:
     """(B, T + max_new_tokens) ids: `prompt` continued token by token, with a key-value cache.
 
     temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest whose
     probabilities reach p (nucleus sampling, arXiv:1904.09751). `generator` lives on the model's
     device. Where the text outgrows the model's context, the window moves on by half of it.
+
+    Another model than TransformerLM, (B, T) ids to (B, T, V) logits, has no cache: for each token
+    it sees the last `context_len` again (default: its max_seq_len, or all of them).
     """
     check_sampling(temperature, top_k, top_p)
     if prompt.dim() != 2 or prompt.shape[1] < 1:
         raise ValueError(f"prompt has shape {tuple(prompt.shape)}: it must be (B, T), T at least 1")
-    was_training = model.training
-    model.eval()
-    try:
-        tokens, cache = prompt, KVCache()
-        unseen = prompt[:, -model.max_seq_len :]
+    follow = _cached(model) if model_class(model) is None else _uncached(model, context_len)
+    tokens = prompt
+    # What was compiled for training windows would be compiled again for every length.
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
         for _ in range(max_new_tokens):
-            if cache.length + unseen.shape[1] > model.max_seq_len:
-                cache, unseen = KVCache(), tokens[:, -(model.max_seq_len // 2 or 1) :]
-            logits = model(unseen, cache)[:, -1].float()
-            unseen = sample(logits, temperature, top_k, top_p, generator)
-            tokens = torch.cat((tokens, unseen), dim=1)
-        return tokens
-    finally:
-        model.train(was_training)
+            following = sample(follow(tokens).float(), temperature, top_k, top_p, generator)
+            tokens = torch.cat((tokens, following), dim=1)
+    return tokens
+
+
+def _cached(model: TransformerLM) -> Callable[[Tensor], Tensor]:
+    """(B, T) ids, those of the call before and one more, to the logits of what follows: (B, V)."""
+    longest, cache = model.max_seq_len, KVCache()
+
+    def follow(tokens: Tensor) -> Tensor:
+        nonlocal cache
+        unseen = tokens[:, -1:] if cache.length else tokens[:, -longest:]
+        if cache.length + unseen.shape[1] > longest:
+            cache, unseen = KVCache(), tokens[:, -(longest // 2 or 1) :]
+        return model(unseen, cache)[:, -1]
+
+    return follow
+
+
+def _uncached(model: nn.Module, context_len: int | None) -> Callable[[Tensor], Tensor]:
+    """(B, T) ids to the logits of what follows: (B, V)."""
+    longest = context_len or getattr(model, "max_seq_len", None) or 0  # 0: [-0:] takes all
+    return lambda tokens: model(tokens[:, -longest:])[:, -1]
 
 
 def sample(
@@ -91,7 +113,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 
 def sample_texts(
-    model: TransformerLM,
+    model: nn.Module,
     tokenizer_json: str | None,
     *,
     prompt: str = "",
@@ -101,10 +123,12 @@ def sample_texts(
     top_k: int | None = None,
     top_p: float | None = 0.95,
     seed: int = 0,
+    context_len: int | None = None,
 ) -> list[str]:
     """`num_samples` continuations of `prompt`, each cut at the end of its document.
 
     An empty prompt starts a new document. Without a tokenizer the texts are token ids.
+    context_len: of a model that does not tell its own (see generate).
     """
     tokenizer = None
     end_of_text = None
@@ -126,7 +150,10 @@ def sample_texts(
             raise ConfigError(
                 f"prompt={prompt!r}: this checkpoint has no tokenizer; give token ids, as in '5 17'"
             ) from error
-    vocab_size = model.token_embeddings.num_embeddings
+    if model_class(model) is None:
+        vocab_size = model.token_embeddings.num_embeddings
+    else:  # known to have ids for all of the tokenizer, if it was trained with it
+        vocab_size = math.inf if tokenizer is None else tokenizer.get_vocab_size()
     if not all(0 <= i < vocab_size for i in ids):
         raise ConfigError(f"prompt holds token ids outside the vocabulary of {vocab_size}")
     device = next(model.parameters()).device
@@ -139,6 +166,7 @@ def sample_texts(
         top_k=top_k,
         top_p=top_p,
         generator=generator,
+        context_len=context_len,
     ).tolist()
     texts = []
     for row in rows:
@@ -177,6 +205,7 @@ def load_model(
         path, payload = newest_readable(directory)
     else:
         payload = read_checkpoint(path)
+    check_model_class(payload, path)
     config = payload.get("config")
     sizes = ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "rope_theta")
     needed = {*sizes, "context_len", "tie_embeddings"}

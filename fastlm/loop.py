@@ -24,6 +24,7 @@ from fastlm.errors import DivergedError
 from fastlm.evaluate import LossFunction, bits_per_byte, evaluating, loss_over_all, mean_loss
 from fastlm.hardware import PeakMemory
 from fastlm.model import training_flops_per_token
+from fastlm.model_interface import model_class
 from fastlm.ops.cross_entropy import check_labels
 from fastlm.parallel.world import World
 from fastlm.run.commands import generate_command, resume_command
@@ -193,9 +194,9 @@ class Run:
         return step == self.cfg.total_steps - 1 or (every > 0 and step > 0 and step % every == 0)
 
     def _how_to_continue(self) -> str:
-        if self.data.train.paths:
+        if self.data.train.paths and model_class(self.runner.model) is None:
             return resume_command(self.cfg)
-        # The command knows nothing of train_loop's arrays.
+        # The command knows nothing of train_loop's arrays and models.
         path = self.saver.newest
         return "no checkpoint" if path is None else f"ckpt_path_to_resume={str(path)!r}"
 
@@ -316,6 +317,7 @@ class Run:
             "sampler_version": SAMPLER_VERSION,
             "tokenizer": self.data.tokenizer_json,
             "fastlm_version": __version__,
+            **({"model_class": name} if (name := model_class(runner.model)) else {}),
         }
 
     @property
@@ -384,13 +386,14 @@ class Run:
             bits_per_byte=in_bytes,
         )
         self.log.attempt(
-            "samples", lambda: print_samples(runner.model, data.tokenizer_json, cfg.seed)
+            "samples",
+            lambda: print_samples(runner.model, data.tokenizer_json, cfg.seed, cfg.context_len),
         )
         ceiling = self.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))
         self.log.metrics("summary", step=self.completed, **print_summary(figures, runner, ceiling))
         self.watch.complain(self.missing, final.loss)
         print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
-        if model_path.exists():
+        if model_path.exists() and model_class(runner.model) is None:
             command = generate_command(model_path, cfg, tokenizer=data.tokenizer_json is not None)
             print(f"[summary] try it      {command}", flush=True)
         return True

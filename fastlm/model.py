@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastlm.kernels.collect import is_dtensor
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (arXiv:1910.07467)."""
@@ -30,8 +32,9 @@ class RMSNorm(nn.Module):
 
 def rope_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """(cos, sin) of position * theta^(-2i/d), fp32, (max_seq_len, d/2) each (arXiv:2104.09864)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequencies)
+    wide = dict(dtype=torch.float64, device="cpu")  # not every device has float64
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, **wide) / head_dim)
+    angles = torch.outer(torch.arange(max_seq_len, **wide), frequencies)
     return angles.cos().float(), angles.sin().float()
 
 
@@ -159,37 +162,76 @@ class TransformerLM(nn.Module):
         check_heads(d_model, num_heads)
         d_ff = default_d_ff(d_model) if d_ff is None else d_ff
         self.max_seq_len = max_seq_len
+        self.rope_theta = rope_theta
         self.activation_checkpointing = activation_checkpointing
-        self.token_embeddings = nn.Embedding(vocab_size, d_model)
-        self.drop = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(
-            Block(d_model, num_heads, d_ff, dropout) for _ in range(num_layers)
-        )
-        self.ln_final = RMSNorm(d_model)
-        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+        device = torch.get_default_device()
+        with torch.device("meta"):  # layers draw weights of their own, which would be in vain
+            self.token_embeddings = nn.Embedding(vocab_size, d_model)
+            self.drop = nn.Dropout(dropout)
+            self.layers = nn.ModuleList(
+                Block(d_model, num_heads, d_ff, dropout) for _ in range(num_layers)
+            )
+            self.ln_final = RMSNorm(d_model)
+            self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+            table = torch.empty(max_seq_len, d_model // num_heads // 2, dtype=torch.float32)
+            self.register_buffer("rope_cos", table, persistent=False)
+            self.register_buffer("rope_sin", torch.empty_like(table), persistent=False)
         if tie_embeddings:
             self.lm_head.weight = self.token_embeddings.weight
-        cos, sin = rope_tables(max_seq_len, d_model // num_heads, rope_theta)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
-        self._init_weights(num_layers, tie_embeddings)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights()
 
-    @torch.no_grad()
-    def _init_weights(self, num_layers: int, tied: bool) -> None:
-        """Normal weights: Glorot's variance 2 / (d_in + d_out), embeddings of variance 1.
+    def init_weights(self) -> None:
+        """Draws all weights from torch's CPU generator, and computes the rotary tables.
 
-        As in CS336, but the projections into the residual stream are divided by sqrt(2 * layers)
-        (GPT-2), and a tied embedding has variance 1 / D, so that the first logits are of order 1.
-        On the demo this reached a loss 0.24 nats lower after 500 steps than GPT-2's N(0, 0.02^2).
+        Called by the constructor, except on the meta device. There it follows once there is memory,
+        and gives the same weights, bit for bit, as construction with the same seed:
+
+            with torch.device("meta"):
+                model = TransformerLM(...)
+            # here FSDP2's fully_shard, if the model is to be sharded
+            model.to_empty(device="cuda")
+            model.init_weights()
+
+        Of sharded weights every rank draws the whole, one parameter at a time, and keeps its shard:
+        for equal seeds the model is the same for any number of ranks. No rank waits for another.
+
+        Normal weights: Glorot's variance 2 / (d_in + d_out), embeddings of variance 1. As in CS336,
+        but the projections into the residual stream are divided by sqrt(2 * layers) (GPT-2), and a
+        tied embedding has variance 1 / D, so that the first logits are of order 1. On the demo this
+        reached a loss 0.24 nats lower after 500 steps than GPT-2's N(0, 0.02^2).
         """
+        embedding, head = self.token_embeddings.weight, self.lm_head.weight
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, nn.Linear) and module.weight is not embedding:
                 std = math.sqrt(2 / sum(module.weight.shape))
                 if name.endswith(("output_proj", "w2")):
-                    std /= math.sqrt(2 * num_layers)
-                nn.init.normal_(module.weight, std=std)
-        D = self.token_embeddings.embedding_dim
-        nn.init.normal_(self.token_embeddings.weight, std=1 / math.sqrt(D) if tied else 1.0)
+                    std /= math.sqrt(2 * len(self.layers))
+                _draw_normal(module.weight, std)
+        _draw_normal(embedding, 1 / math.sqrt(embedding.shape[1]) if head is embedding else 1.0)
+        self.init_rope()
+
+    def init_rope(self) -> None:
+        """Computes the rotary tables, which no checkpoint holds.
+
+        Between to_empty and load_state_dict this is enough; no weight need be drawn.
+        """
+        head_dim = 2 * self.rope_cos.shape[1]
+        tables = rope_tables(self.max_seq_len, head_dim, self.rope_theta)
+        for buffer, table in zip((self.rope_cos, self.rope_sin), tables, strict=True):
+            buffer.copy_(table)
+
+    def _apply(self, fn, recurse=True):
+        """Behind to(), to_empty() and their like: what was tied stays so. Leaving the meta device,
+        torch makes a new parameter in place of each name."""
+        tied = self.lm_head.weight is self.token_embeddings.weight
+        super()._apply(fn, recurse)
+        if tied:
+            self.lm_head.weight = self.token_embeddings.weight
+        return self
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens: (B, T) ids, after the positions in `cache`; returns logits: (B, T, V)."""
@@ -215,6 +257,20 @@ class TransformerLM(nn.Module):
         return self.ln_final(x)
 
 
+@torch.no_grad()
+def _draw_normal(parameter: Tensor, std: float) -> None:
+    """Normal numbers of torch's CPU generator, the same on every device and however sharded."""
+    values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu").normal_(std=std)
+    if is_dtensor(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        # None: every rank cuts its shard out of its own draw; nothing is sent.
+        values = distribute_tensor(
+            values, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    parameter.copy_(values)
+
+
 def check_heads(d_model: int, num_heads: int) -> None:
     """Raises ValueError if the heads' width is not whole and even (RoPE rotates pairs)."""
     if num_heads < 1 or d_model % num_heads:
@@ -236,12 +292,27 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def training_flops_per_token(model: TransformerLM, context_len: int) -> int:
+def training_flops_per_token(model: nn.Module, context_len: int) -> int:
     """FLOPs of forward and backward per token: 6 * matmul weights + 6 * layers * T * D.
 
     Two per weight and token forward, twice that backward; the second term is causal attention,
     4 * T * D a layer and token forward, halved by the mask. The embedding lookup is no matmul; the
     output head is, tied or not. (Kaplan et al., arXiv:2001.08361, Table 1, with the causal half.)
+
+    Of another model than TransformerLM: 6 * the parameters that are not only looked up in an
+    nn.Embedding. Its attention is not known and left out, so the model FLOPs and the MFU are low.
     """
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    return 6 * weights + 6 * len(model.layers) * context_len * model.lm_head.in_features
+    if isinstance(model, TransformerLM):
+        weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+        return 6 * weights + 6 * len(model.layers) * context_len * model.lm_head.in_features
+    modules = list(model.modules())
+    looked_up = {m.weight for m in modules if isinstance(m, nn.Embedding)}
+    looked_up -= {m.weight for m in modules if isinstance(m, nn.Linear)}  # tied
+    return 6 * sum(p.numel() for p in model.parameters() if p not in looked_up)
+
+
+def flop_formula(model: nn.Module) -> str:
+    """What training_flops_per_token has counted, in words."""
+    if isinstance(model, TransformerLM):
+        return "6 * matmul weights + 6 * layers * context_len * d_model"
+    return "6 * parameters outside embeddings; attention not counted"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastlm.config import TrainingConfig
 from fastlm.hardware import autocast, check_compiler, select_dtype
+from fastlm.model_interface import compile_blocks, has_fused_head
 from fastlm.ops.cross_entropy import cross_entropy_loss
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy_loss
 
@@ -28,7 +29,10 @@ class ModelLoss(nn.Module):
         if cfg.compile:
             check_compiler(device)
             # Shapes are fixed: a graph for each mode, and no recompilation for a changed size.
-            self._output = torch.compile(self._model_output, dynamic=False)
+            if cfg.compile_scope == "block":
+                compile_blocks(model)
+            else:
+                self._output = torch.compile(self._model_output, dynamic=False)
 
     def forward(
         self, x: Tensor, y: Tensor, num_items: Tensor | int | None = None, *, summed: bool = False
@@ -54,8 +58,3 @@ class ModelLoss(nn.Module):
         """x: (B, T) -> what the loss takes: (B, T, D) in the matmuls' dtype, or (B, T, V)."""
         with autocast(self.device, self.dtype):
             return self.model.hidden(x).to(self.dtype) if self.is_fused else self.model(x)
-
-
-def has_fused_head(model: nn.Module) -> bool:
-    """Has it hidden() and an nn.Linear lm_head behind it?"""
-    return hasattr(model, "hidden") and isinstance(getattr(model, "lm_head", None), nn.Linear)

@@ -37,6 +37,7 @@ from fastlm.hardware import (
     select_device,
 )
 from fastlm.loop import Run
+from fastlm.model_interface import check_model_class, model_class, prepare_model
 from fastlm.model_loss import ModelLoss
 from fastlm.parallel.world import ALONE, World
 from fastlm.parallel.wrap import wrap
@@ -57,14 +58,16 @@ from fastlm.step import TrainStep, create_model, create_optimizer, set_seed
 
 
 def train_loop(
-    train_data: Any, val_data: Any, cfg: TrainingConfig, model: nn.Module | None = None
+    train_data: Any, val_data: Any, cfg: TrainingConfig, *, model: nn.Module | None = None
 ) -> nn.Module:
-    """Trains a model under `cfg` and returns it; writes checkpoints, log and loss curve.
+    """Trains a TransformerLM under `cfg` and returns it; writes checkpoints, log and loss curve.
 
     train_data, val_data: (n,) token ids, NumPy arrays or memory maps (load_token_dataset).
-    model: default a TransformerLM of cfg's size. Else any module from (B, T) ids to (B, T, V)
-    logits, V = cfg.vocab_size; with hidden(x), (B, T) ids to (B, T, D), and lm_head, an nn.Linear,
-    the head and the loss are one fused op. It is trained where it is, from the weights it has.
+    model: trained instead, and returned: any nn.Module from (B, T) ids to (B, T, V) logits. With a
+    method hidden(x), (B, T, D), and an nn.Linear lm_head, the head and the loss are one op, which
+    saves the memory for the logits. It is moved to cfg.device; vocab_size and context_len are
+    cfg's, the other sizes there do not count. Continued with the same call and
+    cfg.ckpt_path_to_resume; the commands know TransformerLM alone and say so.
     With cfg.eval_only it evaluates, and returns, the model of cfg.ckpt_path_to_resume or
     cfg.init_from. Ctrl-C saves a checkpoint at the micro-batch's end, then raises
     KeyboardInterrupt. Where a file cannot be written the run goes on; the last line says what is
@@ -126,7 +129,7 @@ def _train(
 
     set_seed(cfg.seed)
     is_own = model is not None
-    model = create_model(cfg) if model is None else model.to(device)
+    model = create_model(cfg) if model is None else prepare_model(model, cfg)
     _load_weights(model, cfg, resumed)
     start_step = resumed.step if resumed else 0
     if resumed:
@@ -192,13 +195,17 @@ def _load_weights(model: nn.Module, cfg: TrainingConfig, resumed: Resumed | None
         path, payload = cfg.init_from, _read(cfg.init_from)
     else:
         return
+    check_model_class(payload, path, model)
     try:
         restore_model(model, payload)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     stored = payload.get("config")
     num_heads = stored.get("num_heads") if isinstance(stored, dict) else None
-    if num_heads not in (None, cfg.num_heads):  # the shapes of the weights do not tell
+    if model_class(model) is None and num_heads not in (
+        None,
+        cfg.num_heads,
+    ):  # the shapes of the weights do not tell
         raise CheckpointError(
             f"{path}: the checkpoint is of another architecture: num_heads={shown(num_heads)}, not "
             f"{cfg.num_heads}; set the model's size as the checkpoint's run did"
@@ -268,7 +275,7 @@ def _evaluate_only(
     check_dataset(data.val, "validation", context_len=cfg.context_len, vocab_size=cfg.vocab_size)
     if not (resumed or cfg.init_from):
         raise ConfigError("--eval-only needs the checkpoint to evaluate: --resume or --init-from")
-    model = create_model(cfg) if model is None else model.to(device)
+    model = create_model(cfg) if model is None else prepare_model(model, cfg)
     _load_weights(model, cfg, resumed)
     if resumed:
         resumed.free()

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
 from fastlm.evaluate import Evaluation
 from fastlm.generate import sample_texts
 from fastlm.hardware import PeakMemory, device_name, matmul_ceiling, synchronize
-from fastlm.model import TransformerLM, count_parameters
+from fastlm.model import count_parameters, flop_formula
+from fastlm.model_interface import describe_model
 from fastlm.step import TrainStep
-
-FLOP_FORMULA = "6 * matmul weights + 6 * layers * context_len * d_model"
 
 
 class Clock:
@@ -67,7 +67,7 @@ class Clock:
         return {"step_seconds": self.all_seconds, "run_seconds": self.run_seconds}
 
 
-def describe(data: Data, cfg: TrainingConfig, model: TransformerLM, runner: TrainStep) -> None:
+def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainStep) -> None:
     """What the run does, on what, for how long."""
     compiled = "compiled" if cfg.compile else "not compiled (--compile is faster)"
     length = (
@@ -76,8 +76,7 @@ def describe(data: Data, cfg: TrainingConfig, model: TransformerLM, runner: Trai
         else f"{cfg.total_steps:,} steps"
     )
     print(
-        f"[run] model: {count_parameters(model) / 1e6:.2f} M parameters ({cfg.num_layers} layers, "
-        f"d_model {cfg.d_model}, {cfg.num_heads} heads, vocabulary {cfg.vocab_size})"
+        f"[run] model: {count_parameters(model) / 1e6:.2f} M parameters ({describe_model(model)})"
     )
     print(
         f"[run] data: {len(data.train):,} training and {len(data.val):,} validation tokens, "
@@ -139,12 +138,14 @@ def measured_ceiling(runner: TrainStep) -> float | None:
     return matmul_ceiling(runner.device, runner.dtype)
 
 
-def print_samples(model: TransformerLM, tokenizer: str | None, seed: int) -> None:
+def print_samples(
+    model: nn.Module, tokenizer: str | None, seed: int, context_len: int | None = None
+) -> None:
     """Five samples, the first five: none is chosen."""
     if tokenizer is None:
         print("[sample] none: the data has no tokenizer to turn ids into text")
         return
-    texts = sample_texts(model, tokenizer, num_samples=5, seed=seed)
+    texts = sample_texts(model, tokenizer, num_samples=5, seed=seed, context_len=context_len)
     for index, text in enumerate(texts):
         print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
 
@@ -179,7 +180,8 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
             f"{figures.recompiles} recompilations during the run"
         )
     print(
-        f"[summary] model FLOPs {figures.flops_per_token / 1e6:.1f} M a token ({FLOP_FORMULA})"
+        f"[summary] model FLOPs {figures.flops_per_token / 1e6:.1f} M a token "
+        f"({flop_formula(runner.model)})"
         + ("" if achieved is None else f": {achieved / 1e12:.3g} TFLOP/s")
     )
     print(
