@@ -1,0 +1,1 @@
+"""Several processes: this one among them, wrappers of the model, sharded checkpoints."""
