@@ -1,8 +1,9 @@
-"""Checkpoints: one file, never half-written, its damage detected, loadable without running code.
+"""Checkpoints: never half-written, their damage detected, loadable without running code.
 
 A checkpoint is a torch.save file of tensors and plain values, readable with
-`torch.load(path, weights_only=True)`. What stands in it is here; how the file is written, and its
-damage found, is in checkpoint_file.py.
+`torch.load(path, weights_only=True)`; or, of a model that is sharded over several processes, a
+directory `....dcp`. What stands in it is here; how it is written, and its damage found, is in
+checkpoint_file.py, and in parallel/sharded.py.
 """
 
 import math
@@ -11,29 +12,42 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
 
-from fastlm.checkpoint_file import digest_holds, inflates, write_checkpoint
 from fastlm.checkpoint_file import remove_stale_temporaries as remove_stale_temporaries
+from fastlm.checkpoint_file import write_checkpoint
+from fastlm.checkpoint_reading import (
+    MODEL_KEYS,
+    OPTIMIZER_KEYS,
+    count_of,
+    first_of,
+    holds_optimizer_state,
+    iteration_of,
+    mapped_checkpoint,
+    peek,
+    read_checkpoint,
+)
+from fastlm.checkpoint_reading import read_values as read_values
 from fastlm.errors import CheckpointError
 from fastlm.foreign_state import (
     check_optimizer_state,
     first_line,
     is_number,
-    shape_of,
     shortened,
     strip_prefixes,
+    weight_differences,
 )
 from fastlm.hardware import is_out_of_memory
+from fastlm.kernels.collect import is_dtensor
+from fastlm.parallel.commit import SUFFIX, is_sharded
+from fastlm.parallel.together import Group
 
 FORMAT_VERSION = 1
-_MODEL_KEYS = ("model_state", "model_state_dict", "model")
-_OPTIMIZER_KEYS = ("optimizer_state", "optimizer_state_dict", "optimizer")
-_ITERATION_KEYS = ("iteration", "step", "iter_num")
 
 
 def save_checkpoint(
@@ -76,6 +90,8 @@ def load_checkpoint(
     model: nn.Module | str | os.PathLike | IO[bytes],
     optimizer: torch.optim.Optimizer | nn.Module | None = None,
     src: str | os.PathLike | IO[bytes] | torch.optim.Optimizer | None = None,
+    *,
+    group: Group = None,
 ) -> int:
     """Restores `model`, and `optimizer` unless None, from `src`; returns the stored iteration.
 
@@ -84,10 +100,13 @@ def load_checkpoint(
     the prefixes of torch.compile and DistributedDataParallel. Raises CheckpointError for a missing
     or damaged file and for another model's or optimizer's, before anything is changed. Warns if the
     file holds no state for `optimizer`.
+
+    A model under FSDP2 (DTensors) reads its part, of a file or of a directory. group: a gloo group
+    of the processes that call this together: they share the checks, and an error is one on all.
     """
     if not isinstance(model, nn.Module):
         model, optimizer, src = optimizer, src, model
-    payload = read_checkpoint(src)
+    payload = _payload_for(model, optimizer, src, group)
     iteration = iteration_of(payload)
     model_state = _fitting_state(model, payload)
     if optimizer is not None and holds_optimizer_state(payload):
@@ -102,38 +121,31 @@ def load_checkpoint(
     return iteration
 
 
-def iteration_of(payload: Mapping[str, Any]) -> int:
-    """The stored step number; 0 if there is none. Raises CheckpointError for what is no number."""
-    return _count(_first(payload, _ITERATION_KEYS), "step number") or 0
+def _payload_for(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, src: Any, group: Group
+) -> dict[str, Any]:
+    """The checkpoint's content, its tensors distributed as the model's and the optimizer's are."""
+    weights = unwrap(model).state_dict()
+    sharded = isinstance(src, str | os.PathLike) and is_sharded(src)
+    if not (sharded or group or any(map(is_dtensor, weights.values()))):
+        return read_checkpoint(src)
+    from fastlm.parallel.sharded import placed, read_sharded
 
+    groups = [] if optimizer is None else optimizer.param_groups
+    params = dict(enumerate(p for group in groups for p in group["params"]))
 
-def holds_optimizer_state(payload: Mapping[str, Any]) -> bool:
-    """False for weights alone."""
-    return _first(payload, _OPTIMIZER_KEYS) is not None
+    def like(place: tuple) -> torch.Tensor | None:
+        if len(place) == 2 and place[0] in MODEL_KEYS:
+            return weights.get(strip_prefixes(str(place[1])))
+        if len(place) == 4 and place[0] in OPTIMIZER_KEYS and place[1] == "state":
+            return params.get(place[2])
+        return None
 
-
-def read_checkpoint(src: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
-    """The checkpoint's content on the CPU, its digest checked (other programs' files have none).
-
-    Raises CheckpointError for a file that is missing, damaged, none, or compressed, which could
-    fill the memory from a few bytes.
-    """
-    is_path = isinstance(src, str | os.PathLike)
-    try:
-        if is_path and not Path(src).is_file():
-            raise CheckpointError(f"{src}: no such checkpoint")
-        if is_path and not digest_holds(Path(src)):
-            raise CheckpointError(f"{src}: is damaged (its SHA-256 does not match)")
-        if is_path and inflates(Path(src)):
-            raise CheckpointError(f"{src}: is compressed, which no checkpoint is; save it again")
-        payload = torch.load(src, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged file raises anything: pickle, zip, key, decode errors
-        raise CheckpointError(f"{src}: is no readable checkpoint ({first_line(error)})") from error
-    if not isinstance(payload, Mapping):
-        raise CheckpointError(f"{src}: is no checkpoint but a {type(payload).__name__}")
-    return dict(payload)
+    if sharded:
+        unread = () if optimizer is not None else OPTIMIZER_KEYS
+        check = partial(_fitting_state, model, values=False)
+        return read_sharded(src, like, skip=unread, check=check, group=group)
+    return placed(mapped_checkpoint(src, group), like)
 
 
 def restore_model(model: nn.Module, payload: Mapping[str, Any]) -> None:
@@ -149,7 +161,7 @@ def restore_optimizer(
     Raises CheckpointError, the optimizer unchanged, if a moment has another shape than its
     parameter, stands under another name, or a setting is none.
     """
-    stored = _first(payload, _OPTIMIZER_KEYS)
+    stored = first_of(payload, OPTIMIZER_KEYS)
     named = [] if model is None else unwrap(model).named_parameters()
     before = optimizer.state, optimizer.param_groups
     try:
@@ -174,7 +186,7 @@ def restore_scaler(scaler: torch.amp.GradScaler, payload: Mapping[str, Any]) -> 
         for key in ("scale", "growth_factor", "backoff_factor", "growth_interval"):
             if not is_number(stored[key]) or not stored[key] > 0:
                 raise ValueError(f"{key} is {shortened(stored[key])}")
-        if _count(stored["_growth_tracker"], "growth tracker") is None:
+        if count_of(stored["_growth_tracker"], "growth tracker") is None:
             raise ValueError("it has no growth tracker")
         scaler.load_state_dict(dict(stored))
     except Exception as error:
@@ -183,9 +195,14 @@ def restore_scaler(scaler: torch.amp.GradScaler, payload: Mapping[str, Any]) -> 
         ) from error
 
 
-def _fitting_state(model: nn.Module, payload: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, names without prefixes, checked against those of `model`."""
-    stored = _first(payload, _MODEL_KEYS)
+def _fitting_state(
+    model: nn.Module, payload: Mapping[str, Any], *, values: bool = True
+) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, names without prefixes, checked against those of `model`.
+
+    values: they have been read; else only names, shapes and dtypes count.
+    """
+    stored = first_of(payload, MODEL_KEYS)
     stored = payload if stored is None else stored
     if not isinstance(stored, Mapping):
         raise CheckpointError(f"the checkpoint holds no weights but a {type(stored).__name__}")
@@ -194,13 +211,7 @@ def _fitting_state(model: nn.Module, payload: Mapping[str, Any]) -> dict[str, to
         raise CheckpointError(f"the checkpoint holds weights without a name: {shortened(odd[0])}")
     state = {strip_prefixes(name): tensor for name, tensor in stored.items()}
     expected = unwrap(model).state_dict()
-    differences = [
-        f"{shortened(name, quoted=False)} is {shape_of(state.get(name))}, not "
-        f"{shape_of(expected.get(name))}"
-        for name in sorted(expected.keys() | state.keys())
-        if shape_of(state.get(name)) != shape_of(expected.get(name))
-    ]
-    differences = differences or _unreadable(state, expected) or _untied(state, expected)
+    differences = weight_differences(state, expected, values=values)
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
         raise CheckpointError(
@@ -208,38 +219,6 @@ def _fitting_state(model: nn.Module, payload: Mapping[str, Any]) -> dict[str, to
             f"size as the checkpoint's run did"
         )
     return state
-
-
-def _unreadable(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """Weights of the right shape that cannot be copied into the model's."""
-    return [
-        f"{name} is of {state[name].dtype} on {state[name].device}, not of {tensor.dtype}"
-        for name, tensor in expected.items()
-        if isinstance(tensor, torch.Tensor) and not _can_be_copied(state[name], tensor)
-    ]
-
-
-def _can_be_copied(source: torch.Tensor, target: torch.Tensor) -> bool:
-    if source.device.type == "meta" != target.device.type:  # without memory
-        return False
-    both_real = source.is_floating_point() and target.is_floating_point()
-    return both_real or source.dtype == target.dtype
-
-
-def _untied(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """Names under which the model has one matrix and the checkpoint two different ones."""
-    first_name: dict[tuple, str] = {}
-    result = []
-    for name, tensor in expected.items():
-        if tensor.data_ptr() == 0:  # empty, or without memory (the meta device)
-            continue
-        first = first_name.setdefault((tensor.data_ptr(), tensor.shape), name)
-        a, b = state[first], state[name]
-        # Saved tied, they share their memory here too (NaNs would not be equal).
-        differ = a.data_ptr() != b.data_ptr() and (a.dtype != b.dtype or not torch.equal(a, b))
-        if first != name and differ:
-            result.append(f"{first} and {name} are two matrices, not one")
-    return result
 
 
 @dataclass(frozen=True)
@@ -257,22 +236,23 @@ class CheckpointFile:
 def list_checkpoints(
     directory: str | os.PathLike, prefix: str | None = None, names: str = r"\d+|final"
 ) -> list[CheckpointFile]:
-    """The files {prefix}_{name}.pt in `directory`, newest first.
+    """The checkpoints {prefix}_{name}.pt and .dcp in `directory`, newest first.
 
     prefix None: any. names: pattern of what stands behind it. A run's files are ordered by their
     steps, and runs (a prefix and a run id) by the time that they have stored: a file's own time is
-    another after `cp -r`. Only the pickled record is read, milliseconds for a file of any size; an
-    unreadable one counts as the latest run's of its prefix.
+    another after `cp -r`. Only plain values are read, milliseconds for any size; an unreadable one
+    counts as the latest run's of its prefix.
     """
     directory = Path(directory)
-    form = re.compile(f"({'.+' if prefix is None else re.escape(prefix)})_({names})\\.pt")
+    form = re.compile(f"({'.+' if prefix is None else re.escape(prefix)})_({names})\\.(?:pt|dcp)")
     if not directory.is_dir():
         return []
     found = []
     for path in sorted(directory.iterdir()):
         name = form.fullmatch(path.name)
         # What does not exist is a link without its target: it is reported, not overlooked.
-        if name and (path.is_file() or not path.exists()):
+        whole = path.is_dir() if path.suffix == SUFFIX else path.is_file()
+        if name and (whole or not path.exists()):
             found.append(_described(path, *name.groups()))
     newest: dict[tuple, float] = {}
     for file in found:
@@ -293,10 +273,9 @@ def list_checkpoints(
 def _described(path: Path, prefix: str, name: str) -> CheckpointFile:
     saved_at = path.lstat().st_mtime
     try:
-        # Mapped, the tensors are not read. A damaged file raises anything.
-        header = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        header = peek(path)
         step = float(iteration_of(header))
-    except Exception:
+    except Exception:  # a damaged file raises anything
         step = float(name) if name.isdecimal() else math.inf
         return CheckpointFile(path, prefix, step, None, saved_at, False)
     run_id, stored = header.get("run_id"), header.get("saved_at")
@@ -311,7 +290,7 @@ def _described(path: Path, prefix: str, name: str) -> CheckpointFile:
 
 
 def checkpoint_files(directory: str | os.PathLike, prefix: str | None = None) -> list[Path]:
-    """The resumable checkpoints {prefix}_{step}.pt and {prefix}_final.pt, newest first.
+    """The resumable checkpoints {prefix}_{step} and {prefix}_final, .pt and .dcp, newest first.
 
     prefix None: any. The order is that of list_checkpoints.
     """
@@ -341,18 +320,3 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-def _first(payload: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    return next((payload[key] for key in keys if key in payload), None)
-
-
-def _count(value: Any, what: str) -> int | None:
-    """`value` as a number of things; other programs store tensors and floats, too."""
-    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and shape_of(value) == "()":
-        value = value.item()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is None or (type(value) is int and 0 <= value < 1 << 63):
-        return value
-    raise CheckpointError(f"the checkpoint's {what} is none: {shortened(value)}")

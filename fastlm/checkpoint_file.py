@@ -38,7 +38,7 @@ def write_checkpoint(payload: dict[str, Any], path: Path, *, read_back: bool = F
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(payload, path.parent)
+        check_space(payload_bytes(payload), path.parent)
         handle, temporary = _locked_temporary(path)
         with os.fdopen(handle, "wb") as file:
             _write_with_digest(payload, file)
@@ -135,14 +135,14 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _check_space(payload: dict[str, Any], directory: Path) -> None:
-    """Before a byte is written: a disk filled to its end would stop the logs too."""
+def check_space(needed: int, directory: Path) -> None:
+    """Raises OSError if `needed` bytes do not fit: a disk filled to its end stops the logs too."""
     try:
         status = os.statvfs(directory)
     except OSError:  # not every file system can tell; the writes will
         return
     blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail  # root may use the reserve
-    needed, free = payload_bytes(payload), blocks * status.f_frsize
+    free = blocks * status.f_frsize
     if needed > free and status.f_blocks:  # 0: it does not tell either
         raise OSError(
             errno.ENOSPC, f"it needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"

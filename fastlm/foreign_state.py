@@ -83,6 +83,54 @@ def _check_entry(entry: Any, param: Tensor, name: str) -> None:
         raise ValueError(f"the step of {name} is {shortened(step)}")
 
 
+def weight_differences(
+    state: Mapping[str, Any], expected: Mapping[str, Any], *, values: bool = True
+) -> list[str]:
+    """What keeps the weights `state` from being loaded in the place of `expected`; usually nothing.
+
+    values: compares the values of matrices that are one in the model, too.
+    """
+    shapes = [
+        f"{shortened(name, quoted=False)} is {shape_of(state.get(name))}, not "
+        f"{shape_of(expected.get(name))}"
+        for name in sorted(expected.keys() | state.keys())
+        if shape_of(state.get(name)) != shape_of(expected.get(name))
+    ]
+    return shapes or _unreadable(state, expected) or (_untied(state, expected) if values else [])
+
+
+def _unreadable(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Weights of the right shape that cannot be copied into the model's."""
+    return [
+        f"{name} is of {state[name].dtype} on {state[name].device}, not of {tensor.dtype}"
+        for name, tensor in expected.items()
+        if isinstance(tensor, Tensor) and not _can_be_copied(state[name], tensor)
+    ]
+
+
+def _can_be_copied(source: Tensor, target: Tensor) -> bool:
+    if source.device.type == "meta" != target.device.type:  # without memory
+        return False
+    both_real = source.is_floating_point() and target.is_floating_point()
+    return both_real or source.dtype == target.dtype
+
+
+def _untied(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Names under which the model has one matrix and the checkpoint two different ones."""
+    first_name: dict[tuple, str] = {}
+    result = []
+    for name, tensor in expected.items():
+        if tensor.data_ptr() == 0:  # empty, or without memory (the meta device)
+            continue
+        first = first_name.setdefault((tensor.data_ptr(), tensor.shape), name)
+        a, b = state[first], state[name]
+        # Saved tied, they share their memory here too (NaNs would not be equal).
+        differ = a.data_ptr() != b.data_ptr() and (a.dtype != b.dtype or not torch.equal(a, b))
+        if first != name and differ:
+            result.append(f"{first} and {name} are two matrices, not one")
+    return result
+
+
 def strip_prefixes(name: str) -> str:
     """A parameter's own name, without those of the wrappers around its model."""
     while name.startswith(_PREFIXES):
