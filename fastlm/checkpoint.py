@@ -10,7 +10,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from fastlm.parallel.commit import SUFFIX, is_sharded
 from fastlm.parallel.together import Group
 
 FORMAT_VERSION = 1
+Reader = Callable[[str | os.PathLike], dict[str, Any]]  # read_checkpoint, or read_values
 
 
 def save_checkpoint(
@@ -298,12 +299,12 @@ def checkpoint_files(directory: str | os.PathLike, prefix: str | None = None) ->
 
 
 def newest_readable(
-    directory: str | os.PathLike, prefix: str | None = None
+    directory: str | os.PathLike, prefix: str | None = None, read: Reader = read_checkpoint
 ) -> tuple[Path, dict[str, Any]]:
     """The newest whole checkpoint of a run, and its content; says which ones it passed over."""
     for path in checkpoint_files(directory, prefix):
         try:
-            return path, read_checkpoint(path)
+            return path, read(path)
         except CheckpointError as error:
             print(f"[resume] {error}; trying the one before it")
     raise CheckpointError(

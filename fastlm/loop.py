@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlm import __version__
 from fastlm.checkpoint import (
@@ -27,17 +27,18 @@ from fastlm.model import training_flops_per_token
 from fastlm.model_interface import model_class
 from fastlm.ops.cross_entropy import check_labels
 from fastlm.parallel.world import World
+from fastlm.parallel.wrap import gathered_on_main
 from fastlm.run.commands import generate_command, resume_command
 from fastlm.run.directory import RunDirectory
 from fastlm.run.environment import environment
 from fastlm.run.guard import GuardWatch
 from fastlm.run.log import NoLog, RunLog
 from fastlm.run.output import Missing
-from fastlm.run.saver import Saver
+from fastlm.run.saver import Saver, writer_for
 from fastlm.run.signals import Stopped, StopSignals
 from fastlm.run.summary import Clock, RunFigures, measured_ceiling, print_samples, print_summary
 from fastlm.schedule import learning_rate
-from fastlm.step import TrainStep, graphs_compiled
+from fastlm.step import TrainStep, create_model, graphs_compiled
 
 
 class Run:
@@ -79,10 +80,10 @@ class Run:
             directory.checkpoint_path,
             keep_last=cfg.keep_last,
             minutes=cfg.ckpt_minutes,
-            # In DDP rank 0 writes; the others count along.
-            wait_for_each=cfg.sync_save or not self.world.is_main,
+            # Where rank 0 writes for all, the others only count along.
+            wait_for_each=cfg.sync_save or not (self.world.is_main or runner.is_sharded),
             deletes=self.world.is_main,
-            **({} if self.world.is_main else {"write": lambda payload, path: None}),
+            write=writer_for(self.world, sharded=runner.is_sharded),
             found=checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix) if resumed else (),
             resumed=resumed,
         )
@@ -242,8 +243,9 @@ class Run:
         if found is None:
             return False
         path, payload = found
-        restore_model(self.runner.model, payload)
-        self.runner.restore(payload)
+        if self.world.size == 1:
+            restore_model(self.runner.model, payload)
+        self.runner.restore(payload, path)
         self.completed = iteration_of(payload)
         # The run goes on with the samples that follow: what was saved behind it is another branch.
         self.directory.retire_after(self.completed)
@@ -285,6 +287,16 @@ class Run:
             self.log.checkpoint(path)
         else:
             self.log.say(f"[CKPT] FAILED: {error}; the run goes on")
+
+    def _whole_model(self, weights: dict[str, Any]) -> nn.Module:
+        """The model, on rank 0 alone: a sharded one answers to all ranks at once."""
+        if not self.runner.is_sharded:
+            return self.runner.model
+        if model_class(self.runner.model) is not None:
+            raise RuntimeError("a sharded model that is not a TransformerLM")
+        model = create_model(self.cfg)
+        restore_model(model, weights)
+        return model
 
     def _save_emergency(self) -> None:
         """{prefix}_emergency.pt: the state before the step that failed. A bare --resume never takes
@@ -346,6 +358,8 @@ class Run:
         cfg, runner, data, clock = self.cfg, self.runner, self.data, self.clock
         model_path: Path = self.directory.checkpoint_path("model")
         weights = checkpoint_payload(runner.model, None, self.completed, **self._identity())
+        if runner.is_sharded:
+            weights["model_state"] = gathered_on_main(weights["model_state"], self.world)
         self.saver.save("model", weights, wait=True)
         self._report_saves()
         self.watch.look(self.log, self.completed)
@@ -387,7 +401,9 @@ class Run:
         )
         self.log.attempt(
             "samples",
-            lambda: print_samples(runner.model, data.tokenizer_json, cfg.seed, cfg.context_len),
+            lambda: print_samples(
+                self._whole_model(weights), data.tokenizer_json, cfg.seed, cfg.context_len
+            ),
         )
         ceiling = self.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))
         self.log.metrics("summary", step=self.completed, **print_summary(figures, runner, ceiling))

@@ -7,6 +7,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from fastlm.data.sampler import mixed
 from fastlm.errors import CompileError
 from fastlm.evaluate import evaluating
 from fastlm.hardware import select_device, synchronize
+from fastlm.kernels.collect import is_dtensor
 from fastlm.model import TransformerLM
 from fastlm.model_loss import ModelLoss
 from fastlm.optim import AdamW
@@ -70,20 +72,22 @@ def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
     )
 
 
-def create_model(cfg: TrainingConfig) -> TransformerLM:
-    """A new model of cfg's size on cfg.device."""
-    return TransformerLM(
-        vocab_size=cfg.vocab_size,
-        d_model=cfg.d_model,
-        num_heads=cfg.num_heads,
-        num_layers=cfg.num_layers,
-        max_seq_len=cfg.context_len,
-        d_ff=cfg.d_ff,
-        rope_theta=cfg.rope_theta,
-        tie_embeddings=cfg.tie_embeddings,
-        dropout=cfg.dropout,
-        activation_checkpointing=cfg.activation_checkpointing,
-    ).to(select_device(cfg.device))
+def create_model(cfg: TrainingConfig, *, meta: bool = False) -> TransformerLM:
+    """A new model of cfg's size on cfg.device; or, without memory, on the meta device."""
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        model = TransformerLM(
+            vocab_size=cfg.vocab_size,
+            d_model=cfg.d_model,
+            num_heads=cfg.num_heads,
+            num_layers=cfg.num_layers,
+            max_seq_len=cfg.context_len,
+            d_ff=cfg.d_ff,
+            rope_theta=cfg.rope_theta,
+            tie_embeddings=cfg.tie_embeddings,
+            dropout=cfg.dropout,
+            activation_checkpointing=cfg.activation_checkpointing,
+        )
+    return model if meta else model.to(select_device(cfg.device))
 
 
 class TrainStep:
@@ -157,12 +161,21 @@ class TrainStep:
         """Undoes what a step that does not come to its end has done."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def restore(self, payload: Mapping[str, Any]) -> None:
-        """All of a checkpoint but the weights: moments, loss scale, guard."""
+    @property
+    def is_sharded(self) -> bool:
+        """Does each rank hold a part of the weights (FSDP2)?"""
+        return any(is_dtensor(parameter) for parameter in self.model.parameters())
+
+    def restore(self, payload: Mapping[str, Any], path: Path) -> None:
+        """All of a checkpoint: moments, loss scale, guard; and the weights in a world of several,
+        where each rank reads its part of the file, now. Alone, the payload has been loaded."""
         groups = self.optimizer.param_groups
         # Its state brings the settings of the run before; this run's are those that it was given.
         settings = [{name: g[name] for name in ("betas", "eps", "weight_decay")} for g in groups]
-        restore_optimizer(self.optimizer, payload, self.model)
+        if self.world.size == 1:
+            restore_optimizer(self.optimizer, payload, self.model)
+        else:
+            load_checkpoint(self.model, self.optimizer, path, group=self.world.cpu_group)
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         restore_scaler(self.scaler, payload)

@@ -23,12 +23,11 @@ from typing import Any
 from torch import nn
 
 from fastlm import __version__
-from fastlm.checkpoint import read_checkpoint, restore_model
 from fastlm.config import TrainingConfig
 from fastlm.data.dataset import as_dataset
 from fastlm.data.files import Data, check_dataset, open_data
 from fastlm.data.loader import TrainLoader
-from fastlm.errors import CheckpointError, ConfigError, UserError, run_command, shown
+from fastlm.errors import CheckpointError, ConfigError, UserError, run_command
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
 from fastlm.hardware import (
     back_heap_with_huge_pages,
@@ -37,7 +36,7 @@ from fastlm.hardware import (
     select_device,
 )
 from fastlm.loop import Run
-from fastlm.model_interface import check_model_class, model_class, prepare_model
+from fastlm.model_interface import blocks_of, prepare_model
 from fastlm.model_loss import ModelLoss
 from fastlm.parallel.world import ALONE, World
 from fastlm.parallel.wrap import wrap
@@ -50,7 +49,7 @@ from fastlm.run.output import (
     silence_broken_streams,
     surviving_output,
 )
-from fastlm.run.resume import Resumed
+from fastlm.run.resume import Resumed, load_weights, read_for
 from fastlm.run.signals import StopSignals
 from fastlm.run.summary import Clock, describe
 from fastlm.schedule import rate_jump
@@ -103,7 +102,8 @@ def train(
                 "--resume continues a run and --init-from starts one: give one of them"
             )
         if resumed is None and cfg.ckpt_path_to_resume:
-            resumed = Resumed.read(cfg.ckpt_path_to_resume)
+            path = cfg.ckpt_path_to_resume
+            resumed = world.together(lambda: Resumed.read(path, partial(read_for, world=world)))
         if cfg.eval_only:
             return _evaluate_only(data, cfg, resumed, world, model)
         return _train(data, cfg, resumed, new_name, world, model)
@@ -129,8 +129,13 @@ def _train(
 
     set_seed(cfg.seed)
     is_own = model is not None
-    model = create_model(cfg) if model is None else prepare_model(model, cfg)
-    _load_weights(model, cfg, resumed)
+    is_sharded = cfg.parallel == "fsdp" and world.size > 1
+    if is_own:
+        prepare_model(model, cfg)
+    else:  # a sharded one gets memory when each rank knows its part
+        model = create_model(cfg, meta=is_sharded)
+    if world.size == 1:
+        load_weights(model, cfg, resumed, world)
     start_step = resumed.step if resumed else 0
     if resumed:
         world.together(lambda: resumed.check(data, cfg))
@@ -153,7 +158,7 @@ def _train(
         loader = TrainLoader(
             data.train, cfg.batch_size, cfg.context_len, seed=cfg.seed, device=device
         )
-        loss = ModelLoss(model, device, cfg)
+        loss = ModelLoss(model, device, _with_scope(cfg, model, world))
         wrapped = wrap(
             loss,
             world,
@@ -162,6 +167,11 @@ def _train(
             reshard=cfg.fsdp_reshard,
             find_unused=is_own,
         )
+        if is_sharded and not is_own:
+            model.to_empty(device=device)
+            model.init_weights()
+        if world.size > 1:
+            load_weights(model, cfg, resumed, world)
         runner = TrainStep(loss, create_optimizer(model, cfg), loader, cfg, world, wrapped)
         describe(data, cfg, model, runner)
         if cfg.compile:
@@ -186,45 +196,21 @@ def _train(
     return model
 
 
-def _load_weights(model: nn.Module, cfg: TrainingConfig, resumed: Resumed | None) -> None:
-    """Loads the weights that --resume or --init-from names, if they name any."""
-    if resumed is not None:
-        print(f"[resume] Loading checkpoint from {resumed.path}")
-        path, payload = str(resumed.path), resumed.payload
-    elif cfg.init_from is not None:
-        path, payload = cfg.init_from, _read(cfg.init_from)
-    else:
-        return
-    check_model_class(payload, path, model)
-    try:
-        restore_model(model, payload)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    stored = payload.get("config")
-    num_heads = stored.get("num_heads") if isinstance(stored, dict) else None
-    if model_class(model) is None and num_heads not in (
-        None,
-        cfg.num_heads,
-    ):  # the shapes of the weights do not tell
-        raise CheckpointError(
-            f"{path}: the checkpoint is of another architecture: num_heads={shown(num_heads)}, not "
-            f"{cfg.num_heads}; set the model's size as the checkpoint's run did"
-        )
-    if resumed is None:
-        print(f"[init] weights of {cfg.init_from}")
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        return read_checkpoint(path)
-    except OSError as error:
-        raise CheckpointError(f"{shown(path)}: cannot be read ({error.strerror})") from error
+def _with_scope(cfg: TrainingConfig, model: nn.Module, world: World) -> TrainingConfig:
+    """cfg.compile_scope, chosen where it is not set: several processes exchange the gradients of a
+    block while others are computed, and FSDP2 gathers weights block by block."""
+    if cfg.compile_scope is not None:
+        if cfg.compile and cfg.parallel == "fsdp" and cfg.compile_scope == "model":
+            raise ConfigError("--compile-scope model: fsdp gathers block by block; use block")
+        return cfg
+    by_block = world.size > 1 and bool(blocks_of(model))
+    return replace(cfg, compile_scope="block" if by_block else "model")
 
 
 def _restore_state(runner: TrainStep, resumed: Resumed, *, compiled: bool) -> None:
     """Everything but the weights. Says what differs now."""
     try:
-        runner.restore(resumed.payload)
+        runner.restore(resumed.payload, resumed.path)
     except CheckpointError as error:
         raise CheckpointError(
             f"{resumed.path}: {error}; --init-from starts a new run with its weights"
@@ -276,7 +262,7 @@ def _evaluate_only(
     if not (resumed or cfg.init_from):
         raise ConfigError("--eval-only needs the checkpoint to evaluate: --resume or --init-from")
     model = create_model(cfg) if model is None else prepare_model(model, cfg)
-    _load_weights(model, cfg, resumed)
+    load_weights(model, cfg, resumed, world)
     if resumed:
         resumed.free()
     loss_of = ModelLoss(model, device, cfg)

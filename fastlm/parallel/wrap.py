@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fastlm.errors import ConfigError
+from fastlm.kernels.collect import is_dtensor
+from fastlm.model_interface import blocks_of
 from fastlm.parallel.world import World
 
 PARALLEL = ("ddp", "fsdp")
@@ -79,7 +81,8 @@ def _sharded(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     for tensor in [*loss.parameters(), *loss.buffers()]:
-        dist.broadcast(tensor.detach(), src=0)
+        if not tensor.is_meta:  # without memory: each rank gives its part values later
+            dist.broadcast(tensor.detach(), src=0)
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:
@@ -87,7 +90,7 @@ def _sharded(
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    blocks = blocks_of(loss)
+    blocks = blocks_of(loss.model)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     # The rest, embeddings and head, is gathered in fp32: the gradient of a whole vocabulary is a
@@ -137,11 +140,12 @@ def micro_step(module: nn.Module, *, last: bool) -> Iterator[None]:
     yield
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: what its outermost nn.ModuleLists hold."""
-    children = list(model.children())
-    if isinstance(model, nn.ModuleList):
-        children = [child for child in children if isinstance(child, nn.ModuleList)]
-        if not children:
-            return list(model)
-    return [block for child in children for block in blocks_of(child)]
+def gathered_on_main(state: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
+    """A state dict's DTensors gathered, one at a time, on rank 0's CPU; {} on other ranks, which
+    call it, too."""
+    gathered = {}
+    for name, tensor in state.items():
+        tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
+        if world.is_main:
+            gathered[name] = tensor.cpu()
+    return gathered

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastlm.checkpoint import checkpoint_files
+from fastlm.checkpoint import Reader, checkpoint_files, read_checkpoint, read_values
 from fastlm.config import TrainingConfig
 from fastlm.errors import ConfigError, DeviceError, shown
 from fastlm.parallel.world import World
@@ -51,7 +51,7 @@ class Invocation:
     ignored: list[str] = field(default_factory=list)  # the preset's that the checkpoint's go before
 
 
-def parse(argv: list[str] | None = None) -> Invocation:
+def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invocation:
     """Raises ConfigError or CheckpointError; flags that tyro rejects exit with code 2."""
     import tyro
 
@@ -75,7 +75,7 @@ def parse(argv: list[str] | None = None) -> Invocation:
     layers: list[tuple[str, dict[str, Any]]] = [(f"preset {preset}", PRESETS[preset])]
     resumed = None
     if not {"--help", "-h"} & set(argv):
-        resumed = _find_resumed(first, file_settings)
+        resumed = _find_resumed(first, file_settings, read)
     stored = resumed.settings if resumed else {}
     if stored:
         layers.append(("checkpoint", stored))
@@ -113,13 +113,15 @@ def parse(argv: list[str] | None = None) -> Invocation:
 
 
 def parse_together(argv: list[str], world: World) -> Invocation:
-    """parse() by rank 0 for all ranks; a checkpoint that it names, each of them reads."""
+    """parse() by rank 0 for all ranks. A checkpoint that it names, each of them reads, but for the
+    weights and moments, which wait until each knows its part."""
     if world.size == 1:
         return parse(argv)
     mine: list[Invocation] = []
 
     def parse_here() -> Invocation:
-        mine.append(_parse_restarted(argv, world) if world.max_restarts else parse(argv))
+        restartable = world.max_restarts > 0
+        mine.append(_parse_restarted(argv, world) if restartable else parse(argv, read_values))
         return dataclasses.replace(mine[0], resumed=None)
 
     invocation = world.decide(parse_here)
@@ -128,7 +130,7 @@ def parse_together(argv: list[str], world: World) -> Invocation:
     def resumed() -> Resumed | None:
         if mine:
             return mine[0].resumed
-        return None if path is None else Resumed.read(path)
+        return None if path is None else Resumed.read(path, read_values)
 
     return dataclasses.replace(invocation, resumed=world.together(resumed))
 
@@ -145,7 +147,7 @@ def device_asked(argv: list[str]) -> str:
 
 def _parse_restarted(argv: list[str], world: World) -> Invocation:
     """The command again, by torchrun --max-restarts: a run that has a checkpoint goes on."""
-    invocation = parse(argv)
+    invocation = parse(argv, read_values)
     if invocation.origins["target_dir"] == "time":
         raise ConfigError(
             "torchrun --max-restarts gives the command again: name the run's directory with "
@@ -163,10 +165,10 @@ def _parse_restarted(argv: list[str], world: World) -> Invocation:
                 next(tokens, None)
             continue
         rest.append(token)
-    return parse([*rest, "--resume", cfg.ckpt_dir])
+    return parse([*rest, "--resume", cfg.ckpt_dir], read_values)
 
 
-def _find_resumed(first: argparse.Namespace, file_settings: dict) -> Resumed | None:
+def _find_resumed(first: argparse.Namespace, file_settings: dict, read: Reader) -> Resumed | None:
     """The checkpoint that --resume means; a setting of the command line goes before the file's."""
     resume = first.resume
     if resume is None:
@@ -182,7 +184,7 @@ def _find_resumed(first: argparse.Namespace, file_settings: dict) -> Resumed | N
     for name in ("ckpt_dir", "target_dir", "ckpt_save_prefix"):
         value = getattr(first, name)
         places[name] = file_settings.get(name) if value is None else value
-    return find(resume, prefix=places.pop("ckpt_save_prefix"), **places)
+    return find(resume, prefix=places.pop("ckpt_save_prefix"), read=read, **places)
 
 
 def _follow(settings: dict, origins: dict, flags: set[str], asked: set[str], stored: dict) -> None:

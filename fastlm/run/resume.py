@@ -8,19 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fastlm.checkpoint import (
     CheckpointFile,
+    Reader,
     checkpoint_files,
     holds_optimizer_state,
     iteration_of,
     list_checkpoints,
+    load_checkpoint,
     newest_readable,
     read_checkpoint,
+    read_values,
+    restore_model,
 )
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
 from fastlm.data.sampler import SAMPLER_VERSION
 from fastlm.errors import CheckpointError, ConfigError, UserError, shown
+from fastlm.model_interface import check_model_class, model_class
+from fastlm.parallel.commit import is_sharded
+from fastlm.parallel.world import World
 from fastlm.run.settings import coerce
 
 RUNS = "runs"  # where runs go unless --target-dir says otherwise
@@ -46,12 +55,12 @@ class Resumed:
     beside: frozenset[str]  # the checkpoints that were in its directory when it was chosen
 
     @classmethod
-    def read(cls, path: str | Path) -> "Resumed":
+    def read(cls, path: str | Path, read: Reader = read_checkpoint) -> "Resumed":
         """Raises CheckpointError."""
         path = Path(path)
         try:
             beside = _names(path.parent)
-            return cls.of(path, read_checkpoint(path), beside)
+            return cls.of(path, read(path), beside)
         except OSError as error:
             raise CheckpointError(
                 f"{shown(str(path))}: cannot be read ({error.strerror})"
@@ -137,6 +146,7 @@ def find(
     ckpt_dir: str | None = None,
     target_dir: str | None = None,
     prefix: str | None = None,
+    read: Reader = read_checkpoint,
 ) -> Resumed:
     """The checkpoint that `--resume name` means: a file, or the newest one of a directory.
 
@@ -147,11 +157,11 @@ def find(
         path = None if name == "auto" else Path(name)
         if path is not None and not path.exists():
             raise CheckpointError(f"--resume {path}: no such checkpoint or directory")
-        if path is not None and path.is_file():
-            return Resumed.read(path)
+        if path is not None and (path.is_file() or is_sharded(path)):
+            return Resumed.read(path, read)
         directory = _directory(path, ckpt_dir, target_dir)
         beside = _names(directory)
-        return Resumed.of(*newest_readable(directory, prefix), beside)
+        return Resumed.of(*newest_readable(directory, prefix, read), beside)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -228,3 +238,42 @@ def _is_clock(clock: Any) -> bool:
         and clock.keys() in (set(), names)
         and all(type(seconds) in (int, float) and 0 <= seconds < 1e12 for seconds in clock.values())
     )
+
+
+def load_weights(
+    model: nn.Module, cfg: TrainingConfig, resumed: Resumed | None, world: World
+) -> None:
+    """Loads the weights that --resume or --init-from names, if they name any."""
+    if resumed is not None:
+        print(f"[resume] Loading checkpoint from {resumed.path}")
+        path, payload = str(resumed.path), resumed.payload
+    elif cfg.init_from is not None:
+        path, payload = cfg.init_from, world.together(lambda: read_for(cfg.init_from, world))
+    else:
+        return
+    check_model_class(payload, path, model)
+    try:
+        if world.size == 1:
+            restore_model(model, payload)
+        else:  # each rank its part, if they have parts
+            load_checkpoint(model, None, path, group=world.cpu_group)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    stored = payload.get("config")
+    num_heads = stored.get("num_heads") if isinstance(stored, dict) else None
+    is_ours = model_class(model) is None
+    if is_ours and num_heads not in (None, cfg.num_heads):  # the weights' shapes do not tell
+        raise CheckpointError(
+            f"{path}: the checkpoint is of another architecture: num_heads={shown(num_heads)}, not "
+            f"{cfg.num_heads}; set the model's size as the checkpoint's run did"
+        )
+    if resumed is None:
+        print(f"[init] weights of {cfg.init_from}")
+
+
+def read_for(path: str | os.PathLike, world: World) -> dict[str, Any]:
+    """The content; in a world of several without the weights, which each rank reads in parts."""
+    try:
+        return read_checkpoint(path) if world.size == 1 else read_values(path)
+    except OSError as error:
+        raise CheckpointError(f"{shown(str(path))}: cannot be read ({error.strerror})") from error

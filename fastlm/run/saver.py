@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 
 from fastlm.checkpoint_file import write_checkpoint
+from fastlm.checkpoint_reading import peek
 from fastlm.hardware import is_out_of_memory
+from fastlm.kernels.collect import is_dtensor, local_part
+from fastlm.parallel.commit import SUFFIX, is_sharded, remove_sharded
+from fastlm.parallel.world import World
 
 
 class Report(NamedTuple):
@@ -25,6 +29,26 @@ class Report(NamedTuple):
 
     path: Path
     error: str | None = None
+
+
+Writer = Callable[[dict[str, Any], Path], None]
+
+
+def writer_for(world: World, *, sharded: bool) -> Writer:
+    """How this process takes part in a save: rank 0 writes files, all write a directory."""
+    if world.size == 1:
+        return partial(write_checkpoint, read_back=True)
+    group = world.new_cpu_group() if sharded else None
+
+    def write(payload: dict[str, Any], path: Path) -> None:
+        if path.suffix == SUFFIX:
+            from fastlm.parallel.sharded import write_sharded
+
+            write_sharded(payload, path, group=group, read_back=True)
+        elif world.is_main:
+            write_checkpoint(payload, path, read_back=True)
+
+    return write
 
 
 class Saver:
@@ -45,7 +69,7 @@ class Saver:
         wait_for_each: bool = False,  # write before `save` returns
         found: Iterable[Path] = (),  # numbered checkpoints of the run's earlier processes
         resumed: Path | None = None,  # the checkpoint that the run goes on from
-        write: Callable[[dict[str, Any], Path], None] | None = None,  # instead of one file
+        write: Writer | None = None,  # default: one file
         deletes: bool = True,  # False: another process does
     ):
         self._path_of, self._keep_last, self._wait_for_each = path_of, keep_last, wait_for_each
@@ -215,13 +239,14 @@ class Saver:
                 return type(value)(copied(item, (*place, i)) for i, item in enumerate(value))
             if not isinstance(value, Tensor):
                 return value
-            memory = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
-            if memory not in copies or not value.numel():
+            own = local_part(value).detach()
+            memory = (own.data_ptr(), own.dtype, own.shape, own.stride(), own.device)
+            if memory not in copies or not own.numel():
                 buffer = self._buffers.get(place)
-                if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
-                    buffer = torch.empty(value.shape, dtype=value.dtype, device="cpu")
-                self._buffers[place] = copies[memory] = buffer.copy_(value.detach())
-            return copies[memory]
+                if buffer is None or (buffer.shape, buffer.dtype) != (own.shape, own.dtype):
+                    buffer = torch.empty(own.shape, dtype=own.dtype, device="cpu")
+                self._buffers[place] = copies[memory] = buffer.copy_(own)
+            return _distributed_as(value, copies[memory])
 
         return copied(payload, ())
 
@@ -262,10 +287,28 @@ class Saver:
                 continue  # another run's, or nobody knows
             try:
                 if self._deletes:
-                    path.unlink(missing_ok=True)
+                    _remove(path)
             except OSError as error:
                 self._numbered[step] = path  # tried again after the next save
                 self._reports.append(Report(path, f"{path}: cannot be deleted ({error.strerror})"))
+
+
+def _distributed_as(value: Tensor, own: Tensor) -> Tensor:
+    """`own` in the place of this rank's part of `value`."""
+    if not is_dtensor(value):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        own, value.device_mesh, value.placements, shape=value.shape, stride=value.stride()
+    )
+
+
+def _remove(path: Path) -> None:
+    if is_sharded(path):
+        remove_sharded(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _step_of(path: Path) -> int | None:
@@ -276,7 +319,7 @@ def _step_of(path: Path) -> int | None:
 def _peek(path: Path) -> dict[str, Any]:
     """A checkpoint's content without reading its tensors; {} if there is none."""
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        payload = peek(path)
     except Exception:  # gone, damaged, or another program's
         return {}
     return payload if isinstance(payload, dict) else {}
