@@ -314,8 +314,8 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
 
     names = {}
 
-    def hooked(cfg):
-        model = create_model(cfg)
+    def hooked(cfg, **options):
+        model = create_model(cfg, **options)
         name, parameter = list(model.named_parameters())[-3]
         names["bad"] = name
         parameter.register_hook(lambda grad: grad * math.nan if seen[0] == 5 else grad)

@@ -20,7 +20,7 @@ from training_runs import (
     write_tokens,
 )
 
-from fastlm import CheckpointError, ConfigError, save_checkpoint, train_loop
+from fastlm import checkpoint_reading, CheckpointError, ConfigError, save_checkpoint, train_loop
 from fastlm.checkpoint import read_checkpoint
 from fastlm.loop import Run
 from fastlm.run.cli import parse
@@ -153,8 +153,10 @@ def test_a_checkpoint_is_read_once_and_freed(tmp_path, monkeypatch):
     assert main(tiny_flags(ckpt_every=4)) == 0
     reads, alive = [], []
 
-    def reading(path):
-        payload = read_checkpoint(path)
+    load = checkpoint_reading._loaded
+
+    def reading(path, **options):
+        payload = load(path, **options)
         reads.append([weakref.ref(t) for t in payload["model_state"].values()])
         # Moments may be taken over by the optimizer, which needs them; nothing else is.
         return payload
@@ -163,9 +165,7 @@ def test_a_checkpoint_is_read_once_and_freed(tmp_path, monkeypatch):
         gc.collect()
         alive.append(sum(reference() is not None for reference in reads[0]))
 
-    monkeypatch.setattr("fastlm.run.resume.read_checkpoint", reading)
-    monkeypatch.setattr("fastlm.checkpoint.read_checkpoint", reading)
-    monkeypatch.setattr("fastlm.train.read_checkpoint", reading)
+    monkeypatch.setattr(checkpoint_reading, "_loaded", reading)
     monkeypatch.setattr(Run, "train", train)
     for argv in (["--resume", "run/checkpoints/checkpoint_4.pt"], ["--resume"]):
         reads.clear()
