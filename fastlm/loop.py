@@ -33,6 +33,7 @@ from fastlm.run.environment import environment
 from fastlm.run.guard import GuardWatch
 from fastlm.run.log import RunLog
 from fastlm.run.output import Missing
+from fastlm.run.profiler import StepProfiler, parse_span
 from fastlm.run.saver import Saver
 from fastlm.run.signals import Stopped, StopSignals
 from fastlm.run.summary import Clock, RunFigures, measured_ceiling, print_samples, print_summary
@@ -83,6 +84,12 @@ class Run:
         if (val_loss := self.log.evaluation(start_step - 1)) is not None:
             self.saver.evaluated(val_loss)
         self.watch = GuardWatch(runner)
+        self.profiler: StepProfiler | None = None
+        if cfg.profile is not None:
+            self.profiler = StepProfiler(
+                parse_span(cfg.profile), cfg.log_dir, runner.device, clock,
+                say=self.log.say, missing=missing.note,
+            )  # fmt: skip
         self._graphs = graphs_compiled() if cfg.compile else 0
         # Sums over the good steps since the last log line.
         self._window_loss = torch.zeros((), device=runner.device)
@@ -122,6 +129,9 @@ class Run:
         except Exception:
             self._save_emergency()
             raise
+        finally:
+            if self.profiler is not None:
+                self.profiler.close()
         return self.completed == self.cfg.total_steps
 
     def _run_steps(self) -> None:
@@ -131,6 +141,8 @@ class Run:
         self.clock.start()
         while self.completed < cfg.total_steps:
             step, lr = self.completed, learning_rate(self.completed, cfg)
+            if self.profiler is not None:
+                self.profiler.step(step)
             loss = self.runner.run(self.samples_seen, lr, lambda: self.stop.requested)
             if loss is not None:  # None: stopped before the step's last micro-batch
                 self._count(loss)
