@@ -3,11 +3,12 @@
 Nothing here draws a random number, so evaluating changes nothing of the training.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,16 @@ from fastlm.ops.cross_entropy import check_labels, cross_entropy_loss
 LossFunction = Callable[
     [Tensor, Tensor], Tensor
 ]  # x, y: (B, T) -> sum of the targets' losses, nats
+
+
+class Ranks(Protocol):
+    """What is asked of fastlm.parallel.world.World."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, tensor: Tensor) -> Tensor: ...
 
 
 def evaluate_model_loss(
@@ -68,13 +79,16 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy_loss(logits, targets, reduction="sum")
 
 
-def mean_loss(loss: LossFunction, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def mean_loss(
+    loss: LossFunction, batches: Iterable[tuple[Tensor, Tensor]], world: Ranks | None = None
+) -> float:
     """Mean loss per target over `batches`, summed in fp64.
 
+    world: ranks that share the batches; all of them give all of the batches and get the same mean.
     Waits for the device once, at the end. Raises ValueError for a label out of range, which makes
     a loss on a GPU NaN.
     """
-    total, targets = _loss_sum(loss, batches)
+    total, targets = _loss_sum(loss, batches, world=world)
     return total / targets
 
 
@@ -82,16 +96,36 @@ def _loss_sum(
     loss: LossFunction,
     batches: Iterable[tuple[Tensor, Tensor]],
     on_targets: Callable[[int], object] = lambda _: None,  # takes the size of each batch
+    world: Ranks | None = None,
 ) -> tuple[float, int]:
-    """(sum of the losses, number of targets)."""
+    """(sum of the losses, number of targets) of all ranks."""
+    size = 1 if world is None else world.size
     losses, targets = [], []
-    for x, y in batches:
+    for x, y in batches if size == 1 else _of_rank(batches, world):
         losses.append(loss(x, y))
         targets.append((y != -100).sum())
-        on_targets(y.numel())
-    total = sum(torch.stack(losses).tolist())
+        on_targets(y.numel() * size)
+    total, count = sum(torch.stack(losses).tolist()), int(torch.stack(targets).sum())
     check_labels()
-    return total, int(torch.stack(targets).sum())
+    if size > 1:
+        sums = torch.tensor([total, count], dtype=torch.float64, device=world.device)
+        total, count = world.sum(sums).tolist()
+    return total, int(count)
+
+
+def _of_rank(batches: Iterable[tuple[Tensor, Tensor]], world: Ranks) -> Iterator:
+    """This rank's share of the batches: every world.size-th.
+
+    All ranks get equally many, for sharded weights are gathered together: where a rank has none
+    left, it gets another's with every label ignored.
+    """
+    batches = iter(batches)
+    while turn := list(itertools.islice(batches, world.size)):
+        if world.rank < len(turn):
+            yield turn[world.rank]
+        else:
+            x, y = turn[0]
+            yield x, torch.full_like(y, -100)
 
 
 class Evaluation(NamedTuple):
@@ -117,9 +151,11 @@ def loss_over_all(
     device: torch.device,
     *,
     max_targets: int = 0,
+    world: Ranks | None = None,
 ) -> Evaluation:
     """The loss over every target of `data` once, or over about `max_targets` (0: no limit) of them,
-    in windows spread evenly. Shows how far it is.
+    in windows spread evenly. Shows how far it is. world: ranks that share the work; all get the
+    result.
     """
     of_targets = sum(len(segment) for segment in data.segments) - 1
     batches = all_batches(data, batch_size, context_len, device, max_targets)
@@ -130,7 +166,7 @@ def loss_over_all(
         unit="targets",
         silent_seconds=10.0,
     ) as on_targets:
-        total, targets = _loss_sum(loss, batches, on_targets)
+        total, targets = _loss_sum(loss, batches, on_targets, world)
     return Evaluation(total / targets, targets, of_targets)
 
 

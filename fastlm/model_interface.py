@@ -76,10 +76,13 @@ def has_fused_head(model: nn.Module) -> bool:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Its layers: the entries of the nn.ModuleList with the most parameters; [] without one."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    sizes = [sum(p.numel() for p in module.parameters()) for module in lists]
-    return list(lists[sizes.index(max(sizes))]) if lists else []
+    """Its layers: what its outermost nn.ModuleLists hold; [] without one."""
+    in_list = isinstance(model, nn.ModuleList)
+    blocks = []
+    for child in model.children():
+        is_block = in_list and not isinstance(child, nn.ModuleList)
+        blocks += [child] if is_block else blocks_of(child)
+    return blocks
 
 
 def compile_blocks(model: nn.Module) -> None:
