@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import TransformerLM
+from fastlm.model_interface import model_class
 
 # Rows that neither 2 nor 3 ranks can share equally.
 SIZES = dict(vocab_size=61, d_model=10, num_heads=1, num_layers=2, max_seq_len=7, d_ff=13)
@@ -48,6 +49,9 @@ def main(argv: list[str]) -> None:
     # It also trains: FSDP knows the new parameters.
     model(torch.arange(7)[None]).square().mean().backward()
     norm = sum(p.grad.full_tensor().square().sum() for p in model.parameters())
+    assert model_class(model) is None
+    layer = fully_shard(torch.nn.Linear(4, 4), mesh=mesh)
+    assert model_class(layer) == "torch.nn.modules.linear.Linear"
     if rank == 0:
         torch.save(whole, out)
     with open(f"{out}.{rank}.json", "w") as file:
