@@ -10,6 +10,7 @@ from typing import Literal
 
 from fastlm.errors import ConfigError, shown
 from fastlm.model import check_heads, default_d_ff
+from fastlm.run.profiler import parse_span
 
 # Integers lie below 2 to these powers, so that no tensor's size overflows 64 bits and building the
 # layers does not take for ever before memory runs out.
@@ -129,6 +130,10 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     """Recompute activations in backward: less memory, a third more work."""
 
+    profile: str | None = None
+    """A:B writes a torch.profiler trace of the steps A to B - 1 beside the log, on CUDA also a
+    snapshot of the memory."""
+
     # === Several processes (torchrun) ===
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every process has the whole model; fsdp: a part of weights, gradients and moments."""
@@ -229,6 +234,13 @@ class TrainingConfig:
         for name in ("target_dir", "ckpt_dir", "log_dir", "ckpt_path_to_resume", "init_from"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name}='': it must name a path; leave it out for the default")
+        if self.profile is not None:
+            begin, _ = parse_span(self.profile)
+            if begin >= self.total_steps and self.train_minutes is None:
+                raise ConfigError(
+                    f"profile={self.profile!r}: it begins behind the last step, "
+                    f"{self.total_steps - 1}"
+                )
         try:
             check_heads(self.d_model, self.num_heads)
         except ValueError as error:

@@ -3,6 +3,7 @@
 Nothing here draws a random number, so evaluating changes nothing of the training.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -72,8 +73,9 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def mean_loss(
     loss: LossFunction, batches: Iterable[tuple[Tensor, Tensor]], world: World = ALONE
 ) -> float:
-    """Mean loss per target over `batches`, which the ranks share, summed in fp64.
+    """Mean loss per target over `batches`, summed in fp64.
 
+    world: ranks that share the batches; all of them give all of the batches and get the same mean.
     Waits for the device once, at the end. Raises ValueError for a label out of range, which makes
     a loss on a GPU NaN.
     """
@@ -101,17 +103,19 @@ def _loss_sum(
 
 def _shared(
     batches: Iterable[tuple[Tensor, Tensor]], world: World
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """This rank's batches, on every rank as many: what is over at the end has no targets."""
-    group: list[tuple[Tensor, Tensor]] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == world.size:
-            yield group[world.rank]
-            group = []
-    if group:
-        x, y = group[min(world.rank, len(group) - 1)]
-        yield x, y if world.rank < len(group) else torch.full_like(y, -100)
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the batches: every world.size-th.
+
+    All ranks get equally many, for sharded weights are gathered together: where a rank has none
+    left, it gets another's without its targets.
+    """
+    batches = iter(batches)
+    while turn := list(itertools.islice(batches, world.size)):
+        if world.rank < len(turn):
+            yield turn[world.rank]
+        else:
+            x, y = turn[0]
+            yield x, torch.full_like(y, -100)
 
 
 class Evaluation(NamedTuple):
@@ -140,7 +144,8 @@ def loss_over_all(
     world: World = ALONE,
 ) -> Evaluation:
     """The loss over every target of `data` once, or over about `max_targets` (0: no limit) of them,
-    in windows spread evenly. Shows how far it is.
+    in windows spread evenly. Shows how far it is. world: ranks that share the work; all get the
+    result.
     """
     of_targets = sum(len(segment) for segment in data.segments) - 1
     batches = all_batches(data, batch_size, context_len, device, max_targets)

@@ -34,6 +34,7 @@ from fastlm.run.environment import environment
 from fastlm.run.guard import GuardWatch
 from fastlm.run.log import NoLog, RunLog
 from fastlm.run.output import Missing
+from fastlm.run.profiler import StepProfiler, parse_span
 from fastlm.run.saver import Saver, writer_for
 from fastlm.run.signals import Stopped, StopSignals
 from fastlm.run.summary import Clock, RunFigures, measured_ceiling, print_samples, print_summary
@@ -90,6 +91,12 @@ class Run:
         if (val_loss := self._evaluated(start_step - 1)) is not None:
             self.saver.evaluated(val_loss)
         self.watch = GuardWatch(runner)
+        self.profiler: StepProfiler | None = None
+        if cfg.profile is not None:
+            self.profiler = StepProfiler(
+                parse_span(cfg.profile), cfg.log_dir, runner.device, clock,
+                rank=self.world.rank, say=self.log.say, missing=missing.note,
+            )  # fmt: skip
         self._graphs = graphs_compiled() if cfg.compile else 0
         # Sums over the good steps since the last log line.
         self._window_loss = torch.zeros((), device=runner.device)
@@ -130,6 +137,9 @@ class Run:
             if self.world.size == 1:  # several cannot rely on each other any more
                 self._save_emergency()
             raise
+        finally:
+            if self.profiler is not None:
+                self.profiler.close()
         return self.completed == self.cfg.total_steps
 
     def _run_steps(self) -> None:
@@ -142,6 +152,8 @@ class Run:
         self.clock.start()
         while self.completed < cfg.total_steps:
             step, lr = self.completed, learning_rate(self.completed, cfg)
+            if self.profiler is not None:
+                self.profiler.step(step)
             vote = None if alone else self.world.vote(*self._wishes())
             loss = self.runner.run(self.samples_seen, lr, leaves)
             if loss is not None:  # None: stopped before the step's last micro-batch

@@ -8,6 +8,7 @@ forward: (B, T) token ids to (B, T, V) logits, V at least the vocabulary. All el
     an nn.ModuleList     its layers: compiled one by one by compile_scope "block", and sharded so
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,10 +77,13 @@ def has_fused_head(model: nn.Module) -> bool:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Its layers: the entries of the nn.ModuleList with the most parameters; [] without one."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    sizes = [sum(p.numel() for p in module.parameters()) for module in lists]
-    return list(lists[sizes.index(max(sizes))]) if lists else []
+    """Its layers: what its outermost nn.ModuleLists hold; [] without one."""
+    in_list = isinstance(model, nn.ModuleList)
+    blocks = []
+    for child in model.children():
+        is_block = in_list and not isinstance(child, nn.ModuleList)
+        blocks += [child] if is_block else blocks_of(child)
+    return blocks
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -113,10 +117,9 @@ def describe_model(model: nn.Module) -> str:
 def model_class(model: nn.Module) -> str | None:
     """The class of a caller's own model, as module.Class: the checkpoint's key of this name. None
     for TransformerLM itself, whose checkpoints have no such key."""
-    from torch.distributed.fsdp import FSDPModule
-
-    # FSDP2 puts a class of its own above the model's.
-    cls = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    # FSDP2 puts a class of its own above the model's. Where it is not loaded, it has not.
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    cls = next(c for c in type(model).__mro__ if not issubclass(c, fsdp))
     return None if cls is TransformerLM else f"{cls.__module__}.{cls.__qualname__}"
 
 

@@ -36,7 +36,7 @@ RUNS = "runs"  # where runs go unless --target-dir says otherwise
 # Settings of the invocation, not of the run: a checkpoint does not bring them back.
 _NOT_RESUMED = (
     "target_dir", "ckpt_dir", "log_dir", "ckpt_path_to_resume", "init_from", "eval_only",
-    "overwrite", "max_minutes", "device", "allow_data_change",
+    "overwrite", "max_minutes", "device", "allow_data_change", "profile",
 )  # fmt: skip
 _MAX_SAMPLES = 2**62  # a position far below 2^63, so that what follows it is one, too
 _POSITION = ("seed", "context_len")  # what decides with the data which tokens come next

@@ -64,6 +64,7 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
         final_eval_tokens=10_000_000,
         ckpt_minutes=None, keep_last=3, sync_save=False,
         allow_data_change=False, deterministic=False, guard="skip",
+        compile_scope="model", profile=None,
     )  # fmt: skip
 
 

@@ -53,6 +53,59 @@ def test_the_loss_is_the_mean_over_windows_spread_evenly(batch_size, num_batches
     ) == pytest.approx(expected, rel=1e-5)
 
 
+class Rank:
+    """One of several ranks: keeps what it would add up, and gets what `total` says."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, size: int, total=None):
+        self.rank, self.size, self.total, self.own = rank, size, total, None
+
+    def sum(self, tensor):
+        self.own = tensor.clone()
+        return tensor if self.total is None else self.total
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_ranks_share_the_batches_and_get_the_mean_of_all(size):
+    """Eight have more ranks than there are batches."""
+    data, model = tokens(300), make_model()
+    x = torch.tensor(data[:160].astype("int64")).view(5, 4, T)
+    y = x.roll(-1, -1)
+    y[1, :3] = -100
+    batches = list(zip(x, y, strict=True))
+    calls = []
+
+    def loss(x, y):
+        calls.append(x.shape)
+        with torch.no_grad():
+            return summed_loss(model(x), y)
+
+    expected = mean_loss(loss, batches)
+    own, counts = [], []
+    for rank in range(size):
+        calls.clear()
+        world = Rank(rank, size)
+        mean_loss(loss, batches, world) if rank < 5 else _mean_of_nothing(loss, batches, world)
+        own.append(world.own)
+        counts.append(len(calls))
+    assert set(counts) == {-(-5 // size)}  # sharded weights are gathered by all at a time
+    total = torch.stack(own).sum(0)
+    assert total[1] == 5 * 4 * T - 3 * T
+    for rank in range(size):
+        got = mean_loss(loss, batches, Rank(rank, size, total))
+        assert got == pytest.approx(expected, rel=1e-12)
+        found = loss_over_all(
+            loss, as_dataset(data), 4, T, torch.device("cpu"), world=Rank(rank, size, total)
+        )
+        assert found.loss == got and found.targets == total[1]
+
+
+def _mean_of_nothing(loss, batches, world):
+    with pytest.raises(ZeroDivisionError):
+        mean_loss(loss, batches, world)
+
+
 def test_the_default_numbers_of_batches():
     """20 for the notebook's function, 10 for the guide's."""
     data, model, cfg = tokens(300), make_model(), config(batch_size=2)

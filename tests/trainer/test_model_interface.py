@@ -46,12 +46,13 @@ def test_which_models_have_a_fused_head():
     assert not has_fused_head(Plain()) and not has_fused_head(WithHiddenLayer())
 
 
-def test_blocks_are_the_list_with_most_parameters():
+def test_blocks_are_what_the_outermost_lists_hold():
     model = Plain(depth=3)
     assert blocks_of(model) == list(model.stack)
-    model.few = nn.ModuleList([nn.Linear(2, 2)])
     model.stack[0].inner = nn.ModuleList([nn.Linear(16, 16)])
     assert blocks_of(model) == list(model.stack)
+    model.few = nn.ModuleDict({"a": nn.ModuleList([nn.ModuleList([nn.Linear(2, 2)])])})
+    assert blocks_of(model) == [*model.stack, model.few["a"][0][0]]
     assert blocks_of(ours(num_layers=3))[2].ffn.w1.weight.shape == (128, 32)
     assert blocks_of(Silent()) == []
 

@@ -20,7 +20,7 @@ from training_runs import (
     write_tokens,
 )
 
-from fastlm import checkpoint_reading, CheckpointError, ConfigError, save_checkpoint, train_loop
+from fastlm import CheckpointError, ConfigError, checkpoint_reading, save_checkpoint, train_loop
 from fastlm.checkpoint import read_checkpoint
 from fastlm.loop import Run
 from fastlm.run.cli import parse
