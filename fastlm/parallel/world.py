@@ -240,17 +240,16 @@ class World:
         if self._failed:  # in decide() or together(), which have told all
             return error
         self._failed = True
-        broken = _is_broken_collective(error)
-        own = f"{self.rank} {exit_code(error)}"
+        own = self._lost(error) if _is_broken_collective(error) else error
+        message = f"{self.rank} {exit_code(own)}"
         try:
-            first = self._store.compare_set("failed", "", own).decode()
+            first = self._store.compare_set("failed", "", message).decode()
         except (RuntimeError, ValueError):
-            # The store is gone. torchrun's agent keeps it; started otherwise, rank 0 does.
-            return self._lost(error) if broken else error
-        if first != own:
-            rank, code = first.split()
-            return Elsewhere(int(rank), int(code))
-        return self._lost(error) if broken else error
+            return own  # the store is gone: torchrun's agent keeps it; without that, rank 0 does
+        if first == message:
+            return own
+        rank, code = first.split()
+        return Elsewhere(int(rank), int(code))
 
     def _lost(self, error: BaseException) -> RankLostError:
         if "imed out" in str(error) or "imeout" in str(error):
