@@ -88,6 +88,13 @@ def fail_together(*ranks):
             raise
 
 
+def fail_to_start(*ranks):
+    with World(os.environ) as world:
+        if str(world.rank) in ranks:
+            missing("the command line")
+        world.connect("cpu", timeout_minutes=MINUTES)
+
+
 def missing(who):
     raise DataError(f"train.bin is missing on {who}")
 

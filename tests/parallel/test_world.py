@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -79,6 +80,19 @@ def test_an_error_in_mid_step(tmp_path, rank):
     assert_one_message(results, rank, "error: label 99 at position 7 is out of range\n")
 
 
+@pytest.mark.parametrize("ranks", [("1",), ("0", "1")], ids=",".join)
+def test_an_error_before_the_ranks_are_connected(tmp_path, ranks):
+    """All have the same wrong flag: one of them says so. One has it: torchrun ends the others."""
+    started = start_ranks(2, ["fail_to_start", *ranks], tmp_path, call=PROGRAM)
+    failed = [started.commands[int(rank)].wait(SOON) for rank in ranks]
+    for command in started.commands[: 2 - len(ranks)]:
+        command.signal(signal.SIGTERM)
+        assert command.wait(SOON).returncode == -signal.SIGTERM
+    assert [r.returncode for r in failed] == [2] * len(ranks)
+    assert sorted(r.stderr for r in failed)[:-1] == [""] * (len(ranks) - 1)
+    assert "".join(r.stderr for r in failed) == "error: train.bin is missing on the command line\n"
+
+
 def test_an_error_before_backward(tmp_path):
     results = run(2, tmp_path, "fail_in_backward", "1")
     assert_one_message(results, 1, "error: train.bin is missing on rank 1\n")
@@ -98,7 +112,7 @@ def test_a_killed_rank(tmp_path, rank):
     (message,) = [r.stderr for n, r in enumerate(results) if n != rank and r.stderr]
     assert re.fullmatch(
         r"error: rank \d of 3: another process has ended without a message: killed, or its "
-        r"machine is gone; --resume goes on\n",
+        r"machine is gone; --resume continues from the newest checkpoint\n",
         message,
     ), message
 
@@ -124,7 +138,10 @@ def test_a_rank_that_hangs(tmp_path):
     ranks.commands[1].signal(9)
     assert result.returncode == 2
     assert "a collective has taken more than 0.03 minutes" in result.stderr
-    assert "--collective-timeout is too short; --resume goes on" in result.stderr
+    assert (
+        "--collective-timeout is too short; --resume continues from the newest checkpoint"
+        in result.stderr
+    )
     ranks.commands[1].wait()
 
 
@@ -144,20 +161,45 @@ def test_a_rank_that_never_comes(tmp_path):
         ), result.stderr
 
 
+def torchrun(program, tmp_path, *argv, env=None):
+    """The result of two ranks that run world_programs.py."""
+    helpers = Path(__file__).resolve().parents[1] / "helpers"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(helpers / "world_programs.py"), program, *argv]
+    return subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("set_by_user", [None, "1", "2"])
 def test_threads_under_torchrun(tmp_path, set_by_user):
     """All cores are used, though torchrun sets OMP_NUM_THREADS=1, unless the user has set it."""
-    helpers = Path(__file__).resolve().parents[1] / "helpers"
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     if set_by_user:
         env["OMP_NUM_THREADS"] = set_by_user
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(helpers / "world_programs.py"), "threads_of_8_cores"]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    )
+    result = torchrun("threads_of_8_cores", tmp_path, env=env)
     assert result.stdout.splitlines() == [f"threads {set_by_user or 4}"] * 2, result.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("fail_in_step", "1", "error"), "error: label 99 at position 7 is out of range"),
+        (("fail_in_step", "0", "error"), "error: label 99 at position 7 is out of range"),
+        (("fail_together", "1"), "error: train.bin is missing on rank 1"),
+        (("fail_to_start", "1"), "error: train.bin is missing on the command line"),
+        (("fail_to_start", "0", "1"), "error: train.bin is missing on the command line"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_one_message_under_torchrun(tmp_path, argv, message):
+    """Beside torchrun's own report."""
+    start = time.monotonic()
+    result = torchrun(argv[0], tmp_path, *argv[1:])
+    assert result.returncode != 0 and time.monotonic() - start < 40
+    assert [line for line in result.stderr.splitlines() if "error:" in line] == [message]
 
 
 # --- Without other processes ---
