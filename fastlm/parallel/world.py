@@ -7,9 +7,12 @@ No rank may wait for one that will never come. A rank that fails writes that int
 ends; gloo tells the others at once that a connection has closed, and `explain` tells them why.
 """
 
+from __future__ import annotations  # torch may be built without torch.distributed
+
 import contextlib
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -27,8 +30,8 @@ T = TypeVar("T")
 # What rank 0 does alone (a corpus to tokenize, a model to write) may take longer than any
 # collective. The wait still ends at once when rank 0 does: gloo sees the connection close.
 PATIENCE = timedelta(days=2)
-# All the messages of gloo and of the store about a peer that is gone or late.
-BROKEN = ("gloo", "onnection closed", "onnection reset", "roken pipe", "imed out", "imeout")
+# In every message of gloo, NCCL or c10d about a peer that is gone or late.
+BROKEN = ("/gloo/", "c10d", "NCCL", "ProcessGroup", "Operation timed out")
 
 
 class Vote:
@@ -71,9 +74,14 @@ class World:
         self._owns_group = self._failed = self._stopped = False
 
     @classmethod
-    def start(cls, device: str = "auto", *, timeout_minutes: float = 10.0) -> "World":
-        """The world that torchrun's environment variables describe, connected."""
-        return cls(os.environ).connect(device, timeout_minutes=timeout_minutes)
+    def start(cls, device: str = "auto", *, timeout_minutes: float = 10.0) -> World:
+        """The world that torchrun's environment variables describe, or the process group that the
+        program has made already; connected."""
+        environment = dict(os.environ)
+        if dist.is_available() and dist.is_initialized():
+            environment["WORLD_SIZE"] = str(dist.get_world_size())
+            environment["RANK"] = str(dist.get_rank())
+        return cls(environment).connect(device, timeout_minutes=timeout_minutes)
 
     @property
     def is_main(self) -> bool:
@@ -102,7 +110,7 @@ class World:
             )
         return f"cuda:{self.local_rank}"
 
-    def connect(self, device: str = "auto", *, timeout_minutes: float = 10.0) -> "World":
+    def connect(self, device: str = "auto", *, timeout_minutes: float = 10.0) -> World:
         """Makes the process groups, once all ranks are here; returns itself. Before that, only an
         error is shared (`explain`).
 
@@ -259,7 +267,9 @@ class World:
         return Elsewhere(int(rank), int(code))
 
     def _lost(self, error: BaseException) -> RankLostError:
-        if "imed out" in str(error) or "imeout" in str(error):
+        # Gloo's begin with the C++ file, and end with advice.
+        reason = re.sub(r"^\[\S*\] |\. This is .*", "", " ".join(str(error).split()))[:200]
+        if "imed out" in reason or "imeout" in reason:
             what = (
                 f"a collective has taken more than {self._minutes:g} minutes: another process "
                 f"hangs, or --collective-timeout is too short"
@@ -268,7 +278,7 @@ class World:
             what = "another process has ended without a message: killed, or its machine is gone"
         return RankLostError(
             f"rank {self.rank} of {self.size}: {what}; --resume continues from the newest "
-            f"checkpoint"
+            f"checkpoint ({reason})"
         )
 
     def stop(self) -> None:
@@ -297,7 +307,7 @@ class World:
                     torch.device("cuda")
                 ).abort()
 
-    def __enter__(self) -> "World":
+    def __enter__(self) -> World:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:

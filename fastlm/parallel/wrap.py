@@ -4,6 +4,8 @@ Every rank divides its loss by the tokens of all ranks. So gradients are added u
 never averaged, and the sum is that of one process with the whole batch.
 """
 
+from __future__ import annotations  # torch may be built without torch.distributed
+
 import contextlib
 import inspect
 from collections.abc import Iterator

@@ -112,7 +112,8 @@ def test_a_killed_rank(tmp_path, rank):
     (message,) = [r.stderr for n, r in enumerate(results) if n != rank and r.stderr]
     assert re.fullmatch(
         r"error: rank \d of 3: another process has ended without a message: killed, or its "
-        r"machine is gone; --resume continues from the newest checkpoint\n",
+        r"machine is gone; --resume continues from the newest checkpoint "
+        r"\([^/]*Connection (closed|reset) by peer[^/]*\)\n",
         message,
     ), message
 
@@ -259,6 +260,27 @@ def test_devices(monkeypatch):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     with pytest.raises(ConfigError, match="not mps: --device cpu"):
         world.device_name("auto")
+
+
+def test_what_is_a_broken_collective():
+    """Others keep their own message, whatever words they use."""
+    world = World(TORCHRUN)
+    world._store = torch.distributed.HashStore()
+    error = RuntimeError("the data loader's worker timed out: connection reset")
+    assert world.explain(error) is error and world.explain(error) is error
+    other = World(TORCHRUN | {"RANK": "2"})
+    other._store = world._store
+    for mine in (ValueError("mine"), RuntimeError("[x/third_party/gloo/pair.cc:5] reset")):
+        other._failed = False
+        found = other.explain(mine)
+        assert (type(found), found.rank, found.exit_code) == (Elsewhere, 3, 1)
+        assert other.explain(found) is found
+    stop = SystemExit(143)
+    assert World(TORCHRUN).explain(stop) is stop
+    for text in ("[1] is setting up NCCL communicator", "[../gloo/tcp/pair.cc:5] Timed out"):
+        world = World(TORCHRUN)
+        world._store = torch.distributed.HashStore()
+        assert isinstance(world.explain(RuntimeError(text)), RankLostError)
 
 
 def test_exit_codes(capsys):
