@@ -7,7 +7,7 @@ No rank may wait for one that will never come. A rank that fails writes that int
 ends; gloo tells the others at once that a connection has closed, and `explain` tells them why.
 """
 
-from __future__ import annotations  # torch may be built without torch.distributed
+from __future__ import annotations  # torch may be built without distributed
 
 import contextlib
 import os

@@ -4,8 +4,6 @@ Every rank divides its loss by the tokens of all ranks. So gradients are added u
 never averaged, and the sum is that of one process with the whole batch.
 """
 
-from __future__ import annotations  # torch may be built without torch.distributed
-
 import contextlib
 import inspect
 from collections.abc import Iterator
@@ -70,7 +68,8 @@ def _data_parallel(loss: nn.Module, device: torch.device, find_unused: bool) -> 
     return module
 
 
-def _add_up(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+# Without types: torch may be built without distributed, and DDP refuses their names as strings.
+def _add_up(_, bucket):
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
