@@ -8,6 +8,6 @@ from setuptools import setup
 
 setup(
     cmake_source_dir=".",
-    packages=["fastlm", "fastlm.data", "fastlm.ops", "fastlm.run", "fastlm.kernels"],
+    packages=[f"fastlm{part}" for part in ("", ".data", ".ops", ".parallel", ".run", ".kernels")],
     package_dir={"fastlm.kernels": "kernels"},
 )

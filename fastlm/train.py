@@ -168,7 +168,6 @@ def _train(
             find_unused=is_own,
         )
         if is_sharded and not is_own:
-            model.to_empty(device=device)
             model.init_weights()
         if world.size > 1:
             load_weights(model, cfg, resumed, world)

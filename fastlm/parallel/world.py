@@ -7,9 +7,12 @@ No rank may wait for one that will never come. A rank that fails writes that int
 ends; gloo tells the others at once that a connection has closed, and `explain` tells them why.
 """
 
+from __future__ import annotations  # torch may be built without distributed
+
 import contextlib
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -27,8 +30,8 @@ T = TypeVar("T")
 # What rank 0 does alone (a corpus to tokenize, a model to write) may take longer than any
 # collective. The wait still ends at once when rank 0 does: gloo sees the connection close.
 PATIENCE = timedelta(days=2)
-# All the messages of gloo and of the store about a peer that is gone or late.
-BROKEN = ("gloo", "onnection closed", "onnection reset", "roken pipe", "imed out", "imeout")
+# In every message of gloo, NCCL or c10d about a peer that is gone or late.
+BROKEN = ("/gloo/", "c10d", "NCCL", "ProcessGroup", "Operation timed out")
 
 
 class Vote:
@@ -51,6 +54,7 @@ class World:
     rank, size: this process's number and how many there are, over all machines.
     local_rank, local_size: the same on this machine.
     restarts, max_restarts: how often torchrun has started the ranks anew, and how often it may.
+    device: this rank's, once it is connected; None in a world of one.
     """
 
     def __init__(self, environment: Mapping[str, str]):
@@ -62,7 +66,7 @@ class World:
         self.local_size = _number(environment, "LOCAL_WORLD_SIZE", self.size)
         self.restarts = _number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
         self.max_restarts = _number(environment, "TORCHELASTIC_MAX_RESTARTS", 0)
-        self.device: torch.device | None = None  # this rank's; None in a world of one
+        self.device: torch.device | None = None
         self.cpu_group: dist.ProcessGroup | None = None  # of votes and small values
         self._patient: dist.ProcessGroup | None = None  # of decisions
         self._store: dist.Store | None = None
@@ -70,18 +74,14 @@ class World:
         self._owns_group = self._failed = self._stopped = False
 
     @classmethod
-    def start(cls, device: str = "auto", *, timeout_minutes: float = 10.0) -> "World":
-        """The world that torchrun's environment variables describe, its process groups made.
-
-        device: as in select_device; gloo on CPUs, NCCL on CUDA. timeout_minutes: how long a
-        collective may wait for the slowest rank. Waits for all ranks. Raises ConfigError for a
-        device or a variable that cannot be, UserError if the ranks do not find each other. A
-        process group that the program has made already is used, and left alone at the end.
-        """
-        world = cls(os.environ)
-        if world.size > 1:
-            world._connect(torch.device(world.device_name(device)), timeout_minutes)
-        return world
+    def start(cls, device: str = "auto", *, timeout_minutes: float = 10.0) -> World:
+        """The world that torchrun's environment variables describe, or the process group that the
+        program has made already; connected."""
+        environment = dict(os.environ)
+        if dist.is_available() and dist.is_initialized():
+            environment["WORLD_SIZE"] = str(dist.get_world_size())
+            environment["RANK"] = str(dist.get_rank())
+        return cls(environment).connect(device, timeout_minutes=timeout_minutes)
 
     @property
     def is_main(self) -> bool:
@@ -110,34 +110,46 @@ class World:
             )
         return f"cuda:{self.local_rank}"
 
-    def _connect(self, device: torch.device, minutes: float) -> None:
-        timeout = timedelta(minutes=minutes)
-        self.device, self._minutes = device, minutes
+    def connect(self, device: str = "auto", *, timeout_minutes: float = 10.0) -> World:
+        """Makes the process groups, once all ranks are here; returns itself. Before that, only an
+        error is shared (`explain`).
+
+        device: as in select_device; gloo on CPUs, NCCL on CUDA. timeout_minutes: how long a
+        collective may wait for the slowest rank. Raises ConfigError for a device that cannot be,
+        UserError if the ranks do not find each other. A process group that the program has made
+        already is used, and left alone at the end.
+        """
+        if self.size == 1:
+            return self
+        self.device = torch.device(self.device_name(device))
+        self._minutes = timeout_minutes
+        timeout = timedelta(minutes=timeout_minutes)
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
-            on_cuda = device.type == "cuda"
+            on_cuda = self.device.type == "cuda"
             if on_cuda:
-                torch.cuda.set_device(device)
+                torch.cuda.set_device(self.device)
             else:
                 _use_all_cores(self.local_size)
             try:
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
                     timeout=timeout,
-                    device_id=device if on_cuda else None,
+                    device_id=self.device if on_cuda else None,
                 )
             except (RuntimeError, ValueError) as error:
                 raise UserError(
                     f"rank {self.rank} of {self.size} finds no others at "
                     f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within "
-                    f"{minutes:g} minutes: start all of them with torchrun, at the same time "
-                    f"({str(error).splitlines()[0][:200]})"
+                    f"{timeout_minutes:g} minutes: start all of them with torchrun, at the same "
+                    f"time ({str(error).splitlines()[0][:200]})"
                 ) from error
         self.cpu_group = self.new_cpu_group()
         self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         store = dist.distributed_c10d._get_default_store()
         # By the group's name: a program may use its own process group for one run after another.
         self._store = dist.PrefixStore(f"fastlm/{self.cpu_group.group_name}", store)
+        return self
 
     def new_cpu_group(self) -> dist.ProcessGroup | None:
         """Another gloo group over all ranks, for one more thread: within a group, collectives must
@@ -240,27 +252,34 @@ class World:
         if self._failed:  # in decide() or together(), which have told all
             return error
         self._failed = True
-        broken = _is_broken_collective(error)
-        own = f"{self.rank} {exit_code(error)}"
+        own = self._lost(error) if _is_broken_collective(error) else error
+        message = f"{self.rank} {exit_code(own)}"
         try:
-            first = self._store.compare_set("failed", "", own).decode()
+            if self._store is None:  # not connected yet
+                store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
+                self._store = dist.PrefixStore("fastlm", store)
+            first = self._store.compare_set("failed", "", message).decode()
         except (RuntimeError, ValueError):
-            # The store is gone. torchrun's agent keeps it; started otherwise, rank 0 does.
-            return self._lost(error) if broken else error
-        if first != own:
-            rank, code = first.split()
-            return Elsewhere(int(rank), int(code))
-        return self._lost(error) if broken else error
+            return own  # the store is gone: torchrun's agent keeps it; without that, rank 0 does
+        if first == message:
+            return own
+        rank, code = first.split()
+        return Elsewhere(int(rank), int(code))
 
     def _lost(self, error: BaseException) -> RankLostError:
-        if "imed out" in str(error) or "imeout" in str(error):
+        # Gloo's begin with the C++ file, and end with advice.
+        reason = re.sub(r"^\[\S*\] |\. This is .*", "", " ".join(str(error).split()))[:200]
+        if "imed out" in reason or "imeout" in reason:
             what = (
                 f"a collective has taken more than {self._minutes:g} minutes: another process "
                 f"hangs, or --collective-timeout is too short"
             )
         else:
             what = "another process has ended without a message: killed, or its machine is gone"
-        return RankLostError(f"rank {self.rank} of {self.size}: {what}; --resume goes on")
+        return RankLostError(
+            f"rank {self.rank} of {self.size}: {what}; --resume continues from the newest "
+            f"checkpoint ({reason})"
+        )
 
     def stop(self) -> None:
         """Leaves the process group. Waits for the others, unless a rank has failed; never raises.
@@ -271,6 +290,8 @@ class World:
         if self.size == 1 or self._stopped:
             return
         self._stopped = True
+        if self._patient is None:
+            return
         if not self._failed:
             try:
                 self.barrier()  # rank 0 may keep the store: it must not be the first to go
@@ -286,7 +307,7 @@ class World:
                     torch.device("cuda")
                 ).abort()
 
-    def __enter__(self) -> "World":
+    def __enter__(self) -> World:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:

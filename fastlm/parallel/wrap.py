@@ -31,9 +31,9 @@ def wrap(
 ) -> nn.Module:
     """The module to call in training and evaluation instead of `loss`; in a world of one, `loss`.
 
-    loss: forward(x, y, ...) -> 0-d loss; on this rank's device, or for "fsdp" on the CPU: each
-    block moves to the device when it is sharded. All ranks get rank 0's weights. Build the
-    optimizer afterwards: "fsdp" replaces the parameters of `loss` by their shards.
+    loss: forward(x, y, ...) -> 0-d loss. Rank 0's weights and buffers go to all, one block after
+    the other: its module may be on the CPU, and the others' on the meta device, so that a machine
+    holds the whole model once. Build the optimizer afterwards: parameters are replaced.
     dtype: what FSDP2 gathers the blocks' weights in; gradients are reduced in fp32. reshard: FSDP2
     frees a block's weights after its forward, and gathers them once more in backward. find_unused:
     some parameters may get no gradient, on some ranks or on all: a model of somebody else's.
@@ -47,14 +47,14 @@ def wrap(
     if world.size == 1:
         return loss
     if parallel == "ddp":
-        return _data_parallel(loss, find_unused)
+        return _data_parallel(loss, world.device, find_unused)
     return _sharded(loss, world, dtype, reshard, find_unused)
 
 
-def _data_parallel(loss: nn.Module, find_unused: bool) -> nn.Module:
-    device = next(loss.parameters()).device
+def _data_parallel(loss: nn.Module, device: torch.device, find_unused: bool) -> nn.Module:
+    _materialize(loss, device)
     known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-    # Torch 2.13 has renamed it. Buffers are constants here, equal from the construction on.
+    # Torch 2.13 has renamed it. Buffers are sent once, at the construction: they are constants.
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     module = nn.parallel.DistributedDataParallel(
         loss,
@@ -69,7 +69,8 @@ def _data_parallel(loss: nn.Module, find_unused: bool) -> nn.Module:
     return module
 
 
-def _add_up(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+# Without types: torch may be built without distributed, and DDP refuses their names as strings.
+def _add_up(_, bucket):
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
@@ -80,9 +81,6 @@ def _sharded(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    for tensor in [*loss.parameters(), *loss.buffers()]:
-        if not tensor.is_meta:  # without memory: each rank gives its part values later
-            dist.broadcast(tensor.detach(), src=0)
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:
@@ -92,10 +90,12 @@ def _sharded(
         )
     blocks = blocks_of(loss.model)
     for block in blocks:
+        _take_rank_0s(block, world.device)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     # The rest, embeddings and head, is gathered in fp32: the gradient of a whole vocabulary is a
     # sum over few or very many tokens, which autocast does not round to bf16 either. Backward
     # begins with it, so that freeing it after forward would gain nothing.
+    _take_rank_0s(loss, world.device)
     fully_shard(loss, mesh=mesh, reshard_after_forward=False)
     for module in _shards(loss):
         module.set_gradient_divide_factor(1.0)
@@ -105,6 +105,32 @@ def _sharded(
     loss._kept_gathered = [loss] if reshard else [loss, *blocks]  # see micro_step
     loss.register_forward_hook(_free_after_evaluation)
     return loss
+
+
+def _materialize(module: nn.Module, device: torch.device) -> list[torch.Tensor]:
+    """Moves what is not sharded yet to `device`, empty where it was on the meta device; returns it.
+
+    Tied parameters stay tied, which nn.Module.to_empty does not promise.
+    """
+    moved: dict[int, torch.Tensor] = {}
+    for owner in module.modules():
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or is_dtensor(tensor):
+                    continue
+                if id(tensor) not in moved:
+                    is_meta = tensor.is_meta
+                    new = torch.empty_like(tensor, device=device) if is_meta else tensor.to(device)
+                    if isinstance(tensor, nn.Parameter) and new is not tensor:
+                        new = nn.Parameter(new.detach(), requires_grad=tensor.requires_grad)
+                    moved[id(tensor)] = new
+                tensors[name] = moved[id(tensor)]
+    return list(moved.values())
+
+
+def _take_rank_0s(module: nn.Module, device: torch.device) -> None:
+    for tensor in _materialize(module, device):
+        dist.broadcast(tensor.detach(), src=0)
 
 
 def _free_after_evaluation(loss: nn.Module, args: object, output: object) -> None:

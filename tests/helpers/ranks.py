@@ -3,6 +3,7 @@
 The store is kept here, as torchrun's agent keeps it: it outlives every rank.
 """
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,15 +25,29 @@ class Ranks:
         return [command.wait(timeout) for command in self.commands]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start_ranks(
-    size: int, argv: list[str], cwd: Path, *, env: dict[str, str] | None = None, **options: Any
+    size: int,
+    argv: list[str],
+    cwd: Path,
+    *,
+    env: dict[str, str] | None = None,
+    own_store: bool = False,
+    **options: Any,
 ) -> Ranks:
     """Starts `size` processes with torchrun's environment; options: those of CommandServer.start.
 
-    env: for all ranks, on top of that; a value "{rank}" is replaced by the rank.
+    env: for all ranks, on top of that; "{rank}" in a value is replaced by the rank. own_store:
+    rank 0 keeps the store, as without torchrun.
     """
     # With no time to wait: nobody waits for keys here, and the server does not use it.
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
+    port = free_port() if own_store else store.port
     started = []
     for rank in range(size):
         of_rank = {
@@ -41,8 +56,8 @@ def start_ranks(
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": str(not own_store),
             "TORCHELASTIC_RESTART_COUNT": "0",
             "TORCHELASTIC_MAX_RESTARTS": "0",
         }

@@ -1,15 +1,18 @@
 """What the ranks of test_wrap.py run: a tiny model wrapped, against the same in one process."""
 
 import contextlib
+from collections import Counter
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import AdamW, TransformerLM, linear_cross_entropy_loss
 from fastlm.errors import ConfigError
+from fastlm.model_interface import blocks_of
 from fastlm.parallel.world import World
-from fastlm.parallel.wrap import blocks_of, micro_step, wrap
+from fastlm.parallel.wrap import micro_step, wrap
 
 V, T, B = 61, 8, 2
 
@@ -20,7 +23,7 @@ class Loss(nn.Module):
     def __init__(self, seed=0, tie=False, dtype=torch.float32, extra=False):
         super().__init__()
         torch.manual_seed(seed)
-        self.model = TransformerLM(V, 16, 2, 3, T, tie_embeddings=tie)
+        self.model = TransformerLM(V, 16, 2, 2, T, tie_embeddings=tie)
         self.dtype = dtype
         self.extra = nn.Parameter(torch.ones(3)) if extra else None
 
@@ -71,16 +74,19 @@ def distance(actual, expected):
     return (off / sum(e.square().sum() for _, e in pairs).sqrt()).item()
 
 
-def compare(world, accum, *, tie=False, compiled=None, tolerance=1e-6, **options):
+def compare(
+    world, accum, *, steps=3, tie=False, meta=False, compiled=None, tolerance=1e-6, **options
+):
     """Runs steps wrapped, and in one process on the whole batch; they must agree."""
     alone = Loss(tie=tie)
-    inner = Loss(seed=world.rank, tie=tie)  # rank 0's weights count
+    with torch.device("meta" if meta and not world.is_main else "cpu"):
+        inner = Loss(seed=world.rank, tie=tie)  # rank 0's weights count
     if compiled:
         for block in blocks_of(inner):
             block.compile(dynamic=False, backend=compiled)
     module = wrap(inner, world, **options)
     optimizers = optimizer_of(module), optimizer_of(alone)
-    for step in range(4):
+    for step in range(steps):
         loss = run_step(module, world, step, accum)
         expected = alone(*batch(step, world.size * accum * B))
         expected.backward()
@@ -114,7 +120,9 @@ def sums(argv):
             compare(world, 3, parallel="fsdp", reshard=False)
         with case(world, "tied"):
             compare(world, 2, parallel="fsdp", tie=True)
-            compare(world, 2, parallel="ddp", tie=True)
+        with case(world, "meta"):
+            compare(world, 1, parallel="fsdp", tie=True, meta=True, steps=2)
+            compare(world, 1, parallel="ddp", tie=True, meta=True, steps=2)
 
 
 def compiled(argv):
@@ -122,15 +130,27 @@ def compiled(argv):
     with World.start("cpu", timeout_minutes=5) as world:
         for parallel in ("ddp", "fsdp"):
             with case(world, parallel):
-                compare(world, 2, parallel=parallel, compiled=argv[0], tolerance=1e-5)
+                compare(world, 2, parallel=parallel, compiled=argv[0], steps=2, tolerance=1e-5)
 
 
-def collectives(function, *args):
-    """{operation: how often} in function(*args)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        function(*args)
-    counts = {event.key: event.count for event in profile.key_averages()}
-    return {key.removeprefix("c10d::"): n for key, n in counts.items() if key.startswith("c10d::")}
+class Collectives(TorchDispatchMode):
+    """Counts them by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.counts[function.__name__.split(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def collectives(module, world):
+    """[(operation, how often)] in a step of three micro-batches."""
+    with Collectives() as mode:
+        run_step(module, world, 1, 3)
+    return sorted(mode.counts.items())
 
 
 def communication(argv):
@@ -139,12 +159,11 @@ def communication(argv):
         module = wrap(Loss(), world)
         for step in range(2):  # after the first, DDP arranges its buckets anew
             run_step(module, world, step, 1)
-        print("ddp:", sorted(collectives(run_step, module, world, 2, 3).items()))
+        print("ddp:", collectives(module, world))
         for reshard in (False, True):
             module = wrap(Loss(), world, parallel="fsdp", reshard=reshard)
             run_step(module, world, 0, 1)
-            found = collectives(run_step, module, world, 1, 3)
-            print(f"reshard={reshard}: {sorted(found.items())}")
+            print(f"reshard={reshard}:", collectives(module, world))
             with torch.no_grad():
                 module(*batch(0, B))
             assert all(isinstance(p, DTensor) for p in module.parameters())
