@@ -13,7 +13,6 @@ must be quick.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastlm.data.staging import locked, sync
-from fastlm.errors import CheckpointError
+from fastlm.errors import CheckpointError, OutputError
 from fastlm.foreign_state import first_line, shortened
 
 SUFFIX = ".dcp"
@@ -96,15 +95,15 @@ def remove_leftovers(directory: str | os.PathLike) -> list[Path]:
 def commit(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` as commit.json into `path`'s partial directory, which then gets its name.
 
-    content: {"files": {name: [bytes, SHA-256]}, "values": encoded, ...}. Raises OSError.
+    content: {"files": {name: [bytes, SHA-256]}, "values": encoded, ...}. Raises OSError and OutputError.
     """
     partial = partial_of(path)
     for name, (size, _) in content["files"].items():
         file = partial / name
         if not file.is_file() or file.stat().st_size != size:
-            raise OSError(
-                errno.ENOENT,
-                f"another rank's {name} is not there: the ranks must share a directory",
+            raise OutputError(
+                f"{path}: rank 0 does not see {name}, which another rank has written; choose a "
+                f"directory that all ranks share"
             )
     body = b'", ' + json.dumps({"format": _FORMAT, **content}).encode()[1:]
     with open(partial / COMMIT, "wb") as file:
