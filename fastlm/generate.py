@@ -17,6 +17,7 @@ from fastlm.data.tokenizer import encode_batch, encoding_plain_text
 from fastlm.errors import CheckpointError, ConfigError, run_command
 from fastlm.hardware import select_device
 from fastlm.model import KVCache, TransformerLM
+from fastlm.parallel.commit import is_sharded
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -170,9 +171,9 @@ def encode_prompt(tokenizer: "Tokenizer", prompt: str) -> list[int]:
 def load_model(
     ckpt: str | Path, device: torch.device | str
 ) -> tuple[TransformerLM, dict[str, Any]]:
-    """(model in eval mode, checkpoint content) of a checkpoint file of the trainer, or a run."""
+    """(model in eval mode, checkpoint content) of a checkpoint of the trainer, or a run."""
     path = Path(ckpt)
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         path, payload = newest_readable(directory)
     else:
@@ -196,7 +197,7 @@ class GenerateArguments:
     """Sample text from a checkpoint of fastlm.train."""
 
     ckpt: str
-    """A checkpoint file, or a run's directory (its newest checkpoint)."""
+    """A checkpoint, or a run's directory (its newest checkpoint)."""
     prompt: str = ""
     """Text to continue. Empty: a new document."""
     max_new_tokens: int = 200

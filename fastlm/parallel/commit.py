@@ -95,7 +95,8 @@ def remove_leftovers(directory: str | os.PathLike) -> list[Path]:
 def commit(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` as commit.json into `path`'s partial directory, which then gets its name.
 
-    content: {"files": {name: [bytes, SHA-256]}, "values": encoded, ...}. Raises OSError and OutputError.
+    content: {"files": {name: [bytes, SHA-256]}, "values": encoded, ...}. Raises OSError, and
+    OutputError if a file is not there.
     """
     partial = partial_of(path)
     for name, (size, _) in content["files"].items():

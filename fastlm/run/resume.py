@@ -23,6 +23,7 @@ from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
 from fastlm.data.sampler import SAMPLER_VERSION
 from fastlm.errors import CheckpointError, ConfigError, UserError, shown
+from fastlm.parallel.commit import is_sharded
 from fastlm.run.settings import coerce
 
 RUNS = "runs"  # where runs go unless --target-dir says otherwise
@@ -141,7 +142,7 @@ def find(
     target_dir: str | None = None,
     prefix: str | None = None,
 ) -> Resumed:
-    """The checkpoint that `--resume name` means: a file, or the newest one of a directory.
+    """The checkpoint that `--resume name` means: that one, or the newest one of a directory.
 
     name "auto": the newest one of ckpt_dir or target_dir if they are given, else of the newest run
     under runs/, by the time that its checkpoints have stored. prefix None: any.
@@ -150,7 +151,7 @@ def find(
         path = None if name == "auto" else Path(name)
         if path is not None and not path.exists():
             raise CheckpointError(f"--resume {path}: no such checkpoint or directory")
-        if path is not None and path.is_file():
+        if path is not None and (path.is_file() or is_sharded(path)):
             return Resumed.read(path)
         directory = _directory(path, ckpt_dir, target_dir)
         beside = _names(directory)
