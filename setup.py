@@ -8,6 +8,13 @@ from setuptools import setup
 
 setup(
     cmake_source_dir=".",
-    packages=["fastlm", "fastlm.data", "fastlm.ops", "fastlm.run", "fastlm.kernels"],
+    packages=[
+        "fastlm",
+        "fastlm.data",
+        "fastlm.ops",
+        "fastlm.parallel",
+        "fastlm.run",
+        "fastlm.kernels",
+    ],
     package_dir={"fastlm.kernels": "kernels"},
 )

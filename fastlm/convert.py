@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m fastlm.convert",
-        description=f"Turn a sharded checkpoint (a directory NAME{SUFFIX}) into a single file, or a "
-        f"file into one.",
+        description=f"Turn a sharded checkpoint (a directory NAME{SUFFIX}) into a single file, or "
+        f"a file into one.",
         epilog="Runs with --parallel fsdp save directories. --resume, --init-from and "
         "fastlm.generate take both kinds; programs that know neither take a file. This is one "
         "process: what becomes a file must fit into its memory.",

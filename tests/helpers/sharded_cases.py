@@ -57,7 +57,7 @@ def make(variant: str, seed: int, *, fsdp: bool):
     else:
         dtype = settings.get("dtype", torch.float32)
         others = {key: value for key, value in settings.items() if key != "dtype"}
-        model = make_model(seed, **others).to(dtype)
+        model = make_model(seed, d_model=16, d_ff=48, **others).to(dtype)
         blocks = list(model.layers)
     if fsdp:
         for module in (*blocks, model):
@@ -111,7 +111,7 @@ def extra() -> dict:
         guard={"norms": torch.arange(128.0), "counts": torch.tensor([3, 0, 1])},
         config={"betas": (0.9, 0.95), "lr_max": 1e-3, "ckpt_dir": None, "compile": False},
         run_id="r", saved_at=1.5, samples_seen=2**60, best_checkpoint={"val_loss": float("inf")},
-        tokenizer='{"é": "\\ud800"}', random_state={"torch": torch.arange(9, dtype=torch.uint8)},
+        tokenizer='{"é": "\\ud800"}', random_state={"torch": torch.arange(999).to(torch.uint8)},
     )  # fmt: skip
 
 
@@ -178,9 +178,9 @@ def two_ranks_save(directory):
     assert not list(directory.glob("*.partial"))
 
 
-def load_all(directory, world_size, *, fsdp):
+def load_all(directory, world_size, *, fsdp, variants=tuple(VARIANTS)):
     def load(group):
-        for variant in VARIANTS:
+        for variant in variants:
             path = directory / f"{variant}_3.dcp"
             assert_continues(variant, path, path.with_suffix(".expected"), group, fsdp=fsdp)
 
@@ -189,8 +189,9 @@ def load_all(directory, world_size, *, fsdp):
 
 @case
 def another_number_of_ranks_goes_on(directory):
-    for world_size in (1, 3, 4):
-        load_all(directory, world_size, fsdp=True)
+    load_all(directory, 1, fsdp=True, variants=["plain"])
+    load_all(directory, 3, fsdp=True)
+    load_all(directory, 4, fsdp=True, variants=["uneven", "tied"])
 
 
 @case
@@ -213,7 +214,7 @@ def ranks_go_on_from_one_file(directory):
         save_checkpoint(model, optimizer, 3, directory / f"{variant}_3.pt", **extra())
 
     def load(group):
-        for variant in VARIANTS:
+        for variant in ("tied", "split", "uneven"):
             path = directory / f"{variant}_3.pt"
             assert_continues(variant, path, path.with_suffix(".expected"), group, fsdp=True)
 
@@ -280,8 +281,7 @@ def errors_of_one_rank_reach_all(directory):
             write_sharded({"config": object() if rank == 1 else 1}, path, group=group)
         # Rank 1's file is another than it wrote.
         sharded.sha256 = lambda file, from_disk=False: sha256(file) + rank * from_disk * "0"
-        payload = {"model_state": {"w": torch.ones(2)}}
-        payload["model_state"] = fully_shard(nn.Linear(3, 3)).state_dict()
+        payload = {"model_state": fully_shard(nn.Linear(3, 3)).state_dict()}
         with pytest.raises(OutputError, match="SHA-256 does not match on rank 1"):
             write_sharded(payload, path, group=group, read_back=True)
         # Directories that are not one.
@@ -354,7 +354,7 @@ def a_kill_at_any_moment_leaves_the_old_or_the_new(directory):
     """Of a write of a new checkpoint, and of one that replaces another of its name."""
     directory = directory / "killed"
     older, path = directory / "a_1.dcp", directory / "a_3.dcp"
-    old, new = ({"iteration": i, "model_state": {"w": torch.full((4,), i)}} for i in (2, 3))
+    old, new = ({"iteration": i, "model_state": {"w": torch.full((400,), i)}} for i in (2, 3))
     for replaces in (False, True):
         count, seen, leftovers = 0, [], []
         while True:

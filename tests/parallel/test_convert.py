@@ -44,6 +44,7 @@ def sharded(tmp_path):
     path = tmp_path / "checkpoint_5.dcp"
     extra = dict(config=asdict(cfg), samples_seen=40, run_id="r", saved_at=2.5)
     write_sharded(checkpoint_payload(model, optimizer, 5, **extra), path)
+    assert len(list(path.iterdir())) == 2  # matrices are too large for commit.json
     return path
 
 

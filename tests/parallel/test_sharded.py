@@ -1,6 +1,7 @@
 """Sharded checkpoints. What needs several ranks is in sharded_cases.py, started once for all."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ from fastlm.checkpoint import (
     checkpoint_payload,
     list_checkpoints,
     newest_readable,
+    peek,
     read_checkpoint,
     read_values,
 )
@@ -73,8 +75,13 @@ def test_every_case_was_run_and_none_failed(output):
 # One process writes and reads
 
 
+def pair(**settings):
+    """Matrices of more values than commit.json takes, and vectors of less."""
+    return make_pair(**{"d_model": 16, "d_ff": 48, **settings})
+
+
 def write(path: Path, **settings):
-    model, optimizer = make_pair(**settings)
+    model, optimizer = pair(**settings)
     payload = checkpoint_payload(model, optimizer, 7, run_id="r", saved_at=1.5)
     write_sharded(payload, path, read_back=True)
     return model, optimizer
@@ -86,12 +93,12 @@ def test_one_process_reads_what_it_has_written(tmp_path, settings):
     model, optimizer = write(path, **settings)
     payload = read_checkpoint(path)
     assert payload["run_id"] == "r" and payload["iteration"] == 7
-    other, fresh = make_pair(seed=1, steps=0, **settings)
+    other, fresh = pair(seed=1, steps=0, **settings)
     assert load_checkpoint(other, fresh, path) == 7
     for a, b in zip(everything(other, fresh), everything(model, optimizer), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    for pair in ((model, optimizer), (other, fresh)):
-        train_step(*pair, 5)
+    for each in ((model, optimizer), (other, fresh)):
+        train_step(*each, 5)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert_bitwise_equal(a.detach(), b.detach())
 
@@ -99,12 +106,12 @@ def test_one_process_reads_what_it_has_written(tmp_path, settings):
 def test_weights_alone_are_loaded_without_reading_the_optimizer_state(tmp_path):
     path = tmp_path / "c_7.dcp"
     model, _ = write(path)
-    other, _ = make_pair(seed=1, steps=0)
+    other, _ = pair(seed=1, steps=0)
     assert load_checkpoint(other, None, path) == 7
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert_bitwise_equal(a.detach(), b.detach())
     write_sharded(checkpoint_payload(model, None, 7), tmp_path / "weights.dcp")
-    other, fresh = make_pair(seed=1, steps=0)
+    other, fresh = pair(seed=1, steps=0)
     with pytest.warns(UserWarning, match="holds no optimizer state"):
         load_checkpoint(other, fresh, tmp_path / "weights.dcp")
 
@@ -141,15 +148,27 @@ def test_a_directory_that_cannot_be_written_is_an_output_error(tmp_path):
         write_sharded({"iteration": 1}, tmp_path / "file" / "c_7.dcp")
 
 
+SMALL = [
+    (1 / 3, torch.float32), ([0.1, -0.0, math.inf, 1e-45], torch.float32),
+    ([[1e-320, 2.5]], torch.float64), ([1 / 3, 1e30], torch.bfloat16), ([6e-8], torch.float16),
+    ([2**63 - 1, -1], torch.int64), ([[True], [False]], torch.bool), ([], torch.uint8),
+    ([-7], torch.int16),
+]  # fmt: skip
+
+
 def test_plain_values_are_the_same_after_json():
     payload = {
         "numbers": [0, -1, 2**80, 0.1, 1e-320, float("inf"), True, None],
         "tuples": ((1, (2.5, "a")), []),
         "keys": {0: {"a": 1}, "b": 2, (1, 2): 3, None: 4},
         "names": {"$tensor": 1, "": 2, "\ud800é": {"$": {}}},
+        "small": [torch.tensor(v, dtype=d) for v, d in SMALL],
     }
     text = json.dumps(encoded(payload, {}))
-    assert repr(decoded(json.loads(text), lambda *_: None)) == repr(payload)
+    again = decoded(json.loads(text), lambda t, _: t)
+    assert repr(again) == repr(payload)
+    for a, (b, dtype) in zip(again["small"], SMALL, strict=True):
+        assert_bitwise_equal(a, torch.tensor(b, dtype=dtype))
     for value in (object(), {1, 2}, b"bytes", 1j, type):
         with pytest.raises(TypeError, match=r"config/x is a .*, which no checkpoint holds"):
             encoded({"config": {"x": value}}, {})
@@ -184,7 +203,7 @@ def test_damage_is_found_and_the_file_named(tmp_path):
     write(tmp_path / "c_7.dcp")
     count = 0
     for copy, file in damaged_copies(tmp_path / "c_7.dcp", tmp_path):
-        model, optimizer = make_pair(seed=1)
+        model, optimizer = pair(seed=1)
         before = [t.clone() for t in model.state_dict().values()]
         with pytest.raises(CheckpointError) as caught:
             load_checkpoint(model, optimizer, copy)
@@ -253,12 +272,12 @@ def test_parts_that_do_not_fill_a_tensor_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     path = tmp_path / "c_7.dcp"
-    write_sharded({"model_state": {"w": torch.arange(6.0)}}, path)
+    write_sharded({"model_state": {"w": torch.arange(600.0)}}, path)
     file = path / "shard-00001-model-00001-of-00001.safetensors"
-    place = {"model_state/w": {"saved_offsets": [2]}}
-    save_file({"model_state/w": torch.ones(4)}, file, {"DCP_SHARDING_INFO": json.dumps(place)})
+    place = {"model_state/w": {"saved_offsets": [200]}}
+    save_file({"model_state/w": torch.ones(400)}, file, {"DCP_SHARDING_INFO": json.dumps(place)})
     recommit(path)
-    with pytest.raises(CheckpointError, match="'model_state/w' has 4 of 6 values"):
+    with pytest.raises(CheckpointError, match="'model_state/w' has 400 of 600 values"):
         read_checkpoint(path)
 
 
@@ -266,7 +285,7 @@ def test_parts_that_do_not_fill_a_tensor_are_refused(tmp_path):
 
 
 def test_directories_and_files_are_listed_together(tmp_path, capsys):
-    model, optimizer = make_pair()
+    model, optimizer = pair()
     for step in (2, 4, 6):
         payload = checkpoint_payload(model, optimizer, step, run_id="r", saved_at=float(step))
         if step == 4:
@@ -277,6 +296,9 @@ def test_directories_and_files_are_listed_together(tmp_path, capsys):
     (tmp_path / "c_9.dcp").touch()  # no directory
     (tmp_path / "c_7.pt").mkdir()  # no file
     assert [p.name for p in checkpoint_files(tmp_path)] == ["c_6.dcp", "c_4.pt", "c_2.dcp"]
+    assert torch.equal(
+        peek(tmp_path / "c_6.dcp")["optimizer_state"]["state"][0]["step"], torch.tensor(2.0)
+    )
     first = list_checkpoints(tmp_path, "c")[0]
     assert (first.step, first.run_id, first.saved_at, first.readable) == (6, "r", 6.0, True)
     assert newest_readable(tmp_path)[0].name == "c_6.dcp"
