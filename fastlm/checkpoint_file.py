@@ -21,7 +21,7 @@ import torch
 
 from fastlm.data.staging import sync
 from fastlm.errors import OutputError
-from fastlm.parallel.commit import remove_leftovers
+from fastlm.parallel.commit import is_sharded, remove_leftovers, remove_sharded
 
 _COMMENT_TAG = b"sha256:"
 _COMMENT_SIZE = len(_COMMENT_TAG) + 64
@@ -81,6 +81,14 @@ def remove_stale_temporaries(directory: str | os.PathLike) -> list[Path]:
                     finally:
                         os.close(handle)
     return removed + remove_leftovers(directory)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Deletes a checkpoint, a file or a directory, if it is there. Raises OSError."""
+    if is_sharded(path):
+        remove_sharded(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def digest_holds(path: Path) -> bool:

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.checkpoint_file import write_checkpoint
+from fastlm.checkpoint_file import remove_checkpoint, write_checkpoint
+from fastlm.checkpoint_reading import peek
 from fastlm.hardware import is_out_of_memory
+from fastlm.kernels.collect import local_part
 
 
 class Report(NamedTuple):
@@ -200,7 +202,8 @@ class Saver:
         return None if self._best is None else {"val_loss": self._best[0], "step": self._best[1]}
 
     def _copied(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """`payload` with every tensor copied to the CPU; one that stands in it twice stays one."""
+        """`payload` with every tensor copied to the CPU. One that stands in it twice stays one; of a
+        DTensor what this rank holds is copied."""
         copies: dict[Any, Tensor] = {}
 
         def copied(value: Any, place: tuple) -> Any:
@@ -210,12 +213,16 @@ class Saver:
                 return type(value)(copied(item, (*place, i)) for i, item in enumerate(value))
             if not isinstance(value, Tensor):
                 return value
-            memory = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
-            if memory not in copies or not value.numel():
+            part = local_part(value.detach())  # of a DTensor what this rank holds
+            memory = (part.data_ptr(), part.dtype, part.shape, part.stride(), part.device)
+            if memory not in copies or not part.numel():
                 buffer = self._buffers.get(place)
                 if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
-                    buffer = torch.empty(value.shape, dtype=value.dtype, device="cpu")
-                self._buffers[place] = copies[memory] = buffer.copy_(value.detach())
+                    buffer = torch.empty_like(
+                        value.detach(), device="cpu", memory_format=torch.contiguous_format
+                    )
+                local_part(buffer).copy_(part)
+                self._buffers[place] = copies[memory] = buffer
             return copies[memory]
 
         return copied(payload, ())
@@ -256,7 +263,7 @@ class Saver:
             if found is not None and not (run_id and _peek(path).get("run_id") == run_id):
                 continue  # another run's, or nobody knows
             try:
-                path.unlink(missing_ok=True)
+                remove_checkpoint(path)
             except OSError as error:
                 self._numbered[step] = path  # tried again after the next save
                 self._reports.append(Report(path, f"{path}: cannot be deleted ({error.strerror})"))
@@ -270,7 +277,7 @@ def _step_of(path: Path) -> int | None:
 def _peek(path: Path) -> dict[str, Any]:
     """A checkpoint's content without reading its tensors; {} if there is none."""
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        payload = peek(path)
     except Exception:  # gone, damaged, or another program's
         return {}
     return payload if isinstance(payload, dict) else {}

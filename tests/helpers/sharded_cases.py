@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from fastlm.checkpoint import checkpoint_payload, list_checkpoints, read_checkpo
 from fastlm.errors import CheckpointError, OutputError
 from fastlm.parallel.commit import remove_leftovers
 from fastlm.parallel.sharded import write_sharded
+from fastlm.run.saver import Saver
 
 CASES = {}
 STEPS = range(3)
@@ -231,6 +233,32 @@ def several_files_a_rank(directory):
         assert_continues("plain", path, path.with_suffix(".expected"), group, fsdp=True)
 
     on_ranks(2, write_and_load)
+
+
+@case
+def a_copy_is_written_while_the_run_goes_on(directory):
+    path = directory / "copied_3.dcp"
+
+    def write(group):
+        model, optimizer = make("tied", 0, fsdp=True)
+        run(model, optimizer, STEPS)
+        saver = Saver(lambda name: path, keep_last=0)
+        # As the saver will: what is copied once is copied anew into the same memory.
+        for _ in range(2):
+            copy = saver._copied(checkpoint_payload(model, optimizer, 3, **extra()))
+        weights = copy["model_state"]
+        assert weights["lm_head.weight"] is weights["token_embeddings.weight"]
+        tensors = values(model, optimizer)
+        thread = threading.Thread(target=write_sharded, args=(copy, path), kwargs={"group": group})
+        thread.start()
+        losses = run(model, optimizer, MORE_STEPS)
+        thread.join()
+        if dist.get_rank() == 0:
+            torch.save((tensors, losses, extra()), path.with_suffix(".expected"))
+        dist.barrier(group)
+        assert_continues("tied", path, path.with_suffix(".expected"), group, fsdp=True)
+
+    on_ranks(2, write)
 
 
 # What goes wrong

@@ -24,12 +24,13 @@ from fastlm.checkpoint import (
     read_checkpoint,
     read_values,
 )
+from fastlm.checkpoint_file import remove_checkpoint
 from fastlm.errors import CheckpointError, OutputError
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("torch.distributed with gloo is not available", allow_module_level=True)
 
-from fastlm.parallel.commit import decoded, encoded, remove_leftovers, remove_sharded
+from fastlm.parallel.commit import decoded, encoded, remove_leftovers
 from fastlm.parallel.sharded import write_sharded
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
@@ -40,6 +41,7 @@ CASES = [
     "one_process_goes_on",
     "ranks_go_on_from_one_file",
     "several_files_a_rank",
+    "a_copy_is_written_while_the_run_goes_on",
     "a_rank_that_cannot_write_is_an_error_of_all",
     "errors_of_one_rank_reach_all",
     "damage_that_one_rank_finds_is_an_error_of_all",
@@ -138,7 +140,7 @@ def test_a_name_is_given_anew_and_taken_away(tmp_path):
     write_sharded({"iteration": 8}, path)
     assert read_checkpoint(path) == {"iteration": 8}
     assert [p.name for p in path.iterdir()] == ["commit.json"]
-    remove_sharded(path)
+    remove_checkpoint(path)
     assert list(tmp_path.iterdir()) == []
 
 
