@@ -107,7 +107,7 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         model, optimizer, src = optimizer, src, model
-    payload = _payload_for(model, optimizer, src, group)
+    payload = read_checkpoint_for(model, optimizer, src, group=group)
     iteration = iteration_of(payload)
     model_state = _fitting_state(model, payload)
     if optimizer is not None and holds_optimizer_state(payload):
@@ -122,10 +122,18 @@ def load_checkpoint(
     return iteration
 
 
-def _payload_for(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, src: Any, group: Group
+def read_checkpoint_for(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    src: str | os.PathLike | IO[bytes],
+    *,
+    group: Group = None,
 ) -> dict[str, Any]:
-    """The checkpoint's content, its tensors distributed as the model's and the optimizer's are."""
+    """The checkpoint's content for restore_model and restore_optimizer: DTensors where `model` and
+    `optimizer` have them. optimizer None: its tensors are not read.
+
+    group and errors: as for load_checkpoint.
+    """
     weights = unwrap(model).state_dict()
     sharded = isinstance(src, str | os.PathLike) and is_sharded(src)
     if not (sharded or group or any(map(is_dtensor, weights.values()))):

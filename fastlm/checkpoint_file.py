@@ -21,6 +21,7 @@ import torch
 
 from fastlm.data.staging import sync
 from fastlm.errors import OutputError
+from fastlm.parallel.commit import is_sharded, remove_leftovers, remove_sharded
 
 _COMMENT_TAG = b"sha256:"
 _COMMENT_SIZE = len(_COMMENT_TAG) + 64
@@ -65,7 +66,7 @@ def remove_stale_temporaries(directory: str | os.PathLike) -> list[Path]:
     """Deletes what processes that died in a save have left in `directory`; returns those paths.
 
     A file whose writer lives is locked, and stays. So does everything on a file system without
-    locks, where nobody can tell.
+    locks, where nobody can tell. The directories of sharded checkpoints likewise.
     """
     removed = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -79,7 +80,15 @@ def remove_stale_temporaries(directory: str | os.PathLike) -> list[Path]:
                         removed.append(path)
                     finally:
                         os.close(handle)
-    return removed
+    return removed + remove_leftovers(directory)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Deletes a checkpoint, a file or a directory, if it is there. Raises OSError."""
+    if is_sharded(path):
+        remove_sharded(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def digest_holds(path: Path) -> bool:

@@ -21,6 +21,7 @@ from fastlm.evaluate import evaluating
 from fastlm.hardware import select_device
 from fastlm.model import KVCache, TransformerLM
 from fastlm.model_interface import check_model_class, model_class
+from fastlm.parallel.commit import is_sharded
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -198,9 +199,9 @@ def encode_prompt(tokenizer: "Tokenizer", prompt: str) -> list[int]:
 def load_model(
     ckpt: str | Path, device: torch.device | str
 ) -> tuple[TransformerLM, dict[str, Any]]:
-    """(model in eval mode, checkpoint content) of a checkpoint file of the trainer, or a run."""
+    """(model in eval mode, checkpoint content) of a checkpoint of the trainer, or a run."""
     path = Path(ckpt)
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         path, payload = newest_readable(directory)
     else:
@@ -225,7 +226,7 @@ class GenerateArguments:
     """Sample text from a checkpoint of fastlm.train."""
 
     ckpt: str
-    """A checkpoint file, or a run's directory (its newest checkpoint)."""
+    """A checkpoint, or a run's directory (its newest checkpoint)."""
     prompt: str = ""
     """Text to continue. Empty: a new document."""
     max_new_tokens: int = 200

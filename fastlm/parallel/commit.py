@@ -7,13 +7,13 @@
 
 It is written last, into ....dcp.partial, which then gets its name. Its values are JSON: to read
 them runs no code. JSON has neither tuples nor keys that are no strings: those, and tensors, are
-objects with one key that begins with "$": {"$tuple": [...]}, {"$dict": [[key, value], ...]} and
-{"$tensor": name}. Imports nothing of torch.distributed, which takes a second: to list checkpoints
-must be quick.
+objects with one key that begins with "$": {"$tuple": [...]}, {"$dict": [[key, value], ...]},
+{"$tensor": name}, and, where it is small enough to stand here, {"$values": [dtype, shape, values]}.
+
+Imports nothing of torch.distributed, which takes a second: to list checkpoints must be quick.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -27,12 +27,14 @@ import torch
 from torch import Tensor
 
 from fastlm.data.staging import locked, sync
-from fastlm.errors import CheckpointError
+from fastlm.errors import CheckpointError, OutputError
 from fastlm.foreign_state import first_line, shortened
+from fastlm.kernels.collect import is_dtensor
 
 SUFFIX = ".dcp"
 COMMIT = "commit.json"
 _FORMAT = 1
+_SMALL = 128  # values of a tensor
 _HEAD = b'{"sha256": "'  # then 64 digits: the SHA-256 of all that stands behind them
 _FILE_NAME = re.compile(r"[\w-]+\.safetensors")
 _LEFTOVER = re.compile(rf"(.+{re.escape(SUFFIX)})\.(partial|replaced)", re.DOTALL)
@@ -49,12 +51,16 @@ def is_sharded(path: str | os.PathLike) -> bool:
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:
-    """The plain values, None in the place of tensors; only commit.json is read and checked.
+    """The plain values and small tensors, None for others; only commit.json is read and checked.
 
     Raises CheckpointError.
     """
+
+    def small(stored: str | Tensor, place: Place) -> Tensor | None:
+        return stored if isinstance(stored, Tensor) else None
+
     path = Path(path)
-    return readable(path, lambda: decoded(read_commit(path)["values"], lambda *_: None))
+    return readable(path, lambda: decoded(read_commit(path)["values"], small))
 
 
 def partial_of(path: Path) -> Path:
@@ -96,15 +102,16 @@ def remove_leftovers(directory: str | os.PathLike) -> list[Path]:
 def commit(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` as commit.json into `path`'s partial directory, which then gets its name.
 
-    content: {"files": {name: [bytes, SHA-256]}, "values": encoded, ...}. Raises OSError.
+    content: {"files": {name: [bytes, SHA-256]}, "values": encoded, ...}. Raises OSError, and
+    OutputError if a file is not there.
     """
     partial = partial_of(path)
     for name, (size, _) in content["files"].items():
         file = partial / name
         if not file.is_file() or file.stat().st_size != size:
-            raise OSError(
-                errno.ENOENT,
-                f"another rank's {name} is not there: the ranks must share a directory",
+            raise OutputError(
+                f"{path}: rank 0 does not see {name}, which another rank has written; choose a "
+                f"directory that all ranks share"
             )
     body = b'", ' + json.dumps({"format": _FORMAT, **content}).encode()[1:]
     with open(partial / COMMIT, "wb") as file:
@@ -188,7 +195,7 @@ def readable(path: Path, function: Callable[[], T]) -> T:
 
 
 def encoded(payload: Mapping[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """`payload` for json.dumps; its tensors are added to `tensors`.
+    """`payload` for json.dumps; its tensors, but for small ones, are added to `tensors`.
 
     They are named by the keys that lead to them, joined by "/". Raises TypeError for a value that
     is neither plain (None, bool, int, float, str, list, tuple, dict) nor a tensor.
@@ -197,6 +204,10 @@ def encoded(payload: Mapping[str, Any], tensors: dict[str, Tensor]) -> Any:
     def walk(value: Any, place: Place) -> Any:
         if value is None or isinstance(value, bool | int | float | str):
             return value
+        if isinstance(value, Tensor) and _is_small(value):
+            flat = value.detach().flatten()
+            flat = flat.double() if flat.is_floating_point() else flat  # exact, of every dtype
+            return {"$values": [str(value.dtype), list(value.shape), flat.tolist()]}
         if isinstance(value, Tensor):
             name = "/".join(map(str, place))
             if name in tensors:
@@ -217,14 +228,24 @@ def encoded(payload: Mapping[str, Any], tensors: dict[str, Tensor]) -> Any:
     return walk(payload, ())
 
 
-def decoded(value: Any, tensor: Callable[[str, Place], Any], place: Place = ()) -> Any:
-    """What `encoded` was given; tensor: (name, place) -> what stands there."""
+def _is_small(tensor: Tensor) -> bool:
+    """A counter, the last norms: what a reader of the plain values wants, too."""
+    return tensor.numel() <= _SMALL and not (is_dtensor(tensor) or tensor.is_complex())
+
+
+def decoded(value: Any, tensor: Callable[[str | Tensor, Place], Any], place: Place = ()) -> Any:
+    """What `encoded` was given; tensor: (name, or a small tensor itself; place) -> what stands
+    there."""
     if isinstance(value, list):
         return [decoded(item, tensor, (*place, i)) for i, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
     if "$tensor" in value:
         return tensor(value["$tensor"], place)
+    if "$values" in value:
+        name, shape, flat = value["$values"]
+        dtype = getattr(torch, name.removeprefix("torch."))
+        return tensor(torch.tensor(flat, dtype=dtype, device="cpu").reshape(shape), place)
     if "$tuple" in value:
         return tuple(decoded(value["$tuple"], tensor, place))
     items = value.items()

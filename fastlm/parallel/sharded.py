@@ -109,7 +109,8 @@ def read_sharded(
     """The payload that was written, every file's digest checked.
 
     like: place -> the parameter to which the tensor there belongs. One of its shape is read to its
-    device, and of a DTensor the part that this rank holds; others are read whole, to the CPU.
+    device, and of a DTensor the part that this rank holds; others, and small ones, are whole and
+    on the CPU.
     skip: keys of the payload whose tensors are not read: they are on the meta device.
     check: is called with the payload before its tensors are read, for their shapes and dtypes.
 
@@ -123,15 +124,16 @@ def read_sharded(
 
     def read() -> dict[str, Any]:
         reader = HuggingFaceStorageReader(str(path))
-        stored = reader.read_metadata().state_dict_metadata
+        infos = reader.read_metadata().state_dict_metadata
         tensors: dict[str, Tensor] = {}
 
-        def at(name: str, place: Place) -> Tensor:
-            name = content["aliases"].get(name, name)
+        def at(stored: str | Tensor, place: Place) -> Tensor:
+            device = "meta" if place[0] in skip else "cpu"
+            if isinstance(stored, Tensor):
+                return stored.to(device)
+            name = content["aliases"].get(stored, stored)
             if name not in tensors:
-                tensors[name] = _empty(
-                    name, stored[name], like and like(place), "meta" if place[0] in skip else "cpu"
-                )
+                tensors[name] = _empty(name, infos[name], like and like(place), device)
             return tensors[name]
 
         payload = decoded(content["values"], at)
@@ -243,14 +245,14 @@ def _digests(partial: Path, rank: int, read_back: bool) -> dict[str, list]:
 # Reading
 
 
-def _empty(name: str, stored: Any, like: Tensor | None, device: str) -> Tensor:
-    """A tensor to read `name` into."""
-    values = sum(chunk.sizes.numel() for chunk in stored.chunks)
-    if values != stored.size.numel():
-        raise ValueError(f"{shortened(name)} has {values} of {stored.size.numel()} values")
-    dtype = stored.properties.dtype
-    if device == "meta" or like is None or like.shape != stored.size:
-        return torch.empty(stored.size, dtype=dtype, device=device)
+def _empty(name: str, info: Any, like: Tensor | None, device: str) -> Tensor:
+    """A tensor to read `name` into. info: a TensorStorageMetadata."""
+    values = sum(chunk.sizes.numel() for chunk in info.chunks)
+    if values != info.size.numel():
+        raise ValueError(f"{shortened(name)} has {values} of {info.size.numel()} values")
+    dtype = info.properties.dtype
+    if device == "meta" or like is None or like.shape != info.size:
+        return torch.empty(info.size, dtype=dtype, device=device)
     return torch.empty_like(like.detach(), dtype=dtype)
 
 

@@ -148,7 +148,7 @@ def find(
     prefix: str | None = None,
     read: Reader = read_checkpoint,
 ) -> Resumed:
-    """The checkpoint that `--resume name` means: a file, or the newest one of a directory.
+    """The checkpoint that `--resume name` means: that one, or the newest one of a directory.
 
     name "auto": the newest one of ckpt_dir or target_dir if they are given, else of the newest run
     under runs/, by the time that its checkpoints have stored. prefix None: any.

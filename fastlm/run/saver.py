@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.checkpoint_file import write_checkpoint
+from fastlm.checkpoint_file import remove_checkpoint, write_checkpoint
 from fastlm.checkpoint_reading import peek
 from fastlm.hardware import is_out_of_memory
-from fastlm.kernels.collect import is_dtensor, local_part
-from fastlm.parallel.commit import SUFFIX, is_sharded, remove_sharded
+from fastlm.kernels.collect import local_part
+from fastlm.parallel.commit import SUFFIX
 from fastlm.parallel.world import World
 
 
@@ -229,7 +229,8 @@ class Saver:
         return None if self._best is None else {"val_loss": self._best[0], "step": self._best[1]}
 
     def _copied(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """`payload` with every tensor copied to the CPU; one that stands in it twice stays one."""
+        """`payload` with every tensor copied to the CPU. One that stands in it twice stays one; of a
+        DTensor what this rank holds is copied."""
         copies: dict[Any, Tensor] = {}
 
         def copied(value: Any, place: tuple) -> Any:
@@ -239,14 +240,17 @@ class Saver:
                 return type(value)(copied(item, (*place, i)) for i, item in enumerate(value))
             if not isinstance(value, Tensor):
                 return value
-            own = local_part(value).detach()
-            memory = (own.data_ptr(), own.dtype, own.shape, own.stride(), own.device)
-            if memory not in copies or not own.numel():
+            part = local_part(value.detach())  # of a DTensor what this rank holds
+            memory = (part.data_ptr(), part.dtype, part.shape, part.stride(), part.device)
+            if memory not in copies or not part.numel():
                 buffer = self._buffers.get(place)
-                if buffer is None or (buffer.shape, buffer.dtype) != (own.shape, own.dtype):
-                    buffer = torch.empty(own.shape, dtype=own.dtype, device="cpu")
-                self._buffers[place] = copies[memory] = buffer.copy_(own)
-            return _distributed_as(value, copies[memory])
+                if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+                    buffer = torch.empty_like(
+                        value.detach(), device="cpu", memory_format=torch.contiguous_format
+                    )
+                local_part(buffer).copy_(part)
+                self._buffers[place] = copies[memory] = buffer
+            return copies[memory]
 
         return copied(payload, ())
 
@@ -287,28 +291,10 @@ class Saver:
                 continue  # another run's, or nobody knows
             try:
                 if self._deletes:
-                    _remove(path)
+                    remove_checkpoint(path)
             except OSError as error:
                 self._numbered[step] = path  # tried again after the next save
                 self._reports.append(Report(path, f"{path}: cannot be deleted ({error.strerror})"))
-
-
-def _distributed_as(value: Tensor, own: Tensor) -> Tensor:
-    """`own` in the place of this rank's part of `value`."""
-    if not is_dtensor(value):
-        return own
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        own, value.device_mesh, value.placements, shape=value.shape, stride=value.stride()
-    )
-
-
-def _remove(path: Path) -> None:
-    if is_sharded(path):
-        remove_sharded(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _step_of(path: Path) -> int | None:

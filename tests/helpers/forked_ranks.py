@@ -9,7 +9,12 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 
+import torch._dynamo  # noqa: F401 - which FSDP2 would import in every rank
 import torch.distributed as dist
+
+from fastlm.extension import extension
+
+extension()
 
 
 def run_ranks(world_size: int, function: Callable[[], object], timeout: float = 60) -> list[int]:

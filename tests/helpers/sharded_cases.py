@@ -1,0 +1,450 @@
+"""Sharded checkpoints on several ranks: what test_sharded.py starts once.
+
+    python tests/helpers/sharded_cases.py DIRECTORY
+
+Every case prints a line where it holds. DIRECTORY: an empty one.
+"""
+
+import os
+import resource
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoints import make_model
+from forked_ranks import run_ranks
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import fastlm.parallel.sharded as sharded
+from fastlm import AdamW, load_checkpoint, save_checkpoint
+from fastlm.checkpoint import checkpoint_payload, list_checkpoints, read_checkpoint, read_values
+from fastlm.errors import CheckpointError, OutputError
+from fastlm.parallel.commit import remove_leftovers
+from fastlm.parallel.sharded import write_sharded
+from fastlm.run.saver import Saver
+
+CASES = {}
+STEPS = range(3)
+MORE_STEPS = range(3, 6)
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+# Runs that are the same under any number of ranks: every rank has the same batch.
+
+VARIANTS = {
+    "plain": {},
+    "tied": dict(tie_embeddings=True),
+    "split": dict(dtype=torch.bfloat16),  # with its remainders in int16
+    "uneven": None,  # shards of one row and of none
+}
+
+
+def make(variant: str, seed: int, *, fsdp: bool):
+    settings = VARIANTS[variant]
+    if settings is None:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Embedding(11, 5), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+        blocks = [model[1], model[3]]
+    else:
+        dtype = settings.get("dtype", torch.float32)
+        others = {key: value for key, value in settings.items() if key != "dtype"}
+        model = make_model(seed, d_model=16, d_ff=48, **others).to(dtype)
+        blocks = list(model.layers)
+    if fsdp:
+        for module in (*blocks, model):
+            fully_shard(module)
+    groups = [
+        [p for p in model.parameters() if (p.dim() >= 2) == matrix] for matrix in (True, False)
+    ]
+    precision = "split" if variant == "split" else "native"
+    optimizer = AdamW(
+        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1]}],
+        lr=1e-2, max_grad_norm=1.0, param_precision=precision,
+    )  # fmt: skip
+    return model, optimizer
+
+
+def run(model, optimizer, steps) -> list[float]:
+    losses = []
+    for step in steps:
+        ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(step))
+        loss = (model(ids).float() - 0.5).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def values(model, optimizer) -> dict[str, torch.Tensor]:
+    """Every tensor, whole."""
+    state = optimizer.state_dict()["state"]
+    tensors = dict(model.state_dict())
+    tensors |= {f"{i}.{key}": t for i, entry in state.items() for key, t in entry.items()}
+    return {name: whole(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def whole(tensor):
+    if not isinstance(tensor, DTensor):
+        return tensor.clone()
+    if tensor.dtype == torch.int16:  # which gloo does not gather
+        local = tensor.to_local().int()
+        tensor = DTensor.from_local(
+            local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+        )
+        return tensor.full_tensor().short()
+    return tensor.full_tensor()
+
+
+def extra() -> dict:
+    """What a run stores besides."""
+    return dict(
+        guard={"norms": torch.arange(128.0), "counts": torch.tensor([3, 0, 1])},
+        config={"betas": (0.9, 0.95), "lr_max": 1e-3, "ckpt_dir": None, "compile": False},
+        run_id="r", saved_at=1.5, samples_seen=2**60, best_checkpoint={"val_loss": float("inf")},
+        tokenizer='{"é": "\\ud800"}', random_state={"torch": torch.arange(999).to(torch.uint8)},
+    )  # fmt: skip
+
+
+def save(variant: str, path: Path, group) -> None:
+    model, optimizer = make(variant, 0, fsdp=True)
+    run(model, optimizer, STEPS)
+    payload = checkpoint_payload(model, optimizer, 3, **extra())
+    write_sharded(payload, path, group=group, read_back=True)
+    expected = values(model, optimizer)
+    losses = run(model, optimizer, MORE_STEPS)
+    if dist.get_rank() == 0:
+        torch.save((expected, losses, extra()), path.with_suffix(".expected"))
+    dist.barrier(group)
+
+
+def assert_continues(variant: str, path: Path, expected: Path, group, *, fsdp: bool) -> None:
+    """What is loaded from `path` is what was saved, and goes on as the run that saved it."""
+    tensors, losses, stored = torch.load(expected)
+    model, optimizer = make(variant, 1, fsdp=fsdp)
+    header = read_values(path, group=group)
+    assert header["iteration"] == 3
+    assert all(t.is_meta for t in header["model_state"].values())
+    for key, value in stored.items():
+        assert_equal(header[key], value)
+    assert load_checkpoint(model, optimizer, path, group=group) == 3
+    loaded = values(model, optimizer)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert_equal(loaded[name], tensor, name)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    # The mean of three equal bf16 gradients is rounded.
+    rtol = 1e-3 if variant == "split" else 1e-5
+    torch.testing.assert_close(run(model, optimizer, MORE_STEPS), losses, rtol=rtol, atol=0)
+
+
+def assert_equal(actual, expected, what="") -> None:
+    assert type(actual) is type(expected), what
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys(), what
+        for key, value in expected.items():
+            assert_equal(actual[key], value, f"{what}.{key}")
+    elif isinstance(actual, torch.Tensor):
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected), what
+    else:
+        assert actual == expected, what
+
+
+def on_ranks(world_size: int, function, codes=None) -> None:
+    found = run_ranks(world_size, lambda: function(dist.new_group(backend="gloo")))
+    assert found == (codes or [0] * world_size), found
+
+
+@case
+def two_ranks_save(directory):
+    def write(group):
+        for variant in VARIANTS:
+            save(variant, directory / f"{variant}_3.dcp", group)
+
+    on_ranks(2, write)
+    for variant in VARIANTS:
+        names = sorted(path.name for path in (directory / f"{variant}_3.dcp").iterdir())
+        shards = [f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)]
+        assert names == ["commit.json", *shards], names
+    assert not list(directory.glob("*.partial"))
+
+
+def load_all(directory, world_size, *, fsdp, variants=tuple(VARIANTS)):
+    def load(group):
+        for variant in variants:
+            path = directory / f"{variant}_3.dcp"
+            assert_continues(variant, path, path.with_suffix(".expected"), group, fsdp=fsdp)
+
+    on_ranks(world_size, load)
+
+
+@case
+def another_number_of_ranks_goes_on(directory):
+    load_all(directory, 1, fsdp=True, variants=["plain"])
+    load_all(directory, 3, fsdp=True)
+    load_all(directory, 4, fsdp=True, variants=["uneven", "tied"])
+
+
+@case
+def ranks_with_whole_tensors_go_on(directory):
+    load_all(directory, 2, fsdp=False)
+
+
+@case
+def one_process_goes_on(directory):
+    for variant in VARIANTS:
+        path = directory / f"{variant}_3.dcp"
+        assert_continues(variant, path, path.with_suffix(".expected"), None, fsdp=False)
+
+
+@case
+def ranks_go_on_from_one_file(directory):
+    for variant in VARIANTS:
+        model, optimizer = make(variant, 1, fsdp=False)
+        load_checkpoint(model, optimizer, directory / f"{variant}_3.dcp")
+        save_checkpoint(model, optimizer, 3, directory / f"{variant}_3.pt", **extra())
+
+    def load(group):
+        for variant in ("tied", "split", "uneven"):
+            path = directory / f"{variant}_3.pt"
+            assert_continues(variant, path, path.with_suffix(".expected"), group, fsdp=True)
+
+    on_ranks(3, load)
+
+
+@case
+def several_files_a_rank(directory):
+    def write_and_load(group):
+        sharded._FILE_BYTES = 256
+        path = directory / "files_3.dcp"
+        save("plain", path, group)
+        assert len(list(path.glob("shard-00002-*"))) > 3
+        assert_continues("plain", path, path.with_suffix(".expected"), group, fsdp=True)
+
+    on_ranks(2, write_and_load)
+
+
+@case
+def a_copy_is_written_while_the_run_goes_on(directory):
+    path = directory / "copied_3.dcp"
+
+    def write(group):
+        model, optimizer = make("tied", 0, fsdp=True)
+        run(model, optimizer, STEPS)
+        saver = Saver(lambda name: path, keep_last=0)
+        # As the saver will: what is copied once is copied anew into the same memory.
+        for _ in range(2):
+            copy = saver._copied(checkpoint_payload(model, optimizer, 3, **extra()))
+        weights = copy["model_state"]
+        assert weights["lm_head.weight"] is weights["token_embeddings.weight"]
+        tensors = values(model, optimizer)
+        thread = threading.Thread(target=write_sharded, args=(copy, path), kwargs={"group": group})
+        thread.start()
+        losses = run(model, optimizer, MORE_STEPS)
+        thread.join()
+        if dist.get_rank() == 0:
+            torch.save((tensors, losses, extra()), path.with_suffix(".expected"))
+        dist.barrier(group)
+        assert_continues("tied", path, path.with_suffix(".expected"), group, fsdp=True)
+
+    on_ranks(2, write)
+
+
+# What goes wrong
+
+
+def assert_nothing_but(path: Path, before: dict) -> None:
+    assert [file.path for file in list_checkpoints(path.parent, "a")] == [path]
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name]
+    assert_equal(read_checkpoint(path), before)
+
+
+@case
+def a_rank_that_cannot_write_is_an_error_of_all(directory):
+    directory = directory / "full"
+    path = directory / "a_3.dcp"
+    write_sharded(extra(), path)
+
+    def write(group):
+        model, optimizer = make("plain", 0, fsdp=True)
+        payload = checkpoint_payload(model, optimizer, 3)
+        if dist.get_rank() == 1:
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OutputError) as caught:
+            write_sharded(payload, path, group=group)
+        assert str(caught.value) == (
+            f"{path}: cannot be written (File too large on rank 1); make room there or choose "
+            f"another directory"
+        )
+        if dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        dist.barrier(group)
+        assert_nothing_but(path, extra())
+
+    on_ranks(2, write)
+
+
+@case
+def errors_of_one_rank_reach_all(directory):
+    directory = directory / "errors"
+    path = directory / "a_3.dcp"
+    write_sharded(extra(), path)
+    sha256 = sharded.sha256
+
+    def write(group):
+        rank = dist.get_rank()
+        with pytest.raises((TypeError, RuntimeError), match="config is a object, which no"):
+            write_sharded({"config": object() if rank == 1 else 1}, path, group=group)
+        # Rank 1's file is another than it wrote.
+        sharded.sha256 = lambda file, from_disk=False: sha256(file) + rank * from_disk * "0"
+        payload = {"model_state": fully_shard(nn.Linear(3, 3)).state_dict()}
+        with pytest.raises(OutputError, match="SHA-256 does not match on rank 1"):
+            write_sharded(payload, path, group=group, read_back=True)
+        # Directories that are not one.
+        mine = path if rank == 0 else path.with_name("b_3.dcp")
+        with pytest.raises(OutputError, match="choose a directory that all ranks share"):
+            write_sharded(payload, mine, group=group)
+        dist.barrier(group)
+        if rank == 0:
+            sharded.shutil.rmtree(path.with_name("b_3.dcp.partial"))
+            assert_nothing_but(path, extra())
+
+    on_ranks(2, write)
+
+
+@case
+def damage_that_one_rank_finds_is_an_error_of_all(directory):
+    path = directory / "damaged_3.dcp"
+    sharded.shutil.copytree(directory / "plain_3.dcp", path)
+    file = path / "shard-00002-model-00001-of-00001.safetensors"  # which rank 1 hashes
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+    def load(group):
+        model, optimizer = make("plain", 1, fsdp=True)
+        before = values(model, optimizer)
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(model, optimizer, path, group=group)
+        assert str(caught.value) == f"{file}: is damaged (its SHA-256 does not match)"
+        assert_equal(values(model, optimizer), before)
+
+    on_ranks(2, load)
+
+
+@case
+def another_architecture_is_refused_before_anything_is_read(directory):
+    def load(group):
+        model, optimizer = make("uneven", 1, fsdp=True)
+        before = values(model, optimizer)
+        sharded._load = None  # not reached
+        with pytest.raises(CheckpointError, match=r"0\.weight is missing, not \(11, 5\) and"):
+            load_checkpoint(model, optimizer, directory / "plain_3.dcp", group=group)
+        with pytest.raises(CheckpointError, match=r"nothing_3\.dcp: no such checkpoint"):
+            load_checkpoint(model, optimizer, directory / "nothing_3.dcp", group=group)
+        assert_equal(values(model, optimizer), before)
+
+    on_ranks(2, load)
+
+
+# Kills
+
+
+def kill_at(count: int, directory: Path) -> None:
+    """Kills this process before its `count`-th opening, renaming or removing in `directory`."""
+    left = count
+
+    def hook(event, arguments):
+        nonlocal left
+        changes = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+        if event in changes and str(arguments[0]).startswith(str(directory)):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@case
+def a_kill_at_any_moment_leaves_the_old_or_the_new(directory):
+    """Of a write of a new checkpoint, and of one that replaces another of its name."""
+    directory = directory / "killed"
+    older, path = directory / "a_1.dcp", directory / "a_3.dcp"
+    old, new = ({"iteration": i, "model_state": {"w": torch.full((400,), i)}} for i in (2, 3))
+    for replaces in (False, True):
+        count, seen, leftovers = 0, [], []
+        while True:
+            count += 1
+            sharded.shutil.rmtree(directory, ignore_errors=True)
+            write_sharded({"iteration": 1}, older)
+            if replaces:
+                write_sharded(old, path)
+            pid = os.fork()
+            if pid == 0:
+                kill_at(count, directory)
+                write_sharded(new, path)
+                os._exit(0)
+            _, status = os.waitpid(pid, 0)
+            for file in list_checkpoints(directory):
+                assert file.readable, (count, file)
+            leftovers += remove_leftovers(directory)
+            names = sorted(p.name for p in directory.iterdir())
+            assert names in (["a_1.dcp"], ["a_1.dcp", "a_3.dcp"]), (count, names)
+            assert replaces <= (path.name in names), (count, names)
+            if path.exists():
+                seen.append(read_checkpoint(path)["iteration"])
+            else:
+                seen.append(None)
+            assert_equal(read_checkpoint(older), {"iteration": 1})
+            if os.waitstatus_to_exitcode(status) == 0:
+                break
+            assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+        first = 2 if replaces else None
+        assert seen == sorted(seen, key=lambda i: i == 3), seen
+        assert seen[0] == first and seen[-1] == 3 and len(seen) > 8 and leftovers, seen
+
+
+@case
+def a_killed_rank_leaves_no_checkpoint(directory):
+    directory = directory / "killed_rank"
+    write_sharded(extra(), directory / "a_3.dcp")
+
+    def write(group):
+        if dist.get_rank() == 1:
+            kill_at(1, directory / "a_4.dcp.partial")  # its file
+        with pytest.raises(Exception):  # noqa: B017 - gloo's, of a lost connection
+            model, optimizer = make("plain", 0, fsdp=True)
+            payload = checkpoint_payload(model, optimizer, 4)
+            write_sharded(payload, directory / "a_4.dcp", group=group)
+
+    on_ranks(2, write, [0, -signal.SIGKILL])
+    remove_leftovers(directory)
+    assert_nothing_but(directory / "a_3.dcp", extra())
+
+
+def main(directory: Path) -> int:
+    torch.set_num_threads(1)
+    for name, function in CASES.items():
+        try:
+            function(directory)
+        except Exception:
+            print(f"FAILED {name}\n{traceback.format_exc()}", flush=True)
+            return 1
+        print(f"passed {name}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
