@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlm import __version__
 from fastlm.checkpoint import (
@@ -21,25 +21,24 @@ from fastlm.data.files import Data
 from fastlm.data.loader import spread_batches
 from fastlm.data.sampler import SAMPLER_VERSION
 from fastlm.errors import DivergedError
-from fastlm.evaluate import LossFunction, bits_per_byte, evaluating, loss_over_all, mean_loss
+from fastlm.evaluate import LossFunction, evaluating, mean_loss
 from fastlm.hardware import PeakMemory
-from fastlm.model import training_flops_per_token
 from fastlm.model_interface import model_class
 from fastlm.ops.cross_entropy import check_labels
 from fastlm.parallel.world import World
-from fastlm.parallel.wrap import gathered_on_main
-from fastlm.run.commands import generate_command, resume_command
+from fastlm.run.commands import resume_command
 from fastlm.run.directory import RunDirectory
 from fastlm.run.environment import environment
+from fastlm.run.finish import finish
 from fastlm.run.guard import GuardWatch
 from fastlm.run.log import NoLog, RunLog
 from fastlm.run.output import Missing
 from fastlm.run.profiler import StepProfiler, parse_span
 from fastlm.run.saver import Saver, writer_for
 from fastlm.run.signals import Stopped, StopSignals
-from fastlm.run.summary import Clock, RunFigures, measured_ceiling, print_samples, print_summary
+from fastlm.run.summary import Clock
 from fastlm.schedule import learning_rate
-from fastlm.step import TrainStep, create_model, graphs_compiled
+from fastlm.step import TrainStep, graphs_compiled
 
 
 class Run:
@@ -97,7 +96,7 @@ class Run:
                 parse_span(cfg.profile), cfg.log_dir, runner.device, clock,
                 rank=self.world.rank, say=self.log.say, missing=missing.note,
             )  # fmt: skip
-        self._graphs = graphs_compiled() if cfg.compile else 0
+        self.graphs = graphs_compiled() if cfg.compile else 0
         # Sums over the good steps since the last log line.
         self._window_loss = torch.zeros((), device=runner.device)
         self._window_good = torch.zeros((), device=runner.device)
@@ -108,12 +107,12 @@ class Run:
         would have."""
         self.stop.promise = "a checkpoint follows"
         try:
-            finished = self._steps() and self._finish()
+            finished = self._steps() and finish(self)
             if not finished:
                 self.log.close()
         finally:
             self.saver.wait()
-            self._report_saves()
+            self.report_saves()
             for what in self.saver.missing():
                 self.missing.note(what)
             self.log.flush()
@@ -158,7 +157,7 @@ class Run:
             loss = self.runner.run(self.samples_seen, lr, leaves)
             if loss is not None:  # None: stopped before the step's last micro-batch
                 self._count(loss)
-                self._report_saves()
+                self.report_saves()
                 if step % cfg.log_every == 0:
                     self._log(step, loss, lr)
                     if self._rolled_back():
@@ -246,7 +245,7 @@ class Run:
         if not self.watch.is_stuck:
             return False
         self.saver.wait()
-        self._report_saves()
+        self.report_saves()
         try:
             found = self.watch.way_back(self.completed, self.directory)  # the same on every rank
         except DivergedError:
@@ -272,7 +271,7 @@ class Run:
             return  # a signal came while it was written
         self.clock.pause()
         self.saver.save(name, self._payload(), wait=must)
-        self._report_saves()
+        self.report_saves()
         self.clock.start()
 
     def _payload(self) -> dict[str, Any]:
@@ -286,10 +285,10 @@ class Run:
             scaler=runner.scaler.state_dict(),
             guard=runner.guard.state_dict(),
             clock=self.clock.state_dict(),
-            **self._identity(),
+            **self.identity(),
         )
 
-    def _report_saves(self) -> None:
+    def report_saves(self) -> None:
         """Says what has become of saves since the last call."""
         for path, error in self.saver.reports():
             self._report(path, error)
@@ -299,16 +298,6 @@ class Run:
             self.log.checkpoint(path)
         else:
             self.log.say(f"[CKPT] FAILED: {error}; the run goes on")
-
-    def _whole_model(self, weights: dict[str, Any]) -> nn.Module:
-        """The model, on rank 0 alone: a sharded one answers to all ranks at once."""
-        if not self.runner.is_sharded:
-            return self.runner.model
-        if model_class(self.runner.model) is not None:
-            raise RuntimeError("a sharded model that is not a TransformerLM")
-        model = create_model(self.cfg)
-        restore_model(model, weights)
-        return model
 
     def _save_emergency(self) -> None:
         """{prefix}_emergency.pt: the state before the step that failed. A bare --resume never takes
@@ -324,7 +313,7 @@ class Run:
         except Exception as error:
             self.log.say(f"[CKPT] FAILED: the emergency checkpoint: {error}")
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Identifies the checkpoint's run, and lets the checkpoint be used without the data."""
         runner = self.runner
         return {
@@ -345,7 +334,7 @@ class Run:
         }
 
     @property
-    def _summed(self) -> LossFunction:
+    def summed(self) -> LossFunction:
         """The loss for evaluations, left at a signal where that leaves nobody waiting."""
         summed = self.runner.loss.summed
         return self.stop.interruptible(summed) if self.world.size == 1 else summed
@@ -359,69 +348,7 @@ class Run:
             self.data.val, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
         )
         with contextlib.suppress(Stopped), evaluating(runner.model):
-            val_loss = mean_loss(self._summed, batches, self.world)
+            val_loss = mean_loss(self.summed, batches, self.world)
             self.saver.evaluated(val_loss)
             self.log.val(step, val_loss)
         self.clock.start()
-
-    def _finish(self) -> bool:
-        """Weights alone, loss over all validation data, samples, summary. False if it was stopped:
-        the resumed run does it then."""
-        cfg, runner, data, clock = self.cfg, self.runner, self.data, self.clock
-        model_path: Path = self.directory.checkpoint_path("model")
-        weights = checkpoint_payload(runner.model, None, self.completed, **self._identity())
-        if runner.is_sharded:
-            weights["model_state"] = gathered_on_main(weights["model_state"], self.world)
-        self.saver.save("model", weights, wait=True)
-        self._report_saves()
-        self.watch.look(self.log, self.completed)
-        self.log.close()  # and its progress bar: the evaluation has its own
-        self.stop.promise = "the run's end can be had by --resume"
-        try:
-            with evaluating(runner.model):
-                final = loss_over_all(
-                    self._summed,
-                    data.val,
-                    cfg.batch_size,
-                    cfg.context_len,
-                    runner.device,
-                    max_targets=cfg.final_eval_tokens,
-                    world=self.world,
-                )
-        except Stopped:
-            return False
-        self.memory.sample()
-        known = data.val_bytes
-        in_bytes = bits_per_byte(final.loss, final.of_targets, known) if known else None
-        whole = clock.knows_all
-        figures = RunFigures(
-            steps=self.completed - (0 if whole else self.start_step),
-            tokens=(self.samples_seen - (0 if whole else self.start_samples)) * cfg.context_len,
-            step_seconds=clock.all_seconds,
-            run_seconds=clock.run_seconds,
-            start_step=self.start_step,
-            whole=whole,
-            compile_seconds=runner.compile_seconds,
-            recompiles=graphs_compiled() - self._graphs if cfg.compile else 0,
-            flops_per_token=training_flops_per_token(runner.model, cfg.context_len),
-            final=final,
-            peak_memory=self.memory,
-            peaks=self.world.gather(self.memory.bytes),
-            skipped=self.watch.report.skipped,
-            rolled_back=runner.guard.rolled_back,
-            bits_per_byte=in_bytes,
-        )
-        self.log.attempt(
-            "samples",
-            lambda: print_samples(
-                self._whole_model(weights), data.tokenizer_json, cfg.seed, cfg.context_len
-            ),
-        )
-        ceiling = self.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))
-        self.log.metrics("summary", step=self.completed, **print_summary(figures, runner, ceiling))
-        self.watch.complain(self.missing, final.loss)
-        print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
-        if model_path.exists() and model_class(runner.model) is None:
-            command = generate_command(model_path, cfg, tokenizer=data.tokenizer_json is not None)
-            print(f"[summary] try it      {command}", flush=True)
-        return True

@@ -433,7 +433,7 @@ def test_help_lists_every_setting_with_its_text(capsys):
         assert f"--{name.replace('_', '-')}" in shown, name
     for more in ("--preset", "--config", "--resume", "--print-config", *PRESETS):
         assert more in shown, more
-    assert "Micro-batches in a step." in shown
+    assert "Micro-batches of each process in a step." in shown
     # With --resume too, which must not look for a checkpoint first.
     with pytest.raises(SystemExit) as caught:
         parse(["--resume", "--help"])
