@@ -1,7 +1,7 @@
 """The end of a run: the weights alone, the loss over all validation data, samples, the summary."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -15,11 +15,8 @@ from fastlm.run.signals import Stopped
 from fastlm.run.summary import RunFigures, measured_ceiling, print_samples, print_summary
 from fastlm.step import create_model, graphs_compiled
 
-if TYPE_CHECKING:
-    from fastlm.loop import Run
 
-
-def finish(run: "Run") -> bool:
+def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     """Behind the last step. False if it was stopped: the resumed run does it then."""
     cfg, runner, data, clock = run.cfg, run.runner, run.data, run.clock
     model_path: Path = run.directory.checkpoint_path("model")
@@ -81,7 +78,7 @@ def finish(run: "Run") -> bool:
     return True
 
 
-def _whole_model(run: "Run", weights: dict[str, Any]) -> nn.Module:
+def _whole_model(run: Any, weights: dict[str, Any]) -> nn.Module:
     """The model, on rank 0 alone: a sharded one answers to all ranks at once."""
     if not run.runner.is_sharded:
         return run.runner.model
