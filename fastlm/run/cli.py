@@ -115,13 +115,13 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
 def parse_together(argv: list[str], world: World) -> Invocation:
     """parse() by rank 0 for all ranks. A checkpoint that it names, each of them reads, but for the
     weights and moments, which wait until each knows its part."""
+    parse_one = _parse_restartable if world.max_restarts else parse
     if world.size == 1:
-        return parse(argv)
+        return parse_one(argv, read_checkpoint)
     mine: list[Invocation] = []
 
     def parse_here() -> Invocation:
-        restartable = world.max_restarts > 0
-        mine.append(_parse_restarted(argv, world) if restartable else parse(argv, read_values))
+        mine.append(parse_one(argv, read_values))
         return dataclasses.replace(mine[0], resumed=None)
 
     invocation = world.decide(parse_here)
@@ -145,27 +145,28 @@ def device_asked(argv: list[str]) -> str:
         return "auto"
 
 
-def _parse_restarted(argv: list[str], world: World) -> Invocation:
-    """The command again, by torchrun --max-restarts: a run that has a checkpoint goes on."""
-    invocation = parse(argv, read_values)
+def _parse_restartable(argv: list[str], read: Reader) -> Invocation:
+    """A command that torchrun --max-restarts, or a cluster's queue, may give again: a run that has
+    a checkpoint in --target-dir goes on."""
+    invocation = parse(argv, read)
     if invocation.origins["target_dir"] == "time":
         raise ConfigError(
-            "torchrun --max-restarts gives the command again: name the run's directory with "
-            "--target-dir, so that it finds its checkpoints there"
+            "torchrun --max-restarts may give the command again: name the run's directory with "
+            "--target-dir, so that it goes on from its checkpoints there"
         )
     cfg = invocation.config
-    if not (world.restarts and checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix)):
+    if not checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix):
         return invocation
     # What only starts a run is done.
     starts = {"--init-from", "--init_from", "--train-minutes", "--train_minutes"}
     rest, tokens = [], iter(argv)
     for token in tokens:
-        if token == "--overwrite" or token.split("=")[0] in starts:
+        if token.split("=")[0] in starts:
             if token in starts:
                 next(tokens, None)
             continue
         rest.append(token)
-    return parse([*rest, "--resume", cfg.ckpt_dir], read_values)
+    return parse([*rest, "--resume", cfg.ckpt_dir], read)
 
 
 def _find_resumed(first: argparse.Namespace, file_settings: dict, read: Reader) -> Resumed | None:
