@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastlm.checkpoint import Reader, checkpoint_files, read_checkpoint, read_values
@@ -115,7 +116,9 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
 def parse_together(argv: list[str], world: World) -> Invocation:
     """parse() by rank 0 for all ranks. A checkpoint that it names, each of them reads, but for the
     weights and moments, which wait until each knows its part."""
-    parse_one = _parse_restartable if world.max_restarts else parse
+    parse_one = parse
+    if world.max_restarts:
+        parse_one = partial(_parse_restartable, restarted=world.restarts > 0)
     if world.size == 1:
         return parse_one(argv, read_checkpoint)
     mine: list[Invocation] = []
@@ -145,7 +148,7 @@ def device_asked(argv: list[str]) -> str:
         return "auto"
 
 
-def _parse_restartable(argv: list[str], read: Reader) -> Invocation:
+def _parse_restartable(argv: list[str], read: Reader, *, restarted: bool) -> Invocation:
     """A command that torchrun --max-restarts, or a cluster's queue, may give again: a run that has
     a checkpoint in --target-dir goes on."""
     invocation = parse(argv, read)
@@ -155,7 +158,8 @@ def _parse_restartable(argv: list[str], read: Reader) -> Invocation:
             "--target-dir, so that it goes on from its checkpoints there"
         )
     cfg = invocation.config
-    if not checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix):
+    anew = cfg.overwrite and not restarted
+    if anew or not checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix):
         return invocation
     # What only starts a run is done.
     starts = {"--init-from", "--init_from", "--train-minutes", "--train_minutes"}
