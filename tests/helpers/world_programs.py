@@ -139,6 +139,17 @@ def fail_in_backward(rank):
             loss.backward()
 
 
+def killed_once(rank):
+    """Under torchrun --max-restarts: the second attempt has a store without the first's failure."""
+    with World.start("cpu", timeout_minutes=MINUTES) as world:
+        step(world)
+        if world.rank == int(rank) and world.restarts == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for _ in range(3):
+            step(world)
+        print(world.gather(f"restart {world.restarts} of {world.max_restarts}"))
+
+
 def hang(rank):
     """Rank `rank` comes to no collective any more."""
     with World.start("cpu", timeout_minutes=0.03) as world:
