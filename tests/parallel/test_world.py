@@ -37,8 +37,8 @@ def test_a_restart_reads_nothing_of_the_start_before(tmp_path):
     """torchrun's store outlives the ranks, and holds the addresses and the failure of dead ones."""
     first = start_ranks(2, ["fail_in_step", "0", "error"], tmp_path, call=PROGRAM)
     assert [r.returncode for r in first.wait(SOON)] == [2, 2]
-    for _ in range(2):
-        for result in run(2, tmp_path, "restarted", store=first.store):
+    for late in ("0", "1"):
+        for result in run(2, tmp_path, "restarted", late, store=first.store):
             assert (result.returncode, result.output) == (0, "together\n"), result.output
 
 
