@@ -13,6 +13,8 @@ import contextlib
 import os
 import pickle
 import re
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -134,6 +136,9 @@ class World:
             try:
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+                    store=self._fresh_store(timeout),
+                    rank=self.rank,
+                    world_size=self.size,
                     timeout=timeout,
                     device_id=self.device if on_cuda else None,
                 )
@@ -150,6 +155,33 @@ class World:
         # By the group's name: a program may use its own process group for one run after another.
         self._store = dist.PrefixStore(f"fastlm/{self.cpu_group.group_name}", store)
         return self
+
+    def _fresh_store(self, timeout: timedelta) -> dist.Store:
+        """A part of the launcher's store for this start of the ranks alone.
+
+        torchrun keeps one store over all restarts, and init_process_group may read there the
+        addresses of ranks that are dead (torch 2.13). TORCHELASTIC_RESTART_COUNT would not tell
+        them apart: each machine counts its own. So rank 0 draws a name; the others take it once
+        rank 0 has answered with what they have drawn.
+        """
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        mine, pause = uuid.uuid4().hex, 0.005
+        if self.is_main:
+            store.set("fastlm/start", mine)
+            for rank in range(1, self.size):
+                key = f"fastlm/{mine}/{rank}"
+                store.set(f"{key}/answer", store.get(key))
+            return dist.PrefixStore(mine, store)
+        deadline = time.monotonic() + timeout.total_seconds()
+        while time.monotonic() < deadline:
+            start = store.get("fastlm/start").decode()  # an earlier one's, perhaps
+            key = f"fastlm/{start}/{self.rank}"
+            store.set(key, mine)
+            if store.check([f"{key}/answer"]) and store.get(f"{key}/answer").decode() == mine:
+                return dist.PrefixStore(start, store)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
+        raise RuntimeError("rank 0 does not answer")
 
     def new_cpu_group(self) -> dist.ProcessGroup | None:
         """Another gloo group over all ranks, for one more thread: within a group, collectives must
@@ -257,7 +289,7 @@ class World:
         try:
             if self._store is None:  # not connected yet
                 store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
-                self._store = dist.PrefixStore("fastlm", store)
+                self._store = dist.PrefixStore(f"fastlm/before/{self.restarts}", store)
             first = self._store.compare_set("failed", "", message).decode()
         except (RuntimeError, ValueError):
             return own  # the store is gone: torchrun's agent keeps it; without that, rank 0 does

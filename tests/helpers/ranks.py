@@ -38,15 +38,16 @@ def start_ranks(
     *,
     env: dict[str, str] | None = None,
     own_store: bool = False,
+    store: TCPStore | None = None,
     **options: Any,
 ) -> Ranks:
     """Starts `size` processes with torchrun's environment; options: those of CommandServer.start.
 
     env: for all ranks, on top of that; "{rank}" in a value is replaced by the rank. own_store:
-    rank 0 keeps the store, as without torchrun.
+    rank 0 keeps the store, as without torchrun. store: that of ranks before, as in a restart.
     """
     # With no time to wait: nobody waits for keys here, and the server does not use it.
-    store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
+    store = store or TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
     port = free_port() if own_store else store.port
     started = []
     for rank in range(size):

@@ -49,6 +49,15 @@ def agreement():
     world.stop()  # a second time: nothing
 
 
+def restarted(late):
+    """Rank `late` comes last, so that the others find what it left in the store before."""
+    if os.environ["RANK"] == late:
+        time.sleep(0.5)
+    with World.start("cpu", timeout_minutes=MINUTES) as world:
+        step(world)
+        print("together")
+
+
 def own_group():
     """A program that has made its process group: it stays, and one run after the other works."""
     rank, size = int(os.environ["RANK"]), int(os.environ.pop("WORLD_SIZE"))
@@ -137,6 +146,17 @@ def fail_in_backward(rank):
             if number == 3 and world.rank == int(rank):
                 missing(f"rank {rank}")
             loss.backward()
+
+
+def killed_once(rank):
+    """Under torchrun --max-restarts: the second attempt has a store without the first's failure."""
+    with World.start("cpu", timeout_minutes=MINUTES) as world:
+        step(world)
+        if world.rank == int(rank) and world.restarts == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for _ in range(3):
+            step(world)
+        print(world.gather(f"restart {world.restarts} of {world.max_restarts}"))
 
 
 def hang(rank):

@@ -33,6 +33,15 @@ def test_ranks_agree(tmp_path):
         assert (result.returncode, result.output) == (0, "restarts 2 of 3\n"), result.output
 
 
+def test_a_restart_reads_nothing_of_the_start_before(tmp_path):
+    """torchrun's store outlives the ranks, and holds the addresses and the failure of dead ones."""
+    first = start_ranks(2, ["fail_in_step", "0", "error"], tmp_path, call=PROGRAM)
+    assert [r.returncode for r in first.wait(SOON)] == [2, 2]
+    for late in ("0", "1"):
+        for result in run(2, tmp_path, "restarted", late, store=first.store):
+            assert (result.returncode, result.output) == (0, "together\n"), result.output
+
+
 def test_a_programs_own_process_group_is_used_and_left(tmp_path):
     for result in run(2, tmp_path, "own_group"):
         assert (result.returncode, result.output) == (0, ""), result.output
@@ -162,11 +171,11 @@ def test_a_rank_that_never_comes(tmp_path):
         ), result.stderr
 
 
-def torchrun(program, tmp_path, *argv, env=None):
+def torchrun(program, tmp_path, *argv, env=None, restarts=0):
     """The result of two ranks that run world_programs.py."""
     helpers = Path(__file__).resolve().parents[1] / "helpers"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(helpers / "world_programs.py"), program, *argv]
+    command += [f"--max-restarts={restarts}", str(helpers / "world_programs.py"), program, *argv]
     return subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )
@@ -202,6 +211,14 @@ def test_one_message_under_torchrun(tmp_path, argv, message):
     result = torchrun(argv[0], tmp_path, *argv[1:])
     assert result.returncode != 0 and time.monotonic() - start < 40
     assert [line for line in result.stderr.splitlines() if "error:" in line] == [message]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_torchrun_starts_killed_ranks_again(tmp_path, rank):
+    result = torchrun("killed_once", tmp_path, rank, restarts=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("['restart 1 of 2', 'restart 1 of 2']") == 2, result.stdout
 
 
 # --- Without other processes ---
