@@ -155,6 +155,8 @@ class Run:
                 self.profiler.step(step)
             vote = None if alone else self.world.vote(*self._wishes())
             loss = self.runner.run(self.samples_seen, lr, leaves)
+            # Before anything waits for the device: a rank that is gone is found here.
+            signal, time_is_up, save_is_due = self._wishes() if vote is None else vote.wait()
             if loss is not None:  # None: stopped before the step's last micro-batch
                 self._count(loss)
                 self.report_saves()
@@ -164,7 +166,6 @@ class Run:
                         continue
 
             last = self.completed == cfg.total_steps
-            signal, time_is_up, save_is_due = self._wishes() if vote is None else vote.wait()
             stopping = not last and bool(signal or time_is_up)
             # The checkpoint first: what may fail in an evaluation must not cost the steps.
             due = cfg.ckpt_every > 0 and self.completed % cfg.ckpt_every == 0

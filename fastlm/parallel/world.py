@@ -304,7 +304,7 @@ class World:
         if "imed out" in reason or "imeout" in reason:
             what = (
                 f"a collective has taken more than {self._minutes:g} minutes: another process "
-                f"hangs, or --collective-timeout is too short"
+                f"hangs, or is as slow as that"
             )
         else:
             what = "another process has ended without a message: killed, or its machine is gone"

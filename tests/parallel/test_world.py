@@ -148,10 +148,7 @@ def test_a_rank_that_hangs(tmp_path):
     ranks.commands[1].signal(9)
     assert result.returncode == 2
     assert "a collective has taken more than 0.03 minutes" in result.stderr
-    assert (
-        "--collective-timeout is too short; --resume continues from the newest checkpoint"
-        in result.stderr
-    )
+    assert "--resume continues from the newest checkpoint" in result.stderr
     ranks.commands[1].wait()
 
 
