@@ -43,7 +43,7 @@ from fastlm.parallel.commit import (
 )
 from fastlm.parallel.together import Group, gathered, rank_in, size_of, together
 
-_FILE_BYTES = 1 << 30  # about; safetensors makes a file in memory before it is written
+_FILE_BYTES = 1 << 28  # about; safetensors makes a file in memory before it is written
 
 Like = Callable[[Place], Tensor | None]
 T = TypeVar("T")

@@ -1,8 +1,8 @@
 """Sharded checkpoints on several ranks: what test_sharded.py starts once.
 
-    python tests/helpers/sharded_cases.py DIRECTORY
+    python tests/helpers/sharded_cases.py DIRECTORY [CASE ...]
 
-Every case prints a line where it holds. DIRECTORY: an empty one.
+Every case prints a line where it holds. DIRECTORY: an empty one. Without a CASE: all of CASES.
 """
 
 import os
@@ -434,9 +434,36 @@ def a_killed_rank_leaves_no_checkpoint(directory):
     assert_nothing_but(directory / "a_3.dcp", extra())
 
 
-def main(directory: Path) -> int:
+def a_kill_of_a_rank_at_any_moment_leaves_the_old_or_the_new(directory):
+    """Not one of the cases: it takes a minute."""
+    path = directory / "a_3.dcp"
+    for victim in (0, 1):
+        count, seen, codes = 0, [], []
+        while not codes or codes[victim]:
+            count += 1
+            sharded.shutil.rmtree(directory, ignore_errors=True)
+            write_sharded({"iteration": 2}, path)
+
+            def write(group, victim=victim, count=count):
+                model, optimizer = make("plain", 0, fsdp=True)
+                if dist.get_rank() == victim:
+                    kill_at(count, directory)
+                write_sharded(checkpoint_payload(model, optimizer, 3), path, group=group)
+
+            codes = run_ranks(2, lambda write=write: write(dist.new_group(backend="gloo")))
+            assert codes[victim] in (0, -signal.SIGKILL), codes
+            assert all(file.readable for file in list_checkpoints(directory)), count
+            remove_leftovers(directory)
+            assert sorted(p.name for p in directory.iterdir()) == [path.name], count
+            seen.append(read_checkpoint(path)["iteration"])
+        assert seen == sorted(seen) and seen[0] == 2 and seen[-1] == 3, seen
+        print(f"rank {victim} was killed at {len(seen) - 1} moments: {seen}")
+
+
+def main(directory: Path, *names: str) -> int:
     torch.set_num_threads(1)
-    for name, function in CASES.items():
+    for name in names or CASES:
+        function = CASES.get(name) or globals()[name]
         try:
             function(directory)
         except Exception:
@@ -447,4 +474,4 @@ def main(directory: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

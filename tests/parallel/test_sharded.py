@@ -54,8 +54,11 @@ CASES = [
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     """What the ranks print."""
-    command = [sys.executable, str(HELPERS / "sharded_cases.py")]
-    command += [str(tmp_path_factory.mktemp("sharded"))]
+    return run_cases(tmp_path_factory.mktemp("sharded"))
+
+
+def run_cases(directory: Path, *names: str) -> str:
+    command = [sys.executable, str(HELPERS / "sharded_cases.py"), str(directory), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -72,6 +75,13 @@ def test_on_several_ranks(output, case):
 def test_every_case_was_run_and_none_failed(output):
     assert output.startswith("exit status 0\n"), output[-8000:]
     assert output.count("passed ") == len(CASES), output
+
+
+@pytest.mark.exhaustive
+def test_a_kill_of_either_rank_at_any_moment(tmp_path):
+    name = "a_kill_of_a_rank_at_any_moment_leaves_the_old_or_the_new"
+    output = run_cases(tmp_path / "killed", name)
+    assert output.startswith("exit status 0\n") and f"passed {name}\n" in output, output[-8000:]
 
 
 # One process writes and reads
