@@ -292,6 +292,23 @@ def a_rank_that_cannot_write_is_an_error_of_all(directory):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         dist.barrier(group)
         assert_nothing_but(path, extra())
+        if dist.get_rank() == 1:
+            sharded._save = on_a_full_disk(sharded._save)
+        with pytest.raises(OutputError) as caught:
+            write_sharded(payload, path, group=group)
+        assert str(caught.value).startswith(
+            f"{path}: cannot be written (No space left on device on rank 1); make room"
+        )
+        dist.barrier(group)
+        assert_nothing_but(path, extra())
+
+    def on_a_full_disk(save):
+        def wrapped(tensors, partial, group):
+            name = "shard-00002-model-00001-of-00001.safetensors"
+            (partial / name).symlink_to("/dev/full")
+            save(tensors, partial, group)
+
+        return wrapped
 
     on_ranks(2, write)
 

@@ -186,6 +186,28 @@ def test_plain_values_are_the_same_after_json():
             encoded({"config": {"x": value}}, {})
 
 
+def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
+    synced, fsync, rename = [], os.fsync, os.rename
+
+    def recording_fsync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append((os.path.basename(path), os.path.isdir(path) or os.path.getsize(path)))
+        fsync(descriptor)
+
+    def recording_rename(source, target):
+        synced.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "rename", recording_rename)
+    write(tmp_path / "c_7.dcp")
+    begin = synced.index("rename")
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "c_7.dcp").iterdir()}
+    assert len(sizes) == 2 and set(sizes.items()) <= set(synced[:begin])  # to the last byte
+    assert synced[begin - 1] == ("c_7.dcp.partial", True)
+    assert synced[begin + 1 :] == [(tmp_path.name, True)]
+
+
 # Damage
 
 
