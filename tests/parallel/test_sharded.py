@@ -200,7 +200,7 @@ def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(os, "rename", recording_rename)
-    write(tmp_path / "c_7.dcp")
+    write_sharded({"model_state": {"w": torch.ones(200)}}, tmp_path / "c_7.dcp")
     begin = synced.index("rename")
     sizes = {p.name: p.stat().st_size for p in (tmp_path / "c_7.dcp").iterdir()}
     assert len(sizes) == 2 and set(sizes.items()) <= set(synced[:begin])  # to the last byte
