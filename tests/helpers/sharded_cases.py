@@ -253,6 +253,10 @@ def another_architecture_is_refused_before_anything_is_read(directory):
     def load(group):
         model, optimizer = make("uneven", 1, fsdp=True)
         before = values(model, optimizer)
+        tied = make("tied", 1, fsdp=True)
+        for name in ("plain_3.dcp", "plain_3.pt"):
+            with pytest.raises(CheckpointError, match="are two matrices, not one"):
+                load_checkpoint(*tied, directory / name, group=group)
         sharded._load = None  # not reached
         with pytest.raises(CheckpointError, match=r"0\.weight is missing, not \(11, 5\) and"):
             load_checkpoint(model, optimizer, directory / "plain_3.dcp", group=group)
