@@ -75,7 +75,7 @@ def test_a_directory_becomes_a_file_that_loads_and_generates_and_one_again(shard
     assert same(optimizer.state_dict()["state"], payload["optimizer_state"]["state"])
 
 
-def test_a_run_goes_on_from_a_directory(tmp_path):
+def test_a_run_goes_on_from_a_directory(tmp_path, without_extras):
     settings = dict(total_steps=6, ckpt_every=3, eval_every=0, dropout=0.1)
     run_tiny(tmp_path / "straight", **settings)
     run_tiny(tmp_path / "run", **settings)
