@@ -45,7 +45,7 @@ from fastlm.foreign_state import (
 from fastlm.hardware import is_out_of_memory
 from fastlm.kernels.collect import is_dtensor
 from fastlm.parallel.commit import SUFFIX, is_sharded
-from fastlm.parallel.together import Group
+from fastlm.parallel.together import Group, together
 
 FORMAT_VERSION = 1
 Reader = Callable[[str | os.PathLike], dict[str, Any]]  # read_checkpoint, or read_values
@@ -153,8 +153,11 @@ def read_checkpoint_for(
     if sharded:
         unread = () if optimizer is not None else OPTIMIZER_KEYS
         check = partial(_fitting_state, model, values=False)
-        return read_sharded(src, like, skip=unread, check=check, group=group)
-    return placed(mapped_checkpoint(src, group), like)
+        payload = read_sharded(src, like, skip=unread, check=check, group=group)
+    else:
+        payload = placed(mapped_checkpoint(src, group), like)
+    together(group, lambda: _fitting_state(model, payload))
+    return payload
 
 
 def restore_model(model: nn.Module, payload: Mapping[str, Any]) -> None:

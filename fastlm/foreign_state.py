@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.kernels.collect import local_part
+
 _PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's wrappers
 # Their shape is that of the parameter, in every optimizer that has them.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -120,10 +122,11 @@ def _untied(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list
     first_name: dict[tuple, str] = {}
     result = []
     for name, tensor in expected.items():
-        if tensor.data_ptr() == 0:  # empty, or without memory (the meta device)
+        address = local_part(tensor).data_ptr()
+        if address == 0:  # empty, or without memory (the meta device)
             continue
-        first = first_name.setdefault((tensor.data_ptr(), tensor.shape), name)
-        a, b = state[first], state[name]
+        first = first_name.setdefault((address, tensor.shape), name)
+        a, b = local_part(state[first]), local_part(state[name])
         # Saved tied, they share their memory here too (NaNs would not be equal).
         differ = a.data_ptr() != b.data_ptr() and (a.dtype != b.dtype or not torch.equal(a, b))
         if first != name and differ:

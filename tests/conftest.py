@@ -12,3 +12,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def without_extras(monkeypatch):
+    """In this process: no second of matmuls and no picture at the end of each run."""
+    monkeypatch.setattr("fastlm.run.summary.matmul_ceiling", lambda *_: 1e12)
+    monkeypatch.setattr("fastlm.run.plot.LivePlotter.save", lambda self, path: None)

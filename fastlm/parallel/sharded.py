@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.tensor import distribute_tensor
 
 from fastlm.checkpoint_file import check_space
-from fastlm.data.staging import locked
+from fastlm.data.staging import locked, sync
 from fastlm.errors import OutputError, UserError
 from fastlm.foreign_state import shortened
 from fastlm.kernels.collect import is_dtensor, local_part
@@ -43,7 +43,7 @@ from fastlm.parallel.commit import (
 )
 from fastlm.parallel.together import Group, gathered, rank_in, size_of, together
 
-_FILE_BYTES = 1 << 30  # about; safetensors makes a file in memory before it is written
+_FILE_BYTES = 1 << 28  # about; safetensors makes a file in memory before it is written
 
 Like = Callable[[Place], Tensor | None]
 T = TypeVar("T")
@@ -233,9 +233,10 @@ def _save(tensors: dict[str, Tensor], partial: Path, group: Group) -> None:
 
 
 def _digests(partial: Path, rank: int, read_back: bool) -> dict[str, list]:
-    """{name: [bytes, SHA-256]} of the files that this rank has written."""
+    """{name: [bytes, SHA-256]} of the files that this rank has written, once they are synced."""
     digests = {}
     for file in sorted(partial.glob(f"shard-{rank + 1:05d}-*.safetensors")):
+        sync(file)  # DCP's own fsync comes before the last bytes leave Python's buffer
         digests[file.name] = [file.stat().st_size, sha256(file)]
         if read_back and sha256(file, from_disk=True) != digests[file.name][1]:
             raise OSError(errno.EIO, f"{file.name}: read back, its SHA-256 does not match")

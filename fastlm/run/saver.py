@@ -229,8 +229,8 @@ class Saver:
         return None if self._best is None else {"val_loss": self._best[0], "step": self._best[1]}
 
     def _copied(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """`payload` with every tensor copied to the CPU, of a DTensor what this rank holds. What
-        stands in it twice stays one."""
+        """`payload` with every tensor copied to the CPU, of a DTensor what this rank holds. One
+        that stands in it twice stays one."""
         copies: dict[Any, Tensor] = {}
 
         def copied(value: Any, place: tuple) -> Any:

@@ -1,8 +1,8 @@
 """Sharded checkpoints on several ranks: what test_sharded.py starts once.
 
-    python tests/helpers/sharded_cases.py DIRECTORY
+    python tests/helpers/sharded_cases.py DIRECTORY [CASE ...]
 
-Every case prints a line where it holds. DIRECTORY: an empty one.
+Every case prints a line where it holds. DIRECTORY: an empty one. Without a CASE: all of CASES.
 """
 
 import os
@@ -16,149 +16,36 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoints import make_model
 from forked_ranks import run_ranks
+from sharded_runs import (
+    MORE_STEPS,
+    STEPS,
+    VARIANTS,
+    assert_continues,
+    assert_equal,
+    extra,
+    make,
+    run,
+    save,
+    values,
+)
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import fastlm.parallel.sharded as sharded
-from fastlm import AdamW, load_checkpoint, save_checkpoint
-from fastlm.checkpoint import checkpoint_payload, list_checkpoints, read_checkpoint, read_values
+from fastlm import load_checkpoint, save_checkpoint
+from fastlm.checkpoint import checkpoint_payload, list_checkpoints, read_checkpoint
 from fastlm.errors import CheckpointError, OutputError
 from fastlm.parallel.commit import remove_leftovers
 from fastlm.parallel.sharded import write_sharded
 from fastlm.run.saver import Saver
 
 CASES = {}
-STEPS = range(3)
-MORE_STEPS = range(3, 6)
 
 
 def case(function):
     CASES[function.__name__] = function
     return function
-
-
-# Runs that are the same under any number of ranks: every rank has the same batch.
-
-VARIANTS = {
-    "plain": {},
-    "tied": dict(tie_embeddings=True),
-    "split": dict(dtype=torch.bfloat16),  # with its remainders in int16
-    "uneven": None,  # shards of one row and of none
-}
-
-
-def make(variant: str, seed: int, *, fsdp: bool):
-    settings = VARIANTS[variant]
-    if settings is None:
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Embedding(11, 5), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
-        blocks = [model[1], model[3]]
-    else:
-        dtype = settings.get("dtype", torch.float32)
-        others = {key: value for key, value in settings.items() if key != "dtype"}
-        model = make_model(seed, d_model=16, d_ff=48, **others).to(dtype)
-        blocks = list(model.layers)
-    if fsdp:
-        for module in (*blocks, model):
-            fully_shard(module)
-    groups = [
-        [p for p in model.parameters() if (p.dim() >= 2) == matrix] for matrix in (True, False)
-    ]
-    precision = "split" if variant == "split" else "native"
-    optimizer = AdamW(
-        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1]}],
-        lr=1e-2, max_grad_norm=1.0, param_precision=precision,
-    )  # fmt: skip
-    return model, optimizer
-
-
-def run(model, optimizer, steps) -> list[float]:
-    losses = []
-    for step in steps:
-        ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(step))
-        loss = (model(ids).float() - 0.5).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def values(model, optimizer) -> dict[str, torch.Tensor]:
-    """Every tensor, whole."""
-    state = optimizer.state_dict()["state"]
-    tensors = dict(model.state_dict())
-    tensors |= {f"{i}.{key}": t for i, entry in state.items() for key, t in entry.items()}
-    return {name: whole(tensor.detach()) for name, tensor in tensors.items()}
-
-
-def whole(tensor):
-    if not isinstance(tensor, DTensor):
-        return tensor.clone()
-    if tensor.dtype == torch.int16:  # which gloo does not gather
-        local = tensor.to_local().int()
-        tensor = DTensor.from_local(
-            local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
-        )
-        return tensor.full_tensor().short()
-    return tensor.full_tensor()
-
-
-def extra() -> dict:
-    """What a run stores besides."""
-    return dict(
-        guard={"norms": torch.arange(128.0), "counts": torch.tensor([3, 0, 1])},
-        config={"betas": (0.9, 0.95), "lr_max": 1e-3, "ckpt_dir": None, "compile": False},
-        run_id="r", saved_at=1.5, samples_seen=2**60, best_checkpoint={"val_loss": float("inf")},
-        tokenizer='{"é": "\\ud800"}', random_state={"torch": torch.arange(999).to(torch.uint8)},
-    )  # fmt: skip
-
-
-def save(variant: str, path: Path, group) -> None:
-    model, optimizer = make(variant, 0, fsdp=True)
-    run(model, optimizer, STEPS)
-    payload = checkpoint_payload(model, optimizer, 3, **extra())
-    write_sharded(payload, path, group=group, read_back=True)
-    expected = values(model, optimizer)
-    losses = run(model, optimizer, MORE_STEPS)
-    if dist.get_rank() == 0:
-        torch.save((expected, losses, extra()), path.with_suffix(".expected"))
-    dist.barrier(group)
-
-
-def assert_continues(variant: str, path: Path, expected: Path, group, *, fsdp: bool) -> None:
-    """What is loaded from `path` is what was saved, and goes on as the run that saved it."""
-    tensors, losses, stored = torch.load(expected)
-    model, optimizer = make(variant, 1, fsdp=fsdp)
-    header = read_values(path, group=group)
-    assert header["iteration"] == 3
-    assert all(t.is_meta for t in header["model_state"].values())
-    for key, value in stored.items():
-        assert_equal(header[key], value)
-    assert load_checkpoint(model, optimizer, path, group=group) == 3
-    loaded = values(model, optimizer)
-    assert loaded.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert_equal(loaded[name], tensor, name)
-    assert optimizer.param_groups[0]["weight_decay"] == 0.1
-    # The mean of three equal bf16 gradients is rounded.
-    rtol = 1e-3 if variant == "split" else 1e-5
-    torch.testing.assert_close(run(model, optimizer, MORE_STEPS), losses, rtol=rtol, atol=0)
-
-
-def assert_equal(actual, expected, what="") -> None:
-    assert type(actual) is type(expected), what
-    if isinstance(actual, dict):
-        assert actual.keys() == expected.keys(), what
-        for key, value in expected.items():
-            assert_equal(actual[key], value, f"{what}.{key}")
-    elif isinstance(actual, torch.Tensor):
-        assert actual.dtype == expected.dtype and torch.equal(actual, expected), what
-    else:
-        assert actual == expected, what
 
 
 def on_ranks(world_size: int, function, codes=None) -> None:
@@ -292,6 +179,23 @@ def a_rank_that_cannot_write_is_an_error_of_all(directory):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         dist.barrier(group)
         assert_nothing_but(path, extra())
+        if dist.get_rank() == 1:
+            sharded._save = on_a_full_disk(sharded._save)
+        with pytest.raises(OutputError) as caught:
+            write_sharded(payload, path, group=group)
+        assert str(caught.value).startswith(
+            f"{path}: cannot be written (No space left on device on rank 1); make room"
+        )
+        dist.barrier(group)
+        assert_nothing_but(path, extra())
+
+    def on_a_full_disk(save):
+        def wrapped(tensors, partial, group):
+            name = "shard-00002-model-00001-of-00001.safetensors"
+            (partial / name).symlink_to("/dev/full")
+            save(tensors, partial, group)
+
+        return wrapped
 
     on_ranks(2, write)
 
@@ -349,6 +253,10 @@ def another_architecture_is_refused_before_anything_is_read(directory):
     def load(group):
         model, optimizer = make("uneven", 1, fsdp=True)
         before = values(model, optimizer)
+        tied = make("tied", 1, fsdp=True)
+        for name in ("plain_3.dcp", "plain_3.pt"):
+            with pytest.raises(CheckpointError, match="are two matrices, not one"):
+                load_checkpoint(*tied, directory / name, group=group)
         sharded._load = None  # not reached
         with pytest.raises(CheckpointError, match=r"0\.weight is missing, not \(11, 5\) and"):
             load_checkpoint(model, optimizer, directory / "plain_3.dcp", group=group)
@@ -434,9 +342,36 @@ def a_killed_rank_leaves_no_checkpoint(directory):
     assert_nothing_but(directory / "a_3.dcp", extra())
 
 
-def main(directory: Path) -> int:
+def a_kill_of_a_rank_at_any_moment_leaves_the_old_or_the_new(directory):
+    """Not one of the cases: it takes a minute."""
+    path = directory / "a_3.dcp"
+    for victim in (0, 1):
+        count, seen, codes = 0, [], []
+        while not codes or codes[victim]:
+            count += 1
+            sharded.shutil.rmtree(directory, ignore_errors=True)
+            write_sharded({"iteration": 2}, path)
+
+            def write(group, victim=victim, count=count):
+                model, optimizer = make("plain", 0, fsdp=True)
+                if dist.get_rank() == victim:
+                    kill_at(count, directory)
+                write_sharded(checkpoint_payload(model, optimizer, 3), path, group=group)
+
+            codes = run_ranks(2, lambda write=write: write(dist.new_group(backend="gloo")))
+            assert codes[victim] in (0, -signal.SIGKILL), codes
+            assert all(file.readable for file in list_checkpoints(directory)), count
+            remove_leftovers(directory)
+            assert sorted(p.name for p in directory.iterdir()) == [path.name], count
+            seen.append(read_checkpoint(path)["iteration"])
+        assert seen == sorted(seen) and seen[0] == 2 and seen[-1] == 3, seen
+        print(f"rank {victim} was killed at {len(seen) - 1} moments: {seen}")
+
+
+def main(directory: Path, *names: str) -> int:
     torch.set_num_threads(1)
-    for name, function in CASES.items():
+    for name in names or CASES:
+        function = CASES.get(name) or globals()[name]
         try:
             function(directory)
         except Exception:
@@ -447,4 +382,4 @@ def main(directory: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

@@ -5,6 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from checkpoints import everything, make_pair
+from in_process import checkpoint, run_tiny
 from training_runs import tiny_config
 
 from fastlm import AdamW, create_model_and_optimizer, load_checkpoint
@@ -72,6 +73,23 @@ def test_a_directory_becomes_a_file_that_loads_and_generates_and_one_again(shard
     optimizer = AdamW(model.bfloat16().named_parameters(), param_precision="split")
     assert load_checkpoint(model, optimizer, file) == 5
     assert same(optimizer.state_dict()["state"], payload["optimizer_state"]["state"])
+
+
+def test_a_run_goes_on_from_a_directory(tmp_path, without_extras):
+    settings = dict(total_steps=6, ckpt_every=3, eval_every=0, dropout=0.1)
+    run_tiny(tmp_path / "straight", **settings)
+    run_tiny(tmp_path / "run", **settings)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert main([str(checkpoints / "checkpoint_3.pt"), str(checkpoints / "checkpoint_3.dcp")]) == 0
+    for path in checkpoints.glob("*.pt"):
+        path.unlink()
+    newest = find(str(tmp_path / "run")).path
+    assert newest.name == "checkpoint_3.dcp"
+    run_tiny(tmp_path / "run", ckpt_path_to_resume=str(newest), **settings)
+    expected = read_checkpoint(checkpoint(tmp_path / "straight"))
+    found = read_checkpoint(checkpoint(tmp_path / "run"))
+    for key in ("model_state", "optimizer_state", "samples_seen"):
+        assert same(found[key], expected[key]), key
 
 
 def test_a_file_of_another_program_becomes_a_directory(tmp_path):

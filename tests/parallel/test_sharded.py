@@ -54,8 +54,11 @@ CASES = [
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     """What the ranks print."""
-    command = [sys.executable, str(HELPERS / "sharded_cases.py")]
-    command += [str(tmp_path_factory.mktemp("sharded"))]
+    return run_cases(tmp_path_factory.mktemp("sharded"))
+
+
+def run_cases(directory: Path, *names: str) -> str:
+    command = [sys.executable, str(HELPERS / "sharded_cases.py"), str(directory), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -72,6 +75,13 @@ def test_on_several_ranks(output, case):
 def test_every_case_was_run_and_none_failed(output):
     assert output.startswith("exit status 0\n"), output[-8000:]
     assert output.count("passed ") == len(CASES), output
+
+
+@pytest.mark.exhaustive
+def test_a_kill_of_either_rank_at_any_moment(tmp_path):
+    name = "a_kill_of_a_rank_at_any_moment_leaves_the_old_or_the_new"
+    output = run_cases(tmp_path / "killed", name)
+    assert output.startswith("exit status 0\n") and f"passed {name}\n" in output, output[-8000:]
 
 
 # One process writes and reads
@@ -174,6 +184,28 @@ def test_plain_values_are_the_same_after_json():
     for value in (object(), {1, 2}, b"bytes", 1j, type):
         with pytest.raises(TypeError, match=r"config/x is a .*, which no checkpoint holds"):
             encoded({"config": {"x": value}}, {})
+
+
+def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
+    synced, fsync, rename = [], os.fsync, os.rename
+
+    def recording_fsync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append((os.path.basename(path), os.path.isdir(path) or os.path.getsize(path)))
+        fsync(descriptor)
+
+    def recording_rename(source, target):
+        synced.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "rename", recording_rename)
+    write_sharded({"model_state": {"w": torch.ones(200)}}, tmp_path / "c_7.dcp")
+    begin = synced.index("rename")
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "c_7.dcp").iterdir()}
+    assert len(sizes) == 2 and set(sizes.items()) <= set(synced[:begin])  # to the last byte
+    assert synced[begin - 1] == ("c_7.dcp.partial", True)
+    assert synced[begin + 1 :] == [(tmp_path.name, True)]
 
 
 # Damage
