@@ -120,7 +120,7 @@ class TrainingConfig:
     """torch.compile the training and the evaluation step."""
     compile_scope: Literal["model", "block"] = "model"
     """What is compiled as a whole: the model, or each of its layers, which share what is compiled.
-    block: compiling takes as long for many layers as for one, and steps are a little slower."""
+    block: compiling takes as long for many layers as for one; steps may be a little slower."""
     deterministic: bool = False
     """On CUDA: let torch choose the algorithms that give the same bits each time, and stop with an
     error at an operation that has none. A CPU gives the same bits without it."""
