@@ -121,9 +121,10 @@ class TrainingConfig:
     compile: bool = False
     """torch.compile the training and the evaluation step."""
     compile_scope: Literal["model", "block"] | None = None
-    """What is compiled as one: the model, faster in one process; or each block, which is compiled
-    once for all, and lets several processes exchange gradients during backward. Default: the model
-    in one process, blocks in several."""
+    """What is compiled as a whole: the model, or each of its blocks, which share what is compiled.
+    block: compiling takes as long for many blocks as for one; steps may be a little slower, but
+    several processes exchange gradients meanwhile. Default: the model in one process, else blocks.
+    """
     deterministic: bool = False
     """On CUDA: let torch choose the algorithms that give the same bits each time, and stop with an
     error at an operation that has none. A CPU gives the same bits without it."""
