@@ -69,9 +69,10 @@ $(VENV)-newest/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csr
 	touch $@
 
 # "numpy>=1.26" in pyproject.toml becomes the constraint "numpy==1.26", for the build, too.
+# Constraints have no extras: "a[b]>=1.0" becomes "a==1.0".
 $(VENV)-oldest/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) | check
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	sed -n 's/^ *"\([a-z0-9-]*\)>=\([0-9.]*\)[^"]*",*$$/\1==\2/p' pyproject.toml > $(@D)/constraints.txt
+	sed -n 's/^ *"\([a-z0-9-]*\)\(\[[a-z]*\]\)*>=\([0-9.]*\)[^"]*",*$$/\1==\3/p' pyproject.toml > $(@D)/constraints.txt
 	PIP_CONSTRAINT=$(@D)/constraints.txt $(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -e ".[test]"
 	touch $@
 

@@ -21,6 +21,7 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}  # bytes
 
 
@@ -175,10 +176,26 @@ def needs_tool(target: str) -> None:
         pytest.skip("Triton's package holds no cuobjdump, which tells registers and spills")
 
 
+def allowed_spills() -> int:
+    """Bytes a thread: 0 with constraints.txt's Triton, for which the configurations are chosen.
+
+    Another version's assembler may put up to 8 scalars of a row (addresses, flags) on the stack
+    until the row has been read. The elements of a row are at least 64 bytes a thread.
+    """
+    import triton
+
+    pinned = re.search(r"^triton==([\d.]+)", CONSTRAINTS.read_text(), re.MULTILINE)[1]
+    return 0 if triton.__version__.split("+")[0] == pinned else 32
+
+
 def assert_nothing_spills(results: list[dict], target: str) -> None:
     needs_tool(target)
-    found = of_target(results, target)
-    bad = [f"{name(r)}: {r['spills']}" for r in found if r["spills"] or r.get("spill_instructions")]
+    found, allowed = of_target(results, target), allowed_spills()
+    bad = [
+        f"{name(r)}: {r['spills']} bytes"
+        for r in found
+        if r["spills"] > allowed or r.get("spill_instructions", 0) > allowed // 4
+    ]
     assert not bad, "\n".join(bad)
     assert all(0 < r["registers"] <= 255 for r in found)
 
@@ -186,7 +203,7 @@ def assert_nothing_spills(results: list[dict], target: str) -> None:
 def assert_a_spill_is_seen(results: list[dict], target: str) -> None:
     needs_tool(target)
     (result,) = of_target(results, target, spilling=True)
-    assert result["spills"] > 0 and result["spill_instructions"] > 0
+    assert result["spills"] > 32 and result["spill_instructions"] > 8
 
 
 def assert_wide(results: list[dict], target: str) -> None:

@@ -49,6 +49,12 @@ def assert_same(compiled, model, *arguments):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+def graphs_with_operations(counter):
+    """torch 2.10 hands the backend an empty graph as well."""
+    nodes = [[node.op for node in graph.graph.nodes] for graph in counter.graphs]
+    return sum("call_function" in ops for ops in nodes)
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
@@ -70,7 +76,7 @@ def test_one_graph_for_all_numbers_of_rows(linear, dynamic, graphs):
         compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
         for N in SIZES:
             assert_same(compiled, model, *batch(N))
-        assert counter.frame_count <= graphs
+        assert 0 < graphs_with_operations(counter) <= graphs
         torch._dynamo.reset()
 
 
@@ -118,7 +124,7 @@ def test_changing_num_items_makes_no_graph(linear):
         compiled = torch.compile(model, fullgraph=True, backend=counter)
         for value in values:
             assert_same(compiled, model, *batch(12), value)
-        assert counter.frame_count <= graphs
+        assert 0 < graphs_with_operations(counter) <= graphs
 
 
 @both

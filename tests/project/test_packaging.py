@@ -157,6 +157,22 @@ def extension_errors(installed, third_party, checkout, tmp_path_factory) -> dict
     return dict(zip(names, lines, strict=True))
 
 
+def test_every_minimum_is_tested():
+    """The build's minimum versions are the test extra's, and `make test-oldest` installs them all.
+
+    A requirement that its `sed` does not read would be installed in the newest version.
+    """
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    build = re.search(r"^requires = \[(.*)\]$", pyproject, re.MULTILINE)[1]
+    extra = re.search(r"^test = \[\n(.*?)^\]$", pyproject, re.MULTILINE | re.DOTALL)[1]
+    assert set(re.findall(r'"[^"]+"', build)) <= set(re.findall(r'"[^"]+"', extra))
+
+    script = re.search(r"^\tsed -n '(.*)'", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    constraints = succeed("sed", "-n", script.replace("$$", "$"), "pyproject.toml", cwd=ROOT)
+    minimums = re.findall(r'"([a-z0-9-]+)(?:\[[a-z]+\])?>=([0-9.]+)', pyproject)
+    assert set(constraints.splitlines()) == {f"{name}=={version}" for name, version in minimums}
+
+
 def test_sdist_holds_the_sources(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}

@@ -382,8 +382,8 @@ def test_get_batch_draws_every_start_equally_often(dtype):
 def test_get_batch_refuses_a_device_that_is_not_there():
     with pytest.raises(RuntimeError) as error:
         cs336.run_get_batch(np.arange(100), batch_size=32, context_length=7, device="cuda:99")
-    message = str(error.value)
-    assert "CUDA error" in message or "Torch not compiled with CUDA enabled" in message
+    reasons = ("CUDA error", "Torch not compiled with CUDA enabled", "finds no usable GPU")
+    assert any(reason in str(error.value) for reason in reasons)
 
 
 @pytest.mark.parametrize("kind", ["path", "string", "file object"])

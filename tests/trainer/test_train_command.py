@@ -317,7 +317,9 @@ def test_compiled(here):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
+    # What a CUDA build of torch says where there is nvcc and no GPU.
+    no_gpu = "No CUDA runtime is found, using CUDA_HOME="
+    assert [line for line in done.stderr.splitlines() if no_gpu not in line] == []
     seconds = float(re.search(r"\[compile\] done in ([\d.]+) s, not counted", done.stdout)[1])
     (summary,) = metrics(here / "run", "summary")
     assert seconds == pytest.approx(summary["compile_seconds"], abs=0.06)
