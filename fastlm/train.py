@@ -168,7 +168,8 @@ def _train(
             find_unused=is_own,
         )
         if is_sharded and not is_own:
-            model.init_weights()
+            loads = resumed or cfg.init_from
+            model.init_rope() if loads else model.init_weights()
         if world.size > 1:
             load_weights(model, cfg, resumed, world)
         runner = TrainStep(loss, create_optimizer(model, cfg), loader, cfg, world, wrapped)

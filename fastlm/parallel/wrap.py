@@ -88,7 +88,7 @@ def _sharded(
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    blocks = blocks_of(loss.model)
+    blocks = blocks_of(loss)
     for block in blocks:
         _take_rank_0s(block, world.device)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
