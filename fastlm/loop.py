@@ -208,7 +208,7 @@ class Run:
 
     def _how_to_continue(self) -> str:
         if self.data.train.paths and model_class(self.runner.model) is None:
-            return resume_command(self.cfg)
+            return resume_command(self.cfg, self.world)
         # The command knows nothing of train_loop's arrays and models.
         path = self.saver.newest
         return "no checkpoint" if path is None else f"ckpt_path_to_resume={str(path)!r}"

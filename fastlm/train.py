@@ -95,7 +95,12 @@ def train(
     resumed: what cfg.ckpt_path_to_resume names, if it has been read already; it is freed.
     new_name: cfg.target_dir is a new run's, and gets a counter if it is there already.
     """
-    cfg = replace(cfg, device=world.device_name(cfg.device)).accumulated(world.size)
+    cfg = cfg.accumulated(world.size)
+    if world.device is not None and select_device(cfg.device).type != world.device.type:
+        raise ConfigError(
+            f"device={cfg.device!r}: several processes find each other on {world.device.type} "
+            f"before they read a file of settings; give --device on the command line"
+        )
     with deterministic_algorithms(cfg.deterministic):
         if cfg.ckpt_path_to_resume and cfg.init_from:
             raise ConfigError(

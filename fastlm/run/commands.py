@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastlm.checkpoint import list_checkpoints
 from fastlm.config import TrainingConfig
+from fastlm.parallel.world import ALONE, World
 
 
 def resume_flags(cfg: TrainingConfig) -> str:
@@ -26,9 +27,12 @@ def resume_flags(cfg: TrainingConfig) -> str:
     return " ".join(_flag(name, value) for name, value in flags.items())
 
 
-def resume_command(cfg: TrainingConfig) -> str:
-    """The command that goes on with cfg's run, from the directory in which it ran."""
-    return f"python -m fastlm.train {resume_flags(cfg)}"
+def resume_command(cfg: TrainingConfig, world: World = ALONE) -> str:
+    """The command that goes on with cfg's run, from the directory in which it ran: by as many
+    processes, if they were on one machine."""
+    several = 1 < world.size == world.local_size
+    start = f"torchrun --nproc-per-node {world.size}" if several else "python"
+    return f"{start} -m fastlm.train {resume_flags(cfg)}"
 
 
 def generate_command(checkpoint: Path, cfg: TrainingConfig, *, tokenizer: bool) -> str:
