@@ -392,9 +392,10 @@ def test_a_disk_that_is_full(here):
 def test_out_of_memory_says_what_to_lower(here):
     advice = r"out of memory .*lower --batch-size .*--grad-accum.*--context-len.*"
     advice += "--activation-checkpointing"
-    # An array that nobody has, whether numpy or torch is asked for it.
+    # An array that nobody has, whether numpy or torch is asked for it. A CUDA build of torch takes
+    # 4 GiB of addresses for itself.
     assert_refused(here, advice, batch_size=1 << 45)
-    assert_refused(here, advice, batch_size=1 << 15, limits={"as": 4 << 30})
+    assert_refused(here, advice, batch_size=1 << 15, limits={"as": 6 << 30})
     assert_refused(here, advice, eval_only=True, init_from=str(save(here / "a.pt")),
                    batch_size=1 << 45)  # fmt: skip
     assert_refused(here, "out of memory", d_model=1 << 20, num_heads=1 << 10)

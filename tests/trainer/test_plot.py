@@ -124,7 +124,8 @@ def test_draw_in_a_notebook_replaces_the_picture(plotter, monkeypatch):
 
 def test_a_script_needs_neither_pyplot_nor_ipython_nor_a_display(tmp_path):
     script = """
-import sys
+import sys, warnings
+warnings.filterwarnings("ignore", ".* deprecated - use")  # pyparsing's, of an old matplotlib
 sys.modules["IPython"] = None  # importing it fails
 from fastlm import LivePlotter, plot_lr_schedule
 assert "matplotlib" not in sys.modules, "imported before it is needed"
