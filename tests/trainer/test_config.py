@@ -64,7 +64,8 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
         final_eval_tokens=10_000_000,
         ckpt_minutes=None, keep_last=3, sync_save=False,
         allow_data_change=False, deterministic=False, guard="skip",
-        compile_scope="model", profile=None,
+        compile_scope=None, profile=None,
+        tokens_per_step=None, parallel="ddp", fsdp_reshard=True,
     )  # fmt: skip
 
 
