@@ -65,7 +65,9 @@ class Run:
         self.world: World = runner.world
         self.start_step, self.completed = start_step, start_step
         self.samples_seen = self.start_samples = samples_seen
-        self.clock, self.stop, self.missing = clock, stop, missing
+        self.clock, self.stop = clock, stop
+        # What is missing, all ranks know, and rank 0 tells it.
+        self.missing = missing if self.world.is_main else Missing()
         self.memory = PeakMemory(runner.device)
         # Every rank knows the same and rank 0 tells it.
         log = RunLog if self.world.is_main else NoLog

@@ -121,8 +121,15 @@ class World:
             else:
                 _use_all_cores(self.local_size)
             try:
+                # torchrun's agent keeps one store for all its attempts (torch 2.13's does, with the
+                # c10d rendezvous): the addresses in it would be those of ranks that are gone.
+                store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+                store.set_timeout(timeout)
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+                    store=dist.PrefixStore(f"attempt_{self.restarts}", store),
+                    rank=rank,
+                    world_size=size,
                     timeout=timeout,
                     device_id=device if on_cuda else None,
                 )

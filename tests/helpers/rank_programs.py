@@ -5,14 +5,16 @@ A plan is a dictionary, handed over as JSON in front of the trainer's flags:
     {"hide_labels": True}           some labels are -100; which, follows from where a window begins
     {"record": True}                samples-{rank}.json: [first sample, labels that count] of each
                                     micro-batch
-    {"rank": 1, "step": 5, "what": "label"}   a fault, see FAULTS
-Only the first of torchrun's attempts suffers a fault, or, with "attempts", so many.
+    {"rank": 1, "step": 5, "what": "label"}   a fault, see FAULTS, in torchrun's first attempt
+    {"faults": [{...}, {...}]}                one in each attempt
 """
 
 import json
 import os
 import resource
 import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ import torch
 from ranks import run_ranks
 from training_runs import flags, tiny_flags
 
-RANK, RESTARTS = "RANK", "TORCHELASTIC_RESTART_COUNT"
 WINDOWS = 12  # in a step of every run, whatever its world
 TOKENS = WINDOWS * 32
 
@@ -46,7 +47,12 @@ def succeeded(results: list) -> list:
 
 
 def rank() -> int:
-    return int(os.environ.get(RANK, 0))
+    return int(os.environ.get("RANK", 0))
+
+
+def attempt() -> int:
+    """0, or how often torchrun has started the ranks anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def train(argv: list[str]) -> int:
@@ -65,9 +71,9 @@ def train(argv: list[str]) -> int:
 def install(plan: dict[str, Any]) -> None:
     if plan.get("hide_labels"):
         hide_labels()
-    if "what" in plan and rank() == plan["rank"]:
-        if int(os.environ.get(RESTARTS, 0)) < plan.get("attempts", 1):
-            FAULTS[plan["what"]](plan)
+    faults = plan.get("faults", [plan] if "what" in plan else [])
+    if attempt() < len(faults) and rank() == faults[attempt()]["rank"]:
+        FAULTS[faults[attempt()]["what"]](faults[attempt()])
 
 
 def hide_labels() -> None:
@@ -118,6 +124,18 @@ def train_own(argv: list[str]) -> int:
     settings = json.loads(argv[1])
     train_loop(TRAIN, VAL, tiny_config(**settings), model=getattr(own_models, argv[0])())
     return 0
+
+
+def train_unlike(argv: list[str]) -> int:
+    """train_loop with a setting that differs from rank to rank."""
+    from in_process import TRAIN, VAL
+    from training_runs import tiny_config
+
+    from fastlm import train_loop
+    from fastlm.errors import run_command
+
+    cfg = tiny_config("unlike", total_steps=12 + rank(), cosine_iters=12)
+    return run_command(lambda: train_loop(TRAIN, VAL, cfg))
 
 
 # Faults
@@ -186,19 +204,28 @@ def _kill_in_forward(plan):
     from fastlm.model_loss import ModelLoss
 
     def action(x, y):
-        def dying(*arguments, **options):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        ModelLoss.forward = dying
+        ModelLoss.forward = lambda *arguments, **options: _die()
 
     _in_step(plan["step"], action)
 
 
 def _operation(plan):
     """SIGKILL inside an operation on a file: see killed_runs.Operations."""
-    from killed_runs import Operations
+    import killed_runs
 
-    Operations(plan["kind"], plan["number"]).install()
+    killed_runs.kill = _die
+    killed_runs.Operations(plan["kind"], plan["number"]).install()
+
+
+def _kill_at_any_moment(plan):
+    timer = threading.Timer(plan["seconds"], _die)
+    timer.daemon = True
+    timer.start()
+
+
+def _die() -> None:
+    Path(f"killed-{attempt()}").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _nan(plan):
@@ -238,8 +265,13 @@ FAULTS = {
     "signal": _signal,
     "signal before": _signal_before,
     "kill": _kill_in_forward,
+    "kill at": _kill_at_any_moment,
     "operation": _operation,
     "nan": _nan,
     "full disk": _full_disk,
     "elsewhere": _elsewhere,
 }
+
+
+if __name__ == "__main__":  # what torchrun starts
+    sys.exit(train(sys.argv[1:]))

@@ -25,14 +25,21 @@ class Ranks:
 
 
 def start_ranks(
-    size: int, argv: list[str], cwd: Path, *, env: dict[str, str] | None = None, **options: Any
+    size: int,
+    argv: list[str],
+    cwd: Path,
+    *,
+    env: dict[str, str] | None = None,
+    store: TCPStore | None = None,
+    **options: Any,
 ) -> Ranks:
     """Starts `size` processes with torchrun's environment; options: those of CommandServer.start.
 
-    env: for all ranks, on top of that; a value "{rank}" is replaced by the rank.
+    env: for all ranks, on top of that; a value "{rank}" is replaced by the rank. store: of the
+    attempt before this one, which torchrun's agent keeps.
     """
     # With no time to wait: nobody waits for keys here, and the server does not use it.
-    store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
+    store = store or TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
     started = []
     for rank in range(size):
         of_rank = {

@@ -70,10 +70,7 @@ SWEEP = [
 
 @pytest.mark.parametrize(
     ("size", "parallel", "batch_size"),
-    [
-        pytest.param(*case, marks=() if case in FAST else pytest.mark.exhaustive)
-        for case in SWEEP
-    ],
+    [pytest.param(*case, marks=() if case in FAST else pytest.mark.exhaustive) for case in SWEEP],
 )
 def test_losses_and_samples_are_those_of_one_process(alone, size, parallel, batch_size):
     """Accumulation 1 and 3; unequal numbers of labels; evaluations that the ranks share."""
@@ -209,8 +206,8 @@ def state_of(path):
 def test_old_sharded_checkpoints_are_deleted_as_files_are(directory):
     """The last two and the best, written in the background."""
     settings = dict(
-        total_steps=20, ckpt_every=2, eval_every=2, eval_batches=5, keep_last=2, lr_max=0.1,
-        tokens_per_step=TOKENS,
+        total_steps=12, ckpt_every=2, eval_every=2, eval_batches=5, keep_last=2, lr_max=5.0,
+        warmup_iters=100, guard="off", tokens_per_step=TOKENS,
     )  # fmt: skip
     run(1, directory, "files", batch_size=6, **settings)
     run(2, directory, "directories", batch_size=6, parallel="fsdp", **settings)
@@ -223,7 +220,7 @@ def test_old_sharded_checkpoints_are_deleted_as_files_are(directory):
     best = read_checkpoint(directory / "directories/checkpoints/checkpoint_final.dcp")[
         "best_checkpoint"
     ]
-    assert best["step"] < 16, "else it is one of the last two anyway"
+    assert best["step"] < 8, "else it is one of the last two anyway"
     assert directories[f"checkpoint_{best['step']}"] == ".dcp"
 
 
@@ -234,9 +231,7 @@ def test_old_sharded_checkpoints_are_deleted_as_files_are(directory):
 @pytest.mark.parametrize("guard", ["skip", "rollback"])
 def test_a_nan_on_one_rank(directory, parallel, guard):
     """All skip the step; after ten in a row all go back."""
-    settings = dict(
-        total_steps=24, ckpt_every=5, guard=guard, tokens_per_step=TOKENS, batch_size=6
-    )
+    settings = dict(total_steps=24, ckpt_every=5, guard=guard, tokens_per_step=TOKENS, batch_size=6)
     plan = {"what": "nan", "step": 8, "steps": 10 if guard == "rollback" else 1}
     run(1, directory, f"nan-{parallel}-{guard}", {**plan, "rank": 0}, **settings)
     target = f"nan-{parallel}-{guard}-2"
