@@ -247,17 +247,18 @@ class World:
         if self._failed:  # in decide() or together(), which have told all
             return error
         self._failed = True
-        broken = _is_broken_collective(error)
+        if _is_broken_collective(error):
+            error = self._lost(error)
         own = f"{self.rank} {exit_code(error)}"
         try:
             first = self._store.compare_set("failed", "", own).decode()
         except (RuntimeError, ValueError):
             # The store is gone. torchrun's agent keeps it; started otherwise, rank 0 does.
-            return self._lost(error) if broken else error
+            return error
         if first != own:
             rank, code = first.split()
             return Elsewhere(int(rank), int(code))
-        return self._lost(error) if broken else error
+        return error
 
     def _lost(self, error: BaseException) -> RankLostError:
         if "imed out" in str(error) or "imeout" in str(error):

@@ -24,6 +24,11 @@ class Ranks:
         return [command.wait(timeout) for command in self.commands]
 
 
+def new_store() -> TCPStore:
+    # With no time to wait: nobody waits for keys here, and the server does not use it.
+    return TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
+
+
 def start_ranks(
     size: int,
     argv: list[str],
@@ -38,8 +43,7 @@ def start_ranks(
     env: for all ranks, on top of that; a value "{rank}" is replaced by the rank. store: of the
     attempt before this one, which torchrun's agent keeps.
     """
-    # With no time to wait: nobody waits for keys here, and the server does not use it.
-    store = store or TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
+    store = store or new_store()
     started = []
     for rank in range(size):
         of_rank = {

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from rank_programs import TOKENS, WINDOWS, resume, run
-from ranks import run_ranks, start_ranks
+from ranks import new_store, run_ranks, start_ranks
 from training_runs import losses, metrics, tiny_flags, write_tokens
 
 RUN = dict(total_steps=12, ckpt_every=4, tokens_per_step=TOKENS, batch_size=WINDOWS // 2)
@@ -28,11 +28,13 @@ def undisturbed(directory):
     return directory / "undisturbed"
 
 
-def failed(directory, target, plan, *, size=2, env=None, both=False, **settings):
+def failed(directory, target, plan, *, size=2, env=None, both=False, store=None, **settings):
     """(exit codes, all that the ranks wrote to stderr, or to `both` streams)."""
     argv = [json.dumps(plan), *tiny_flags(target_dir=target, **{**RUN, **settings})]
     begin = time.monotonic()
-    results = run_ranks(size, argv, directory, call="rank_programs:train", timeout=SECONDS, env=env)
+    results = run_ranks(
+        size, argv, directory, call="rank_programs:train", timeout=SECONDS, env=env, store=store
+    )
     assert time.monotonic() - begin < SECONDS
     return [r.returncode for r in results], "".join(r.output if both else r.stderr for r in results)
 
@@ -175,13 +177,13 @@ def test_a_rank_that_is_killed_in_mid_step(directory, undisturbed, parallel, dea
     """The other ends within seconds and says why; what torchrun starts again goes on."""
     target = f"killed-{parallel}-{dead}"
     plan = {"rank": dead, "what": "kill", "step": 6}
-    env = {"TORCHELASTIC_MAX_RESTARTS": "1"}
-    codes, stderr = failed(directory, target, plan, parallel=parallel, env=env)
+    env, store = {"TORCHELASTIC_MAX_RESTARTS": "1"}, new_store()
+    codes, stderr = failed(directory, target, plan, parallel=parallel, env=env, store=store)
     assert codes[dead] == -signal.SIGKILL and codes[1 - dead] == 2, (codes, stderr)
     (message,) = messages(stderr)
     assert message.startswith(f"error: rank {1 - dead} of 2: another process has ended without a")
     env["TORCHELASTIC_RESTART_COUNT"] = "1"
-    codes, stderr = failed(directory, target, plan, parallel=parallel, env=env)
+    codes, stderr = failed(directory, target, plan, parallel=parallel, env=env, store=store)
     assert codes == [0, 0], stderr
     assert_equal(directory / target, undisturbed)
 
@@ -218,6 +220,7 @@ def test_ranks_that_are_killed_leave_nobody_waiting(directory):
     ranks.commands[0].until(r"\[train\] step 20/")
     ranks.commands[2].signal(signal.SIGKILL)
     results = ranks.wait(SECONDS)
-    assert [r.returncode for r in results] == [2, 2, -signal.SIGKILL]
+    codes = [r.returncode for r in results]
+    assert codes == [2, 2, -signal.SIGKILL], [r.stderr for r in results]
     # Both have lost a connection at the same moment; who says it first tells for both.
     assert len(messages("".join(r.stderr for r in results))) == 1
