@@ -56,9 +56,11 @@ def attempt() -> int:
 
 
 def train(argv: list[str]) -> int:
-    """The command, under the plan in argv[0]."""
+    """The command, under the plan in argv[0]. It draws no curve, which takes longer than a run."""
+    from fastlm.run.plot import LivePlotter
     from fastlm.train import main
 
+    LivePlotter.save = lambda self, path: None
     plan = json.loads(argv[0])
     seen = record() if plan.get("record") else []
     install(plan)

@@ -108,7 +108,7 @@ SIGNALS += [("SIGUSR1", 0, "ddp"), ("SIGINT", 130, "ddp"), ("SIGUSR1", 0, "fsdp"
 @pytest.mark.parametrize(
     ("name", "code", "parallel"),
     [
-        pytest.param(*case, marks=() if i in (1, 2, 3) else pytest.mark.exhaustive)
+        pytest.param(*case, marks=() if i in (1, 3) else pytest.mark.exhaustive)
         for i, case in enumerate(SIGNALS)
     ],
 )
@@ -129,7 +129,10 @@ def test_a_signal_to_one_rank(directory, undisturbed, name, code, parallel):
     assert_equal(directory / target, undisturbed)
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 0)])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("SIGINT", 130), pytest.param("SIGUSR1", 0, marks=pytest.mark.exhaustive)],
+)
 def test_a_signal_before_the_first_step(directory, name, code):
     plan = {"rank": 1, "what": "signal before", "signal": name}
     codes, stderr = failed(directory, f"early-{name}", plan)
@@ -171,8 +174,15 @@ def test_a_full_disk(directory, undisturbed, parallel):
 # Killed
 
 
-@PARALLEL
-@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize(
+    ("parallel", "dead"),
+    [
+        ("ddp", 1),
+        ("fsdp", 0),
+        pytest.param("ddp", 0, marks=pytest.mark.exhaustive),
+        pytest.param("fsdp", 1, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_rank_that_is_killed_in_mid_step(directory, undisturbed, parallel, dead):
     """The other ends within seconds and says why; what torchrun starts again goes on."""
     target = f"killed-{parallel}-{dead}"

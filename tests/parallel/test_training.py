@@ -175,7 +175,7 @@ def test_a_run_goes_on_in_another_world(directory, sources, saved, resumed):
     assert (target / "checkpoints" / f"checkpoint_final.{expected}").exists()
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
 def test_dropout_is_drawn_again(directory, parallel):
     """Two ranks that go on draw what two ranks without a break did: bit for bit. On one rank, with
     the same micro-batches, the same is drawn."""
@@ -227,8 +227,15 @@ def test_old_sharded_checkpoints_are_deleted_as_files_are(directory):
 # Decisions
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("guard", ["skip", "rollback"])
+@pytest.mark.parametrize(
+    ("parallel", "guard"),
+    [
+        ("ddp", "rollback"),
+        ("fsdp", "skip"),
+        pytest.param("ddp", "skip", marks=pytest.mark.exhaustive),
+        pytest.param("fsdp", "rollback", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_nan_on_one_rank(directory, parallel, guard):
     """All skip the step; after ten in a row all go back."""
     settings = dict(total_steps=24, ckpt_every=5, guard=guard, tokens_per_step=TOKENS, batch_size=6)
@@ -295,7 +302,7 @@ def test_tokens_that_do_not_divide(directory):
     [
         ("Plain", "fsdp"),
         pytest.param("Plain", "ddp", marks=pytest.mark.exhaustive),
-        ("Fused", "ddp"),
+        pytest.param("Fused", "ddp", marks=pytest.mark.exhaustive),
         pytest.param("Fused", "fsdp", marks=pytest.mark.exhaustive),
     ],
 )
