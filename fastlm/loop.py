@@ -113,12 +113,13 @@ class Run:
                 self.missing.note(what)
             self.log.flush()
         if not finished:
-            print(
-                f"[train] stopped after {self.completed} of {self.cfg.total_steps} steps "
-                f"({self.stop.name or f'--max-minutes {self.cfg.max_minutes:g}'}); continue with: "
-                f"{self._how_to_continue()}",
-                flush=True,
-            )
+            if self.world.is_main:  # for others the directory may change while they read it
+                print(
+                    f"[train] stopped after {self.completed} of {self.cfg.total_steps} steps "
+                    f"({self.stop.name or f'--max-minutes {self.cfg.max_minutes:g}'}); continue "
+                    f"with: {self._how_to_continue()}",
+                    flush=True,
+                )
             self.stop.leave()
 
     def _steps(self) -> bool:
