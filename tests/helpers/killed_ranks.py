@@ -61,9 +61,9 @@ def random_faults(rng: random.Random, count: int, parallel: str) -> list[dict[st
         if index % 3 == 0:
             faults.append({"rank": rank, "what": "kill", "step": step})
         elif index % 3 == 1:
-            # Of a file rank 0 writes all, of a directory each its part, and rank 0 commits.
+            # Of a file rank 0 does all, of a directory each syncs its part, and rank 0 commits.
             kind = rng.choice(("write", "fsync", "rename"))
-            rank = rank if parallel == "fsdp" and kind != "rename" else 0
+            rank = rank if parallel == "fsdp" and kind == "fsync" else 0
             number = rng.randint(1, 3)
             faults.append({"rank": rank, "what": "operation", "kind": kind, "number": number})
         else:
