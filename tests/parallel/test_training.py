@@ -318,3 +318,11 @@ def test_a_callers_own_model(directory, kind, parallel):
         results = run_ranks(size, argv, directory, call="rank_programs:train_own")
         assert "[train] missing" not in "".join(r.output for r in succeeded(results))
     assert_close(targets[1], targets[0])
+
+
+def test_overwrite_removes_directories_too(directory):
+    settings = dict(ckpt_every=2, parallel="fsdp", tokens_per_step=TOKENS)
+    run(2, directory, "again", total_steps=5, **settings)
+    run(2, directory, "again", total_steps=2, overwrite=True, **settings)
+    found = {path.name for path in (directory / "again/checkpoints").iterdir()}
+    assert found == {"checkpoint_final.dcp", "checkpoint_model.pt"}
