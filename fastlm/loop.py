@@ -65,7 +65,9 @@ class Run:
         self.world: World = runner.world
         self.start_step, self.completed = start_step, start_step
         self.samples_seen = self.start_samples = samples_seen
-        self.clock, self.stop, self.missing = clock, stop, missing
+        self.clock, self.stop = clock, stop
+        # What is missing, all ranks know, and rank 0 tells it.
+        self.missing = missing if self.world.is_main else Missing()
         self.memory = PeakMemory(runner.device)
         # Every rank knows the same and rank 0 tells it.
         log = RunLog if self.world.is_main else NoLog
@@ -117,12 +119,13 @@ class Run:
                 self.missing.note(what)
             self.log.flush()
         if not finished:
-            print(
-                f"[train] stopped after {self.completed} of {self.cfg.total_steps} steps "
-                f"({self.stop.name or f'--max-minutes {self.cfg.max_minutes:g}'}); continue with: "
-                f"{self._how_to_continue()}",
-                flush=True,
-            )
+            if self.world.is_main:  # for others the directory may change while they read it
+                print(
+                    f"[train] stopped after {self.completed} of {self.cfg.total_steps} steps "
+                    f"({self.stop.name or f'--max-minutes {self.cfg.max_minutes:g}'}); continue "
+                    f"with: {self._how_to_continue()}",
+                    flush=True,
+                )
             self.stop.leave()
 
     def _steps(self) -> bool:

@@ -16,7 +16,7 @@ Exit codes
 
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from fastlm.config import TrainingConfig
 from fastlm.data.dataset import as_dataset
 from fastlm.data.files import Data, check_dataset, open_data
 from fastlm.data.loader import TrainLoader
-from fastlm.errors import CheckpointError, ConfigError, UserError, run_command
+from fastlm.errors import CheckpointError, ConfigError, UserError, run_command, shown
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
 from fastlm.hardware import (
     back_heap_with_huge_pages,
@@ -78,7 +78,27 @@ def train_loop(
     """
     with surviving_output(), World.start(cfg.device) as world, rank_0_tells(world):
         data = Data(as_dataset(train_data), as_dataset(val_data))
+        _check_alike(data, cfg, world)
         return train(data, cfg, world=world, model=model)
+
+
+def _check_alike(data: Data, cfg: TrainingConfig, world: World) -> None:
+    """Raises ConfigError if this rank was called with other settings or data than rank 0: it would
+    wait for what the others never do, or train on with them to no sense."""
+    if world.size == 1:
+        return
+    mine = {**asdict(cfg), "data": data.fingerprint}
+    theirs = world.decide(lambda: mine)
+
+    def check() -> None:
+        for name, value in mine.items():
+            if value != theirs[name]:
+                raise ConfigError(
+                    f"{name}={shown(value)} on rank {world.rank} and {shown(theirs[name])} on rank "
+                    f"0: all processes must be given the same"
+                )
+
+    world.together(check)
 
 
 def train(

@@ -42,6 +42,23 @@ def kills(directory: Path, rng: random.Random, count: int) -> str:
     )
 
 
+def ranks(directory: Path, rng: random.Random, count: int) -> str:
+    from killed_ranks import PARALLEL, assert_equal_runs, killed_run, random_faults, undisturbed_run
+
+    told = {}
+    for parallel in PARALLEL:
+        expected = undisturbed_run(directory, parallel)
+        faults = random_faults(rng, count, parallel)
+        told[parallel], place = killed_run(directory, parallel, faults)
+        assert told[parallel] >= count // 2, faults
+        assert_equal_runs(place, expected)
+    kills = ", ".join(f"{number} of {parallel}" for parallel, number in told.items())
+    return (
+        f"ranks killed under torchrun --max-restarts {count} ({kills}): tensors and loss log "
+        f"bit-equal, no file left over"
+    )
+
+
 def damage(directory: Path, rng: random.Random, count: int) -> str:
     from damaged_checkpoints import damage_newest
     from in_process import run_tiny
@@ -86,6 +103,7 @@ def fuzz(directory: Path, rng: random.Random, count: int) -> str:
 
 PARTS: dict[str, tuple[Callable[[Path, random.Random, int], str], int]] = {
     "kills": (kills, 100),
+    "ranks": (ranks, 10),
     "damage": (damage, 200),
     "disks": (full_disks, 3),
     "fuzz": (fuzz, 100_000),

@@ -161,6 +161,12 @@ def _parse_restartable(argv: list[str], read: Reader, *, restarted: bool) -> Inv
     anew = cfg.overwrite and not restarted
     if anew or not checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix):
         return invocation
+    # The attempts before may have refused to write over another run's checkpoints.
+    found = find(cfg.ckpt_dir, prefix=cfg.ckpt_save_prefix, read=read_values).settings
+    follow = {"total_steps", "train_minutes", "cosine_iters", "vocab_size", "grad_accum"}
+    resumes = cfg.ckpt_path_to_resume is not None
+    if not resumes and any(found[n] != getattr(cfg, n) for n in found.keys() - follow):
+        return invocation
     # What only starts a run is done.
     starts = {"--init-from", "--init_from", "--train-minutes", "--train_minutes"}
     rest, tokens = [], iter(argv)

@@ -18,6 +18,7 @@ from fastlm.checkpoint import (
 from fastlm.config import TrainingConfig
 from fastlm.data.staging import sync
 from fastlm.errors import OutputError, UserError
+from fastlm.parallel.commit import is_sharded, remove_sharded
 from fastlm.parallel.world import ALONE, World
 from fastlm.run.commands import resume_flags
 from fastlm.run.lock import DirectoryLock
@@ -210,8 +211,12 @@ class RunDirectory:
 
     def _remove_old_run(self) -> None:
         directory, logs = Path(self.cfg.ckpt_dir), Path(self.cfg.log_dir)
-        form = rf"{re.escape(self.cfg.ckpt_save_prefix)}_({_KEPT}|emergency)\.pt(_abandoned\d*)?"
+        form = (
+            rf"{re.escape(self.cfg.ckpt_save_prefix)}_({_KEPT}|emergency)\.(pt|dcp)(_abandoned\d*)?"
+        )
         old = [path for path in directory.iterdir() if re.fullmatch(form, path.name)]
+        for path in filter(is_sharded, old):
+            remove_sharded(path)
         for path in (
             *(path for path in old if path.is_symlink() or not path.is_dir()),
             metrics_path(logs, self.cfg.log_save_prefix),

@@ -31,6 +31,11 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def new_store() -> TCPStore:
+    # With no time to wait: nobody waits for keys here, and the server does not use it.
+    return TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
+
+
 def start_ranks(
     size: int,
     argv: list[str],
@@ -46,8 +51,7 @@ def start_ranks(
     env: for all ranks, on top of that; "{rank}" in a value is replaced by the rank. own_store:
     rank 0 keeps the store, as without torchrun. store: that of ranks before, as in a restart.
     """
-    # With no time to wait: nobody waits for keys here, and the server does not use it.
-    store = store or TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
+    store = store or new_store()
     port = free_port() if own_store else store.port
     started = []
     for rank in range(size):
