@@ -38,7 +38,7 @@ from fastlm.hardware import (
 from fastlm.loop import Run
 from fastlm.model_interface import blocks_of, prepare_model
 from fastlm.model_loss import ModelLoss
-from fastlm.parallel.world import ALONE, World
+from fastlm.parallel.world import ALONE, World, end_process
 from fastlm.parallel.wrap import wrap
 from fastlm.run.directory import RunDirectory
 from fastlm.run.environment import deterministic_algorithms, differences, environment
@@ -394,4 +394,8 @@ def _run(invocation: Any, world: World) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except SystemExit as ending:  # a signal's, or a parser's
+        code = ending.code or 0
+    end_process(code)

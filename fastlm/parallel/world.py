@@ -13,12 +13,13 @@ import contextlib
 import os
 import pickle
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,8 @@ class World:
     restarts, max_restarts: how often torchrun has started the ranks anew, and how often it may.
     device: this rank's, once it is connected; None in a world of one.
     """
+
+    left_open = False  # has a process group of this process been left as it was?
 
     def __init__(self, environment: Mapping[str, str]):
         self.size = _number(environment, "WORLD_SIZE", 1)
@@ -332,6 +335,7 @@ class World:
                 return
             except (RuntimeError, ValueError):
                 self._failed = True
+        World.left_open = self._owns_group
         if self._owns_group and dist.is_initialized():
             # NCCL's kernels would keep the GPU, and the end of the process, waiting.
             with contextlib.suppress(RuntimeError, AttributeError):
@@ -395,3 +399,14 @@ def _cores() -> set[str]:
 
 
 ALONE = World({})  # a process that nobody else trains with
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends a command. Where a process group could not be closed, without the interpreter's own end:
+    the group's threads would abort that, and the exit code with it."""
+    if World.left_open:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

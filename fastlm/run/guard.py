@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.checkpoint import iteration_of, list_checkpoints, read_checkpoint
+from fastlm.checkpoint import (
+    Reader,
+    iteration_of,
+    list_checkpoints,
+    read_checkpoint,
+    read_values,
+)
 from fastlm.errors import CheckpointError, DivergedError
 from fastlm.foreign_state import first_line
 from fastlm.optim import AdamW
@@ -198,19 +204,20 @@ class GuardWatch:
         guard, report, found = self.runner.guard, self.report, None
         if guard.mode == "rollback":
             cfg = directory.cfg
-            # Rank 0 looks; what it has found, the others read.
-            mine: list = []
+            world, mine = self.runner.world, []
+            # Of several ranks each reads its part when it restores it.
+            read = read_checkpoint if world.size == 1 else read_values
 
             def look() -> Path | None:
                 mine.append(
                     last_good_checkpoint(
-                        cfg.ckpt_dir, cfg.ckpt_save_prefix, directory.run_id, completed
+                        cfg.ckpt_dir, cfg.ckpt_save_prefix, directory.run_id, completed, read
                     )
                 )
                 return mine[0] and mine[0][0]
 
-            path = self.runner.world.decide(look)
-            found = mine[0] if mine else path and (path, read_checkpoint(path))
+            path = world.decide(look)
+            found = mine[0] if mine else path and (path, read(path))
             if found is None:
                 print("[guard] no checkpoint to go back to: bad steps are skipped from now on")
                 guard.mode = "skip"
@@ -279,7 +286,7 @@ class GuardWatch:
 
 
 def last_good_checkpoint(
-    directory: str, prefix: str, run_id: str, before: int
+    directory: str, prefix: str, run_id: str, before: int, read: Reader = read_checkpoint
 ) -> tuple[Path, dict[str, Any]] | None:
     """(file, content) of the run's newest checkpoint of a step below `before` that was saved when
     the step before it was good; None if there is none."""
@@ -287,7 +294,7 @@ def last_good_checkpoint(
         if file.run_id != run_id or file.step >= before:
             continue
         with contextlib.suppress(CheckpointError):
-            payload = read_checkpoint(file.path)
+            payload = read(file.path)
             guard = payload.get("guard")  # missing in an older version's
             if not guard or guard["counts"][1] == 0:
                 return file.path, payload
