@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlm.checkpoint_file import remove_checkpoint, write_checkpoint
 from fastlm.checkpoint_reading import peek
 from fastlm.hardware import is_out_of_memory
-from fastlm.kernels.collect import local_part
+from fastlm.kernels.collect import is_dtensor, local_part
 from fastlm.parallel.commit import SUFFIX
 from fastlm.parallel.world import World
 
@@ -244,7 +244,8 @@ class Saver:
             memory = (part.data_ptr(), part.dtype, part.shape, part.stride(), part.device)
             if memory not in copies or not part.numel():
                 buffer = self._buffers.get(place)
-                if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+                # "model" holds whole tensors where the others hold parts.
+                if buffer is None or _kind(buffer) != _kind(value):
                     buffer = torch.empty_like(
                         value.detach(), device="cpu", memory_format=torch.contiguous_format
                     )
@@ -295,6 +296,10 @@ class Saver:
             except OSError as error:
                 self._numbered[step] = path  # tried again after the next save
                 self._reports.append(Report(path, f"{path}: cannot be deleted ({error.strerror})"))
+
+
+def _kind(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, is_dtensor(tensor)
 
 
 def _step_of(path: Path) -> int | None:
