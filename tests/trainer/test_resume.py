@@ -34,7 +34,7 @@ from fastlm.run.log import RunLog
 from fastlm.step import TrainStep
 from fastlm.train import train
 
-pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
+pytestmark = pytest.mark.usefixtures("one_thread", "without_extras", "signals_as_in_a_terminal")
 
 # --- resume ---
 

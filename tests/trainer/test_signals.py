@@ -17,21 +17,10 @@ from fastlm.run.log import RunLog
 from fastlm.run.signals import StopSignals
 from fastlm.train import main
 
-pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
+pytestmark = pytest.mark.usefixtures("one_thread", "without_extras", "signals_as_in_a_terminal")
 
 CODES = {"SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 0}
 ACCUMULATED = dict(grad_accum=4, dropout=0.2, batch_size=2, total_steps=8)
-
-
-@pytest.fixture(autouse=True)
-def signals_as_in_a_terminal():
-    """Whoever started the tests: a background job begins with SIGINT ignored."""
-    usual = {number: signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
-    usual[signal.SIGINT] = signal.default_int_handler
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def at_sample(monkeypatch, sample: int, action) -> None:
