@@ -309,3 +309,31 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def use_all_cores(local_size: int) -> None:
+    """Shares the cores this process may use among the machine's ranks.
+
+    torchrun sets OMP_NUM_THREADS=1 where it was not set. The environment that torchrun itself was
+    started with tells; where that cannot be read (Linux alone has it), the variable is believed.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        try:
+            parent = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        except OSError:
+            return
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if not by_torchrun or any(line.startswith(b"OMP_NUM_THREADS=") for line in parent):
+            return
+    torch.set_num_threads(max(1, len(_cores()) // local_size))
+
+
+def _cores() -> set[str]:
+    """The physical cores that this process may use, each named by its hardware threads."""
+    if not hasattr(os, "sched_getaffinity"):
+        return {str(number) for number in range(os.cpu_count() or 1)}
+    found = set()
+    for number in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        found.add(siblings.read_text() if siblings.exists() else str(number))
+    return found

@@ -126,6 +126,7 @@ class Run:
                     f"with: {self._how_to_continue()}",
                     flush=True,
                 )
+            self.world.barrier()  # torchrun ends the others when one has gone
             self.stop.leave()
 
     def _steps(self) -> bool:

@@ -74,7 +74,8 @@ def train_loop(
 
     The same call gives the same model bit for bit, however often it was interrupted and resumed:
     on a CPU always, on CUDA with cfg.deterministic (fastlm/run/environment.py says what it takes).
-    Under torchrun every process calls it with the same arguments.
+    Under torchrun every process calls it with the same arguments. Sharded (cfg.parallel "fsdp") the
+    model that is returned answers no longer by itself: load its weights from …_model.pt.
     """
     with surviving_output(), World.start(cfg.device) as world, rank_0_tells(world):
         data = Data(as_dataset(train_data), as_dataset(val_data))
@@ -177,7 +178,7 @@ def _train(
     with (
         surviving_output() as missing,
         RunDirectory(cfg, resumed, new_name=new_name, world=world) as directory,
-        StopSignals() as stop,
+        StopSignals(managed=world.is_managed, tells=world.is_main) as stop,
     ):
         cfg = directory.cfg
         loader = TrainLoader(
@@ -196,7 +197,7 @@ def _train(
             loads = resumed or cfg.init_from
             model.init_rope() if loads else model.init_weights()
         if world.size > 1:
-            load_weights(model, cfg, resumed, world)
+            load_weights(model, cfg, resumed, world, restored_later=True)
         runner = TrainStep(loss, create_optimizer(model, cfg), loader, cfg, world, wrapped)
         describe(data, cfg, model, runner)
         if cfg.compile:
@@ -213,6 +214,8 @@ def _train(
         if resumed:
             _restore_state(runner, resumed, compiled=cfg.compile)
             samples_seen = resumed.position(cfg)
+            if note := resumed.other_step(runner.tokens):
+                print(f"[resume] {note}")
             if note := rate_jump(start_step, resumed.settings, cfg):
                 print(f"[resume] {note}")
             resumed.free()

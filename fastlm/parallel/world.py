@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlm.errors import ConfigError, Elsewhere, RankLostError, UserError, exit_code
-from fastlm.hardware import select_device
+from fastlm.hardware import select_device, use_all_cores
 
 T = TypeVar("T")
 
@@ -71,6 +70,7 @@ class World:
         self.local_size = _number(environment, "LOCAL_WORLD_SIZE", self.size)
         self.restarts = _number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
         self.max_restarts = _number(environment, "TORCHELASTIC_MAX_RESTARTS", 0)
+        self._by_torchrun = "TORCHELASTIC_RUN_ID" in environment
         self.device: torch.device | None = None
         self.cpu_group: dist.ProcessGroup | None = None  # of votes and small values
         self._patient: dist.ProcessGroup | None = None  # of decisions
@@ -91,6 +91,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_managed(self) -> bool:
+        """Does torchrun, or what started several processes, pass signals on to this one?"""
+        return self.size > 1 or self._by_torchrun
 
     def device_name(self, asked: str) -> str:
         """This rank's device: "auto" and "cuda" are cuda:LOCAL_RANK where there are GPUs, one for
@@ -130,12 +135,12 @@ class World:
         self._minutes = timeout_minutes
         timeout = timedelta(minutes=timeout_minutes)
         self._owns_group = not dist.is_initialized()
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.set_device(self.device)
         if self._owns_group:
-            on_cuda = self.device.type == "cuda"
-            if on_cuda:
-                torch.cuda.set_device(self.device)
-            else:
-                _use_all_cores(self.local_size)
+            if not on_cuda:
+                use_all_cores(self.local_size)
             try:
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
@@ -258,7 +263,9 @@ class World:
         """Adds up `tensor` over the ranks in place, on its device; returns it. On CUDA nothing
         waits for the result."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            # NCCL adds up nothing on the CPU.
+            on_cpu = tensor.device.type == "cpu" != self.device.type
+            dist.all_reduce(tensor, group=self.cpu_group if on_cpu else None)
         return tensor
 
     def gather(self, value: T) -> list[T]:
@@ -368,34 +375,6 @@ def _is_broken_collective(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in BROKEN)
-
-
-def _use_all_cores(local_size: int) -> None:
-    """Shares the cores this process may use among the machine's ranks.
-
-    torchrun sets OMP_NUM_THREADS=1 where it was not set. The environment that torchrun itself was
-    started with tells; where that cannot be read (Linux alone has it), the variable is believed.
-    """
-    if "OMP_NUM_THREADS" in os.environ:
-        try:
-            parent = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-        except OSError:
-            return
-        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        if not by_torchrun or any(line.startswith(b"OMP_NUM_THREADS=") for line in parent):
-            return
-    torch.set_num_threads(max(1, len(_cores()) // local_size))
-
-
-def _cores() -> set[str]:
-    """The physical cores that this process may use, each named by its hardware threads."""
-    if not hasattr(os, "sched_getaffinity"):
-        return {str(number) for number in range(os.cpu_count() or 1)}
-    found = set()
-    for number in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
-        found.add(siblings.read_text() if siblings.exists() else str(number))
-    return found
 
 
 ALONE = World({})  # a process that nobody else trains with

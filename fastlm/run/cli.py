@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from fastlm.checkpoint import Reader, checkpoint_files, read_checkpoint, read_values
@@ -17,7 +16,7 @@ from fastlm.config import TrainingConfig
 from fastlm.errors import ConfigError, DeviceError, shown
 from fastlm.parallel.world import World
 from fastlm.presets import PRESETS
-from fastlm.run.resume import RUNS, Resumed, find
+from fastlm.run.resume import RUNS, Resumed, find, read_unchecked
 from fastlm.run.settings import nearest, read_toml, to_toml
 
 
@@ -114,11 +113,11 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
 
 
 def parse_together(argv: list[str], world: World) -> Invocation:
-    """parse() by rank 0 for all ranks. A checkpoint that it names, each of them reads, but for the
-    weights and moments, which wait until each knows its part."""
+    """parse() by rank 0 for all ranks. A checkpoint that it names and has checked, the others read,
+    but for the weights and moments, which wait until each knows its part."""
     parse_one = parse
     if world.max_restarts:
-        parse_one = partial(_parse_restartable, restarted=world.restarts > 0)
+        parse_one = _parse_restartable
     if world.size == 1:
         return parse_one(argv, read_checkpoint)
     mine: list[Invocation] = []
@@ -133,7 +132,7 @@ def parse_together(argv: list[str], world: World) -> Invocation:
     def resumed() -> Resumed | None:
         if mine:
             return mine[0].resumed
-        return None if path is None else Resumed.read(path, read_values)
+        return None if path is None else Resumed.read(path, read_unchecked)
 
     return dataclasses.replace(invocation, resumed=world.together(resumed))
 
@@ -148,7 +147,7 @@ def device_asked(argv: list[str]) -> str:
         return "auto"
 
 
-def _parse_restartable(argv: list[str], read: Reader, *, restarted: bool) -> Invocation:
+def _parse_restartable(argv: list[str], read: Reader) -> Invocation:
     """A command that torchrun --max-restarts, or a cluster's queue, may give again: a run that has
     a checkpoint in --target-dir goes on."""
     invocation = parse(argv, read)
@@ -158,8 +157,13 @@ def _parse_restartable(argv: list[str], read: Reader, *, restarted: bool) -> Inv
             "--target-dir, so that it goes on from its checkpoints there"
         )
     cfg = invocation.config
-    anew = cfg.overwrite and not restarted
-    if anew or not checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix):
+    if cfg.overwrite:
+        raise ConfigError(
+            f"--overwrite with torchrun --max-restarts, which may give the command again, would "
+            f"remove what the run has saved: remove {cfg.target_dir} yourself, or name another "
+            f"--target-dir"
+        )
+    if not checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix):
         return invocation
     # The attempts before may have refused to write over another run's checkpoints.
     found = find(cfg.ckpt_dir, prefix=cfg.ckpt_save_prefix, read=read_values).settings
@@ -217,6 +221,11 @@ def _follow(settings: dict, origins: dict, flags: set[str], asked: set[str], sto
         origins["train_minutes"] = "total_steps is set"
     elif settings["train_minutes"] is not None:
         origins["total_steps"] = "follows train_minutes"
+    if {"tokens_per_step", "grad_accum"} <= asked:
+        raise ConfigError("--tokens-per-step sets grad_accum: give one of them")
+    if "grad_accum" in asked and settings["tokens_per_step"] is not None:
+        settings["tokens_per_step"] = None  # a resumed run's
+        origins["tokens_per_step"] = "grad_accum is set"
     if settings["d_ff"] is None:
         origins["d_ff"] = "follows d_model"
     if "vocab_size" not in asked | stored.keys():

@@ -28,10 +28,13 @@ def resume_flags(cfg: TrainingConfig) -> str:
 
 
 def resume_command(cfg: TrainingConfig, world: World = ALONE) -> str:
-    """The command that goes on with cfg's run, from the directory in which it ran: by as many
-    processes, if they were on one machine."""
-    several = 1 < world.size == world.local_size
-    start = f"torchrun --nproc-per-node {world.size}" if several else "python"
+    """The command that goes on with cfg's run, from the directory in which it ran, by as many
+    processes. Where several machines find each other, only their users know."""
+    start = "python"
+    if world.size > 1:
+        machines = world.size // world.local_size
+        across = f"--nnodes {machines} … " if machines > 1 else ""
+        start = f"torchrun {across}--nproc-per-node {world.local_size}"
     return f"{start} -m fastlm.train {resume_flags(cfg)}"
 
 

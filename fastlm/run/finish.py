@@ -83,7 +83,7 @@ def _whole_model(run: Any, weights: dict[str, Any]) -> nn.Module:
     if not run.runner.is_sharded:
         return run.runner.model
     if model_class(run.runner.model) is not None:
-        raise RuntimeError("a sharded model that is not a TransformerLM")
+        raise RuntimeError("only a TransformerLM can be gathered on one process")
     model = create_model(run.cfg)
     restore_model(model, weights)
     return model

@@ -26,6 +26,7 @@ from fastlm.checkpoint import (
     read_checkpoint,
     read_values,
 )
+from fastlm.checkpoint_reading import peek
 from fastlm.errors import CheckpointError, DivergedError
 from fastlm.foreign_state import first_line
 from fastlm.optim import AdamW
@@ -217,7 +218,7 @@ class GuardWatch:
                 return mine[0] and mine[0][0]
 
             path = world.decide(look)
-            found = mine[0] if mine else path and (path, read(path))
+            found = mine[0] if mine else path and (path, peek(path))
             if found is None:
                 print("[guard] no checkpoint to go back to: bad steps are skipped from now on")
                 guard.mode = "skip"

@@ -1,6 +1,7 @@
 """What a run resumes: finding its checkpoint, and checking that the run can go on from it."""
 
 import dataclasses
+import math
 import os
 import typing
 from collections.abc import Mapping
@@ -23,10 +24,12 @@ from fastlm.checkpoint import (
     read_values,
     restore_model,
 )
+from fastlm.checkpoint_reading import peek
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
 from fastlm.data.sampler import SAMPLER_VERSION
 from fastlm.errors import CheckpointError, ConfigError, UserError, shown
+from fastlm.foreign_state import first_line
 from fastlm.model_interface import check_model_class, model_class
 from fastlm.parallel.commit import is_sharded
 from fastlm.parallel.world import World
@@ -105,6 +108,16 @@ class Resumed:
                 f"{shown(batch_size)}); start with its weights: --init-from"
             )
         return position
+
+    def other_step(self, tokens: int) -> str:
+        """Says so if a step of `tokens` is not the size of the steps before."""
+        environment = self.payload.get("environment") or {}
+        factors = [self.settings.get(name) for name in ("batch_size", "grad_accum", "context_len")]
+        factors.append(environment.get("processes", 1))
+        before = math.prod(factors) if all(type(factor) is int for factor in factors) else tokens
+        if before == tokens:
+            return ""
+        return f"a step has {tokens:,} tokens and had {before:,} (--tokens-per-step {before})"
 
     def check(self, data: Data, cfg: TrainingConfig) -> None:
         """Raises CheckpointError if it cannot be resumed, or would read on in other data."""
@@ -241,9 +254,17 @@ def _is_clock(clock: Any) -> bool:
 
 
 def load_weights(
-    model: nn.Module, cfg: TrainingConfig, resumed: Resumed | None, world: World
+    model: nn.Module,
+    cfg: TrainingConfig,
+    resumed: Resumed | None,
+    world: World,
+    *,
+    restored_later: bool = False,
 ) -> None:
-    """Loads the weights that --resume or --init-from names, if they name any."""
+    """Loads the weights that --resume or --init-from names, if they name any.
+
+    restored_later: several processes read a resumed run's weights with its moments, once.
+    """
     if resumed is not None:
         print(f"[resume] Loading checkpoint from {resumed.path}")
         path, payload = str(resumed.path), resumed.payload
@@ -255,7 +276,7 @@ def load_weights(
     try:
         if world.size == 1:
             restore_model(model, payload)
-        else:  # each rank its part, if they have parts
+        elif resumed is None or not restored_later:  # each rank its part, if they have parts
             load_checkpoint(model, None, path, group=world.cpu_group)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -269,6 +290,15 @@ def load_weights(
         )
     if resumed is None:
         print(f"[init] weights of {cfg.init_from}")
+
+
+def read_unchecked(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a checkpoint that another process has checked; its tensors are not read."""
+    try:
+        return peek(Path(path))
+    except Exception as error:  # gone, or not there on this machine
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise CheckpointError(f"{shown(str(path))}: cannot be read ({reason})") from error
 
 
 def read_for(path: str | os.PathLike, world: World) -> dict[str, Any]:

@@ -23,11 +23,15 @@ class StopSignals:
 
     A signal that is ignored when the run begins stays ignored: nohup's SIGHUP, a background job's
     SIGINT. Outside the main thread, where Python lets nobody handle signals, it does nothing.
+
+    managed: torchrun passes a signal on to all of its processes, and ends them itself when they
+    take too long: a second one says nothing new. tells: answers the first on stderr.
     """
 
     is_command = False  # the process is the trainer's own
 
-    def __init__(self) -> None:
+    def __init__(self, *, managed: bool = False, tells: bool = True) -> None:
+        self.managed, self.tells = managed, tells
         self.received: int | None = None
         self.promise = "nothing is saved yet"  # what a first signal's answer says
         self._previous: dict[int, object] = {}
@@ -50,13 +54,17 @@ class StopSignals:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and self.managed:
+            return
         if self.requested:
             if number == signal.SIGINT and not self.is_command:
                 raise KeyboardInterrupt
             _tell("stopped at once: nothing was saved after the last checkpoint")
             os._exit(128 + number)
         self.received = number
-        _tell(f"stopping: {self.promise} (again: stop at once)")
+        if self.tells:
+            again = "" if self.managed else " (again: stop at once)"
+            _tell(f"stopping: {self.promise}{again}")
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._previous.items():

@@ -188,7 +188,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
         "[summary] MFU         "
         + (
             f"{mfu:.1%} of {ceiling / 1e12:.3g} TFLOP/s, the best of several matmul shapes "
-            f"measured just now in {dtype_name}{' by each process' * (processes > 1)}"
+            f"measured just now in {dtype_name}{' by one process' * (processes > 1)}"
             if mfu is not None
             else "unknown (no speed or no matmul ceiling was measured)"
         )

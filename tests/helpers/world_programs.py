@@ -182,9 +182,9 @@ def patience():
 
 
 def threads_of_8_cores():
-    fastlm.parallel.world._cores = lambda: set(range(8))
+    fastlm.hardware._cores = lambda: set(range(8))
     with World.start("cpu", timeout_minutes=MINUTES):
-        print("threads", torch.get_num_threads())
+        print(f"threads {torch.get_num_threads()}\n", end="", flush=True)  # in one write
 
 
 if __name__ == "__main__":  # for torchrun
