@@ -105,6 +105,14 @@ def test_restarts_need_a_name(directory):
     assert "--max-restarts" in message and "--target-dir" in message
 
 
+def test_overwrite_is_no_flag_of_restarts(directory):
+    env = {"TORCHELASTIC_MAX_RESTARTS": "3"}
+    codes, stderr = failed(directory, "restarts", {}, env=env, overwrite=True)
+    assert codes == [2, 2]
+    (message,) = messages(stderr)
+    assert "--overwrite with torchrun --max-restarts" in message
+
+
 # Signals
 
 SIGNALS = [("SIGTERM", 143, "ddp"), ("SIGTERM", 143, "fsdp"), ("SIGINT", 130, "fsdp")]

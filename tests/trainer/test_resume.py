@@ -286,3 +286,14 @@ def test_the_progress_bar_is_for_terminals(tmp_path, monkeypatch, capsys):
     lines = [line for line in captured.out.splitlines() if line.startswith("[train]")]
     assert len(lines) == 2 and all(re.fullmatch(form, line) for line in lines), lines
     assert captured.err == ""
+
+
+def test_another_size_of_a_step_is_said(tmp_path, capsys):
+    run_tiny(tmp_path, ckpt_every=4, batch_size=4)
+    path = str(checkpoint(tmp_path, 4))
+    run_tiny(tmp_path / "same", ckpt_path_to_resume=path, batch_size=2, grad_accum=2)
+    assert "a step has" not in capsys.readouterr().out
+    run_tiny(tmp_path / "other", ckpt_path_to_resume=path, batch_size=2)
+    assert "[resume] a step has 64 tokens and had 128 (--tokens-per-step 128)" in (
+        capsys.readouterr().out
+    )
