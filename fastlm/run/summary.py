@@ -88,7 +88,8 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
     )
     if runner.world.size > 1:
         print(
-            f"[run] {runner.world.size} processes, {cfg.parallel}, {cfg.grad_accum} micro-batches "
+            f"[run] {runner.world.size} processes, {cfg.parallel}, "
+            f"{cfg.grad_accum} micro-batch{'es' * (cfg.grad_accum > 1)} "
             f"of {cfg.batch_size} x {cfg.context_len} tokens each in a step"
         )
     print(
