@@ -168,9 +168,15 @@ print("right")
 """
 
 
-@pytest.mark.parametrize("bind", [{"OMP_PROC_BIND": "true"},
-                                  {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"},
-                                  {"OMP_PLACES": "threads"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "bind",
+    [
+        {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"},
+        pytest.param({"OMP_PROC_BIND": "true"}, marks=pytest.mark.exhaustive),
+        pytest.param({"OMP_PLACES": "threads"}, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
 def test_threads_bound_to_cores(bind):
     # Right results, and no waiting for ever: a thread started by a bound one inherits its core.
     if not extension().THREADS_ARE_OPENMPS:

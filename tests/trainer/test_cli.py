@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from in_process import run_tiny
 from training_runs import TINY, same, tiny_config
 
 from fastlm import CheckpointError, ConfigError, TrainingConfig, TransformerLM, save_checkpoint
@@ -444,13 +443,3 @@ def test_help_lists_every_setting_with_its_text(capsys):
 def test_format_config_of_a_python_config_is_complete():
     invocation = parse(["--preset", "demo", "--vocab-size", str(TINY["vocab_size"])])
     assert len(format_config(invocation).splitlines()) == 1 + len(asdict(invocation.config))
-
-
-def test_tokens_per_step_and_grad_accum(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="give one of them"):
-        parse(["--tokens-per-step", "4096", "--grad-accum", "2"])
-    run_tiny(tmp_path, tokens_per_step=256, ckpt_every=4)
-    resumed = parse(["--resume", str(tmp_path)]).config
-    assert (resumed.tokens_per_step, resumed.grad_accum) == (256, 2)
-    resumed = parse(["--resume", str(tmp_path), "--grad-accum", "3"]).config
-    assert (resumed.tokens_per_step, resumed.grad_accum) == (None, 3)

@@ -286,3 +286,13 @@ def test_a_preset_that_a_checkpoint_goes_before_is_said(tmp_path, monkeypatch, c
     said = capsys.readouterr().out
     form = "[resume] --preset notebook: the checkpoint's settings go before its batch_size, "
     assert said.count(form) == 1
+
+
+def test_tokens_per_step_and_grad_accum(tmp_path):
+    with pytest.raises(ConfigError, match="give one of them"):
+        parse(["--tokens-per-step", "4096", "--grad-accum", "2"])
+    run_tiny(tmp_path, tokens_per_step=256, ckpt_every=4)
+    resumed = parse(["--resume", str(tmp_path)]).config
+    assert (resumed.tokens_per_step, resumed.grad_accum) == (256, 2)
+    resumed = parse(["--resume", str(tmp_path), "--grad-accum", "3"]).config
+    assert (resumed.tokens_per_step, resumed.grad_accum) == (None, 3)
