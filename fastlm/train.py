@@ -236,7 +236,7 @@ def _with_scope(cfg: TrainingConfig, model: nn.Module, world: World) -> Training
 
 
 def _restore_state(runner: TrainStep, resumed: Resumed, *, compiled: bool) -> None:
-    """Everything but the weights. Says what differs now."""
+    """What load_weights has left: of several processes the weights, too. Says what differs now."""
     try:
         runner.restore(resumed.payload, resumed.path)
     except CheckpointError as error:

@@ -115,9 +115,7 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
 def parse_together(argv: list[str], world: World) -> Invocation:
     """parse() by rank 0 for all ranks. A checkpoint that it names and has checked, the others read,
     but for the weights and moments, which wait until each knows its part."""
-    parse_one = parse
-    if world.max_restarts:
-        parse_one = _parse_restartable
+    parse_one = _parse_restartable if world.max_restarts else parse
     if world.size == 1:
         return parse_one(argv, read_checkpoint)
     mine: list[Invocation] = []
@@ -166,7 +164,7 @@ def _parse_restartable(argv: list[str], read: Reader) -> Invocation:
     if not checkpoint_files(cfg.ckpt_dir, cfg.ckpt_save_prefix):
         return invocation
     # The attempts before may have refused to write over another run's checkpoints.
-    found = find(cfg.ckpt_dir, prefix=cfg.ckpt_save_prefix, read=read_values).settings
+    found = find(cfg.ckpt_dir, prefix=cfg.ckpt_save_prefix, read=read_unchecked).settings
     follow = {"total_steps", "train_minutes", "cosine_iters", "vocab_size", "grad_accum"}
     resumes = cfg.ckpt_path_to_resume is not None
     if not resumes and any(found[n] != getattr(cfg, n) for n in found.keys() - follow):
