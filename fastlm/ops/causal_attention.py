@@ -8,6 +8,8 @@ several heads: query head h reads key head h // (H / H_kv) (grouped queries, arX
 Shapes: B batch, H query heads, H_kv key heads, Tq queries, Tk keys, T both, d head width.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,15 +51,15 @@ def causal_attention(
     Raises ValueError for shapes, devices or an impl that do not fit, TypeError for dtypes. There is
     no second derivative, except with impl="torch" inside sdpa_kernel(SDPBackend.MATH).
     """
-    _check(q, k, v, rope)
-    dtype = compute_dtype(q)
+    _check(q, k, v, scale, rope)
+    dtype, batch = compute_dtype(q), q.shape[:-3]
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if not _runs_cpp(impl, q, k, v, dropout_p):
-        return _by_sdpa(q, k, v, scale, rope, dropout_p)
-    batch = q.shape[:-3]
     if len(batch) != 1:
         q, k, v = (x.reshape(batch.numel(), *x.shape[-3:]) for x in (q, k, v))
-    out = cpp.attention(q, k, v, scale, rope)
+    if _runs_cpp(impl, q, k, v, dropout_p):
+        out = cpp.attention(q, k, v, scale, rope)
+    else:
+        out = _by_sdpa(q, k, v, scale, rope, dropout_p)
     return (out if len(batch) == 1 else out.view(*batch, *out.shape[1:])).transpose(-3, -2)
 
 
@@ -81,15 +83,16 @@ def causal_attention_packed(
             f"qkv has shape {tuple(qkv.shape)}: it must be (..., T, ({num_heads} + 2 * "
             f"{num_kv_heads}) * d)"
         )
-    qkv = qkv.to(compute_dtype(qkv))
-    q, k, v = split_heads(qkv, num_heads, num_kv_heads)
-    _check(q, k, v, rope)
-    if not _runs_cpp("auto", q, k, v, dropout_p):
-        return _by_sdpa(q, k, v, scale, rope, dropout_p).transpose(-3, -2).flatten(-2)
     batch = qkv.shape[:-2]
     if len(batch) != 1:
         qkv = qkv.reshape(batch.numel(), *qkv.shape[-2:])
-    out = cpp.attention_packed(qkv, num_heads, num_kv_heads, scale, rope)
+    qkv = qkv.to(compute_dtype(qkv))
+    q, k, v = split_heads(qkv, num_heads, num_kv_heads)
+    _check(q, k, v, scale, rope)
+    if _runs_cpp("auto", q, k, v, dropout_p):
+        out = cpp.attention_packed(qkv, num_heads, num_kv_heads, scale, rope)
+    else:
+        out = _by_sdpa(q, k, v, scale, rope, dropout_p).flatten(-2)
     return out if len(batch) == 1 else out.view(*batch, *out.shape[1:])
 
 
@@ -127,7 +130,7 @@ def causal_attention_reference(
 
 def _by_sdpa(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, rope: Rope | None, dropout_p: float
-) -> Tensor:
+) -> Tensor:  # (B, Tq, H, d)
     """By PyTorch's own function: on devices without a kernel, and for what kernels do not take."""
     if rope is not None:
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
@@ -143,7 +146,7 @@ def _by_sdpa(
         scale=scale,
         enable_gqa=q.shape[-3] != k.shape[-3],
     )
-    return out.transpose(-3, -2).contiguous().transpose(-3, -2)  # what most backends give anyway
+    return out.transpose(1, 2).contiguous()  # which most backends give, for such a q
 
 
 def _seen(q: Tensor, k: Tensor) -> Tensor:
@@ -170,7 +173,7 @@ def _runs_cpp(impl: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> b
     return True
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, rope: Rope | None) -> None:
     shapes = f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() < 3 or k.dim() != q.dim() or k.shape != v.shape:
         raise ValueError(f"{shapes}: they must be (B, H, Tq, d) and twice (B, H_kv, Tk, d)")
@@ -195,6 +198,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> None:
             "q, k or v is a DTensor: the kernels see one device; pass .to_local() of each, if "
             "each rank has heads or rows of its own"
         )
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale}: it must be positive and finite")
     if rope is not None:
         _check_rope(q, k, *rope)
 
