@@ -64,7 +64,7 @@ def _tables(rope: Rope | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _forward(q, k, v, scale, cos, sin) -> tuple[Tensor, Tensor]:
-    out, lse = _empty(q, k, v)
+    out, lse = _empty(q)
     if q.numel():
         extension().causal_attention(
             *_arrays(q, k, v), *_options(q, scale, cos, sin), _numpy(out.transpose(1, 2)),
@@ -73,7 +73,7 @@ def _forward(q, k, v, scale, cos, sin) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _empty(q, k, v) -> tuple[Tensor, Tensor]:
+def _empty(q) -> tuple[Tensor, Tensor]:
     """(out, lse), not filled."""
     return _dense(q), fp32(q.shape[:-1], q.device)
 
@@ -114,28 +114,36 @@ def _options(q, scale, cos, sin) -> tuple:
 _OPTIONS = "float? scale, Tensor? cos, Tensor? sin"
 _HEADS = "SymInt num_heads, SymInt num_kv_heads"
 _RESULTS = "Tensor out, Tensor lse"
+_LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 
 
-def _op(name: str, schema: str):
-    return torch.library.custom_op(
-        f"fastlm::{name}", mutates_args=(), device_types="cpu", schema=schema
-    )
+def _op(name: str, schema: str, fake):
+    """Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds that
+    generating a line of text has no other need for, and each call takes longer."""
+
+    def register(function):
+        _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(name, function, "CPU")
+        torch.library.register_fake(f"fastlm::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.fastlm, name).default
+
+    return register
 
 
-@_op("causal_attention", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> ({_RESULTS})")
+@_op(
+    "causal_attention",
+    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> ({_RESULTS})",
+    lambda q, *_: _empty(q),
+)
 def _attention(q, k, v, *options):
     return _forward(q, k, v, *options)
-
-
-@_attention.register_fake
-def _(q, k, v, *options):
-    return _empty(q, k, v)
 
 
 @_op(
     "causal_attention_gradients",
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_RESULTS}, {_OPTIONS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
+    lambda grad_out, q, k, v, *_: (_dense(q), _dense(k), _dense(v)),
 )
 def _gradients(grad_out, q, k, v, *rest):
     gradients = _dense(q), _dense(k), _dense(v)
@@ -143,26 +151,24 @@ def _gradients(grad_out, q, k, v, *rest):
     return gradients
 
 
-@_gradients.register_fake
-def _(grad_out, q, k, v, *rest):
-    return _dense(q), _dense(k), _dense(v)
+def _packed(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    out, lse = results
+    return out.flatten(-2), lse
 
 
-@_op("causal_attention_packed", f"(Tensor qkv, {_HEADS}, {_OPTIONS}) -> ({_RESULTS})")
+@_op(
+    "causal_attention_packed",
+    f"(Tensor qkv, {_HEADS}, {_OPTIONS}) -> ({_RESULTS})",
+    lambda qkv, H, H_kv, *_: _packed(_empty(split_heads(qkv, H, H_kv)[0])),
+)
 def _attention_packed(qkv, H, H_kv, *options):
-    out, lse = _forward(*split_heads(qkv, H, H_kv), *options)
-    return out.flatten(-2), lse
-
-
-@_attention_packed.register_fake
-def _(qkv, H, H_kv, *options):
-    out, lse = _empty(*split_heads(qkv, H, H_kv))
-    return out.flatten(-2), lse
+    return _packed(_forward(*split_heads(qkv, H, H_kv), *options))
 
 
 @_op(
     "causal_attention_packed_gradient",
     f"(Tensor grad_out, Tensor qkv, {_HEADS}, {_RESULTS}, {_OPTIONS}) -> Tensor",
+    lambda grad_out, qkv, *_: qkv.new_empty(qkv.shape),
 )
 def _packed_gradient(grad_out, qkv, H, H_kv, out, *rest):
     gradient = qkv.new_empty(qkv.shape)
@@ -170,11 +176,6 @@ def _packed_gradient(grad_out, qkv, H, H_kv, out, *rest):
     inputs, gradients = split_heads(qkv, H, H_kv), split_heads(gradient, H, H_kv)
     _backward(grad_out, *inputs, out, *rest, gradients)
     return gradient
-
-
-@_packed_gradient.register_fake
-def _(grad_out, qkv, *rest):
-    return qkv.new_empty(qkv.shape)
 
 
 # --- Autograd ---
@@ -206,8 +207,8 @@ def _differentiate_packed(ctx, grad_out, _):
     return gradient, None, None, None, None, None
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
-_attention_packed.register_autograd(_differentiate_packed, setup_context=_save)
+for op, backward in ((_attention, _differentiate), (_attention_packed, _differentiate_packed)):
+    torch.library.register_autograd(op, backward, setup_context=_save, lib=_LIBRARY)
 
 
 # --- FlopCounterMode: the whole square, and the scores again in backward, as torch counts SDPA ---
