@@ -106,7 +106,9 @@ def test_one_graph_for_all_sizes(dynamic, graphs, packed):
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
     for B, T in ((2, 7), (3, 12), (2, 33), (5, 64)):
         assert_same(compiled, model, batch(B, T))
-    assert 0 < counter.frame_count <= graphs
+    # The backend may be handed an empty graph as well.
+    nodes = [[node.op for node in graph.graph.nodes] for graph in counter.graphs]
+    assert 0 < sum("call_function" in ops for ops in nodes) <= graphs
 
 
 @pytest.mark.exhaustive
