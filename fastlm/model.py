@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fastlm.kernels.collect import is_dtensor
 from fastlm.ops.causal_attention import apply_rope, causal_attention, causal_attention_packed
 from fastlm.ops.causal_attention_cpp import split_heads
+from fastlm.ops.dispatch import compute_dtype
 
 
 class RMSNorm(nn.Module):
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:  # (B, T, D)
         H, dropout_p = self.num_heads, self.dropout if self.training else 0.0
-        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)  # (B, T, 3 D)
+        qkv = _linear_of_all(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, 3 D)
         if cache is None and cos.dim() == 2:
             y = causal_attention_packed(qkv, H, rope=(cos, sin), dropout_p=dropout_p)
             return self.output_proj(y)
@@ -104,7 +105,8 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(d_model, d_ff, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, y = _linear_of_all(x, self.w1, self.w3).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * y)
 
 
 class Block(nn.Module):
@@ -244,6 +246,15 @@ class TransformerLM(nn.Module):
         if cache is not None:
             cache.length = end
         return self.ln_final(x)
+
+
+def _linear_of_all(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """torch.cat([layer(x) for layer in layers], dim=-1) by one matmul, which reads x once.
+
+    The weights are joined at each call. Compiled under autocast that is the cast itself.
+    """
+    dtype = compute_dtype(x)
+    return F.linear(x, torch.cat([layer.weight.to(dtype) for layer in layers]))
 
 
 @torch.no_grad()
