@@ -19,10 +19,12 @@ using namespace fastlm;
 namespace {
 
 Isa isa_of(const std::string& name) {
-  for (Isa candidate : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa candidate :
+       {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx}) {
     if (name == isa_name(candidate)) return candidate;
   }
-  throw py::value_error("unknown instruction set '" + name + "': portable, avx2 or avx512");
+  throw py::value_error("unknown instruction set '" + name +
+                        "': portable, avx2, avx512, avx512_bf16 or amx");
 }
 
 void force_isa_checked(const std::optional<std::string>& name) {
@@ -34,10 +36,18 @@ void force_isa_checked(const std::optional<std::string>& name) {
 
 }  // namespace
 
+FloatType fastlm::float_type(const std::string& kind) {
+  if (kind == "float32") return FloatType::kFloat32;
+  if (kind == "bfloat16") return FloatType::kBfloat16;
+  if (kind == "float16") return FloatType::kFloat16;
+  throw py::type_error("'" + kind + "' is none of float32, bfloat16, float16");
+}
+
 PYBIND11_MODULE(_C, m) {
   m.attr("SOURCE_HASH") = FASTLM_SOURCE_HASH;
   m.attr("VERSION") = FASTLM_VERSION;
   m.attr("THREADS_ARE_OPENMPS") = threads_are_openmps();
+  bind_attention(m);
   bind_gather_batch(m);
   bind_cross_entropy(m);
   bind_optimizer(m);
@@ -49,6 +59,7 @@ PYBIND11_MODULE(_C, m) {
     return std::map<std::string, bool>{{"avx2", has.avx2},
                                        {"avx512", has.avx512},
                                        {"avx512_bf16", has.avx512_bf16},
+                                       {"fast_bf16", has.fast_bf16},
                                        {"amx_bf16", has.amx_bf16},
                                        {"arm_bf16", has.arm_bf16}};
   });

@@ -19,13 +19,6 @@ namespace py = pybind11;
 namespace fastlm {
 namespace {
 
-FloatType logit_type(const std::string& kind) {
-  if (kind == "float32") return FloatType::kFloat32;
-  if (kind == "bfloat16") return FloatType::kBfloat16;
-  if (kind == "float16") return FloatType::kFloat16;
-  throw py::type_error("'" + kind + "' is none of float32, bfloat16, float16");
-}
-
 // The array's elements are `kind` (16-bit floats as int16), those of the last dimension adjacent.
 void check_floats(const py::array& array, const std::string& kind, py::ssize_t dimensions,
                   const char* name) {
@@ -92,7 +85,7 @@ void cross_entropy_losses_checked(py::array logits, const std::string& kind, con
                                   int64_t ignore_index, const std::vector<float>& numbers,
                                   bool all_lse, Floats losses, Floats lse, Doubles stats,
                                   std::optional<py::array> gradient, float gradient_scale) {
-  const FloatType type = logit_type(kind);
+  const FloatType type = float_type(kind);
   const Rows x = rows_of(logits, kind, "logits", false);
   const int64_t N = logits.shape(0), V = logits.shape(1);
   const int64_t* labels = targets_of(targets, N, V);  // check_labels has seen them
@@ -115,7 +108,7 @@ void cross_entropy_gradients_checked(py::array logits, const std::string& kind,
                                      const Labels& targets, Doubles stats, int64_t ignore_index,
                                      const std::vector<float>& numbers, Floats grad_losses,
                                      std::optional<Floats> grad_lse, py::array gradient) {
-  const FloatType type = logit_type(kind);
+  const FloatType type = float_type(kind);
   const Rows x = rows_of(logits, kind, "logits", false);
   const Rows out = rows_of(gradient, kind, "gradient", true);
   const int64_t N = logits.shape(0), V = logits.shape(1);
@@ -142,7 +135,7 @@ double ordered_sum_checked(const Floats& values) {
 
 void scale_in_place_checked(py::array x, const std::string& kind, float factor) {
   check_floats(x, kind, 1, "x");
-  const FloatType type = logit_type(kind);
+  const FloatType type = float_type(kind);
   void* data = x.mutable_data();
   const int64_t n = x.size();
   py::gil_scoped_release release;
@@ -156,7 +149,7 @@ void accumulate_checked(py::array sum, const py::array& part, const std::string&
   if (sum.shape(0) != rows || sum.shape(1) != columns || !(part.flags() & py::array::c_style)) {
     throw py::type_error("part must be contiguous and have the shape of sum");
   }
-  const FloatType type = logit_type(kind);
+  const FloatType type = float_type(kind);
   const void* data = part.data();
   py::gil_scoped_release release;
   accumulate(static_cast<float*>(into.data), into.stride, data, type, rows, columns, first);

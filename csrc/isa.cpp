@@ -4,12 +4,28 @@
 
 #if FASTLM_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
 namespace fastlm {
 namespace {
+
+#if FASTLM_X86
+// The tiles' 8 KB of registers are each process's to ask Linux for (5.16 and later).
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 CpuFeatures detect() {
   CpuFeatures found;
@@ -34,6 +50,10 @@ CpuFeatures detect() {
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
     found.avx512_bf16 = found.avx512 && (eax & (1u << 5));
   }
+  found.amx_bf16 = found.amx_bf16 && found.avx512_bf16 && may_use_tiles();
+  unsigned intel_ebx;
+  __get_cpuid(0, &eax, &intel_ebx, &ecx, &edx);
+  found.fast_bf16 = found.avx512_bf16 && intel_ebx != 0x756e6547;  // "Genu"
 #elif defined(__aarch64__) && defined(__linux__)
   found.arm_bf16 = getauxval(AT_HWCAP2) & (1ul << 14);  // HWCAP2_BF16
 #endif
@@ -49,8 +69,22 @@ const CpuFeatures& cpu_features() {
   return found;
 }
 
+bool has_isa(Isa isa) {
+  const CpuFeatures& has = cpu_features();
+  switch (isa) {
+    case Isa::kPortable: return true;
+    case Isa::kAvx2: return has.avx2;
+    case Isa::kAvx512: return has.avx512;
+    case Isa::kAvx512Bf16: return has.avx512_bf16;
+    case Isa::kAmx: return has.amx_bf16;
+  }
+  return false;
+}
+
 Isa best_isa() {
   const CpuFeatures& has = cpu_features();
+  if (has.amx_bf16) return Isa::kAmx;
+  if (has.fast_bf16) return Isa::kAvx512Bf16;
   return has.avx512 ? Isa::kAvx512 : has.avx2 ? Isa::kAvx2 : Isa::kPortable;
 }
 
@@ -60,13 +94,20 @@ Isa isa() {
 }
 
 bool force_isa(Isa wanted) {
-  if (wanted > best_isa()) return false;
+  if (!has_isa(wanted)) return false;
   forced.store(static_cast<int>(wanted), std::memory_order_relaxed);
   return true;
 }
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "portable";
+  switch (isa) {
+    case Isa::kPortable: return "portable";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx512Bf16: return "avx512_bf16";
+    case Isa::kAmx: return "amx";
+  }
+  return "";
 }
 
 }  // namespace fastlm

@@ -203,6 +203,11 @@ struct PortableSimd {
   static FASTLM_INLINE void store_two(T* p, F a, F b) {
     store(p, a), store(p + kLanes, b);
   }
+  // A square of kLanes x kLanes 32-bit words, rows at p, its columns to rows at `to`.
+  static FASTLM_INLINE void transpose(const float* p, int64_t stride, float* to, int64_t step) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < kLanes; ++j) to[j * step + i] = p[i * stride + j];
+  }
   static FASTLM_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
   static FASTLM_INLINE void fence() {}
 #undef FASTLM_EACH

@@ -175,6 +175,24 @@ struct Avx2Simd {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
     }
   }
+  FASTLM_FN void transpose(const float* p, int64_t stride, float* to, int64_t step) {
+    F a[kLanes], b[kLanes];
+    for (int i = 0; i < kLanes; ++i) a[i] = load(p + i * stride);
+    for (int i = 0; i < kLanes; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < kLanes; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+        a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      store(to + i * step, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+      store(to + (i + 4) * step, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+  }
   FASTLM_FN void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   FASTLM_FN void fence() { _mm_sfence(); }
 #undef FASTLM_FN
@@ -371,6 +389,31 @@ struct Avx512Simd {
       _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
     } else {
       _mm512_storeu_si512(p, both);
+    }
+  }
+  FASTLM_FN void transpose(const float* p, int64_t stride, float* to, int64_t step) {
+    F a[kLanes], b[kLanes];
+    for (int i = 0; i < kLanes; ++i) a[i] = load(p + i * stride);
+    for (int i = 0; i < kLanes; i += 2) {
+      b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < kLanes; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        a[i + 2 * j] = _mm512_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+        a[i + 2 * j + 1] = _mm512_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
+      }
+    }
+    // a[4g + c] holds, in its quarter q, column 4q + c of rows 4g to 4g + 3.
+    for (int c = 0; c < 4; ++c) {
+      const F even01 = _mm512_shuffle_f32x4(a[c], a[c + 4], 0x88);
+      const F odd01 = _mm512_shuffle_f32x4(a[c], a[c + 4], 0xdd);
+      const F even23 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0x88);
+      const F odd23 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0xdd);
+      store(to + c * step, _mm512_shuffle_f32x4(even01, even23, 0x88));
+      store(to + (c + 8) * step, _mm512_shuffle_f32x4(even01, even23, 0xdd));
+      store(to + (c + 4) * step, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
+      store(to + (c + 12) * step, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
     }
   }
   FASTLM_FN void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

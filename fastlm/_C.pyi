@@ -19,6 +19,32 @@ def gather_batch(
 def first_out_of_range(tokens: np.ndarray, vocab_size: int) -> int: ...
 
 # Floats are arrays of float32, or int16 that hold the bits of `kind` "bfloat16" or "float16".
+def causal_attention(
+    q: np.ndarray,  # (B, H, Tq, d), any strides with adjacent elements in the last dimension
+    k: np.ndarray,  # (B, H_kv, Tk, d), so, too, as all that follow
+    v: np.ndarray,  # (B, H_kv, Tk, d)
+    kind: str,
+    scale: float,
+    cos: npt.NDArray[np.float32] | None,  # (Tk, d / 2), contiguous: rotary positions
+    sin: npt.NDArray[np.float32] | None,  # (Tk, d / 2)
+    out: np.ndarray,  # (B, H, Tq, d), written
+    stats: npt.NDArray[np.float32],  # (B, H, Tq, 2), contiguous, written: what backward wants
+) -> None: ...
+def causal_attention_backward(
+    grad_out: np.ndarray,  # (B, H, Tq, d)
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    kind: str,
+    scale: float,
+    cos: npt.NDArray[np.float32] | None,
+    sin: npt.NDArray[np.float32] | None,
+    out: np.ndarray,
+    stats: npt.NDArray[np.float32],
+    dq: np.ndarray,  # (B, H, Tq, d), written
+    dk: np.ndarray,  # (B, H_kv, Tk, d), written
+    dv: np.ndarray,  # (B, H_kv, Tk, d), written
+) -> None: ...
 def check_labels(
     targets: npt.NDArray[np.int64], vocab_size: int, ignore_index: int
 ) -> tuple[int, int]: ...  # (first row out of range or -1, labels that are not ignore_index)

@@ -105,9 +105,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         features = extension().cpu_features()
-        if features["avx512_bf16"] and _cpu_info("vendor_id") != "GenuineIntel":
-            return True
-        return features["amx_bf16"] or features["arm_bf16"]
+        return features["fast_bf16"] or features["amx_bf16"] or features["arm_bf16"]
     return False
 
 

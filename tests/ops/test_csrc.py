@@ -123,10 +123,10 @@ def test_force_isa(restored_isa):
     module = extension()
     features = module.cpu_features()
     best = "avx512" if features["avx512"] else "avx2" if features["avx2"] else "portable"
+    best = "amx" if features["amx_bf16"] else "avx512_bf16" if features["fast_bf16"] else best
     assert module.isa() == best
-    order = ["portable", "avx2", "avx512"]
-    for name in order:
-        if order.index(name) <= order.index(best):
+    for name in ["portable", "avx2", "avx512", "avx512_bf16", "amx"]:
+        if name == "portable" or features["amx_bf16" if name == "amx" else name]:
             module.force_isa(name)
             assert module.isa() == name
         else:
@@ -142,7 +142,7 @@ def test_force_isa(restored_isa):
 def test_force_unknown_isa(restored_isa, name):
     module = extension()
     module.force_isa("portable")
-    with pytest.raises(ValueError, match=re.escape(f"'{name}': portable, avx2 or avx512")):
+    with pytest.raises(ValueError, match=re.escape(f"'{name}': portable, avx2, avx512, avx512_bf16 or amx")):
         module.force_isa(name)
     assert module.isa() == "portable"
 
