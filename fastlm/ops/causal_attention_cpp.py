@@ -64,18 +64,18 @@ def _tables(rope: Rope | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _forward(q, k, v, scale, cos, sin) -> tuple[Tensor, Tensor]:
-    out, lse = _empty(q)
+    out, stats = _empty(q)
     if q.numel():
         extension().causal_attention(
             *_arrays(q, k, v), *_options(q, scale, cos, sin), _numpy(out.transpose(1, 2)),
-            _numpy(lse),
+            _numpy(stats),
         )  # fmt: skip
-    return out, lse
+    return out, stats
 
 
 def _empty(q) -> tuple[Tensor, Tensor]:
-    """(out, lse), not filled."""
-    return _dense(q), fp32(q.shape[:-1], q.device)
+    """(out, stats), not filled. stats: what backward wants of each row, (B, H, Tq, 2)."""
+    return _dense(q), fp32((*q.shape[:-1], 2), q.device)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _dense(x: Tensor) -> Tensor:
     return x.new_empty((B, T, H, d))
 
 
-def _backward(grad_out, q, k, v, out, lse, scale, cos, sin, gradients) -> None:
+def _backward(grad_out, q, k, v, out, stats, scale, cos, sin, gradients) -> None:
     """grad_out, out: (B, T, H, d). Writes the gradients: three of (B, H or H_kv, T, d)."""
     if not q.numel():
         for gradient in gradients:
@@ -92,7 +92,7 @@ def _backward(grad_out, q, k, v, out, lse, scale, cos, sin, gradients) -> None:
         return
     extension().causal_attention_backward(
         *_arrays(grad_out.transpose(1, 2), q, k, v), *_options(q, scale, cos, sin),
-        _numpy(out.transpose(1, 2)), _numpy(lse), *map(_numpy, gradients),
+        _numpy(out.transpose(1, 2)), _numpy(stats), *map(_numpy, gradients),
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _options(q, scale, cos, sin) -> tuple:
 
 _OPTIONS = "float? scale, Tensor? cos, Tensor? sin"
 _HEADS = "SymInt num_heads, SymInt num_kv_heads"
-_RESULTS = "Tensor out, Tensor lse"
+_RESULTS = "Tensor out, Tensor stats"
 _LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 
 
@@ -152,8 +152,8 @@ def _gradients(grad_out, q, k, v, *rest):
 
 
 def _packed(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    out, lse = results
-    return out.flatten(-2), lse
+    out, stats = results
+    return out.flatten(-2), stats
 
 
 @_op(
@@ -193,8 +193,8 @@ def _differentiate(ctx, grad_out, _):
     refuse_other_backwards("causal_attention", grad_out, twice=_TWICE)
     if grad_out is None:
         return (None,) * 6
-    q, k, v, out, lse, cos, sin = ctx.saved_tensors
-    gradients = _gradients(grad_out, q, k, v, out, lse, ctx.scale, cos, sin)
+    q, k, v, out, stats, cos, sin = ctx.saved_tensors
+    gradients = _gradients(grad_out, q, k, v, out, stats, ctx.scale, cos, sin)
     return *(gradient.transpose(1, 2) for gradient in gradients), None, None, None
 
 
@@ -202,8 +202,8 @@ def _differentiate_packed(ctx, grad_out, _):
     refuse_other_backwards("causal_attention", grad_out, twice=_TWICE)
     if grad_out is None:
         return (None,) * 6
-    qkv, out, lse, cos, sin = ctx.saved_tensors
-    gradient = _packed_gradient(grad_out, qkv, *ctx.heads, out, lse, ctx.scale, cos, sin)
+    qkv, out, stats, cos, sin = ctx.saved_tensors
+    gradient = _packed_gradient(grad_out, qkv, *ctx.heads, out, stats, ctx.scale, cos, sin)
     return gradient, None, None, None, None, None
 
 

@@ -298,7 +298,7 @@ def test_threads_do_not_change_any_bit(dtype, shape, T, d):
 
 
 PEAK = """
-import re, torch
+import re, sys, torch
 from fastlm import causal_attention
 
 torch.set_num_threads(1)
@@ -315,16 +315,19 @@ def extra(T):
     return status("VmHWM") - before
 
 extra(64)  # what libraries allocate once
-print(extra(4096))
+print(extra(4096), "torch._dynamo" in sys.modules)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_no_memory_of_the_square():
+def test_no_memory_of_the_square_and_no_compiler():
     run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     # Results and gradients are 7 x 0.25 MiB, all scores at once would be 64 MiB.
-    assert int(run.stdout) < 8 * 2**20
+    extra, compiler = run.stdout.split()
+    assert int(extra) < 8 * 2**20
+    # By torch.library.custom_op it would be loaded: seconds at the start of every generation.
+    assert compiler == "False"
 
 
 def test_which_implementation_is_active():
