@@ -27,6 +27,7 @@ from fastlm.errors import (
 from fastlm.evaluate import evaluate_model_loss, validate
 from fastlm.hardware import keep_freed_memory, select_device
 from fastlm.model import TransformerLM, count_parameters
+from fastlm.ops.causal_attention import causal_attention
 from fastlm.ops.cross_entropy import check_labels, cross_entropy_loss
 from fastlm.ops.dispatch import active_implementation
 from fastlm.ops.gather_batch import gather_batch, get_batch
@@ -66,6 +67,7 @@ __all__ = [
     "TransformerLM",
     "UserError",
     "active_implementation",
+    "causal_attention",
     "check_labels",
     "clip_gradients",
     "cosine_lr_schedule",

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlm.kernels.collect import is_dtensor
+from fastlm.ops.causal_attention import apply_rope, causal_attention, causal_attention_packed
+from fastlm.ops.causal_attention_cpp import split_heads
+from fastlm.ops.dispatch import compute_dtype
 
 
 class RMSNorm(nn.Module):
@@ -38,13 +41,6 @@ def rope_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, 
     return angles.cos().float(), angles.sin().float()
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[2i], x[2i+1]); x: (..., T, d), cos and sin: (T, d/2)."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
-
-
 class KVCache:
     """Keys and values of the positions seen so far, in generation: (B, H, max_seq_len, d) each."""
 
@@ -66,7 +62,10 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention with rotary positions."""
+    """Causal multi-head self-attention with rotary positions.
+
+    By causal_attention; with dropout of the attention weights, in training, by PyTorch's SDPA.
+    """
 
     def __init__(self, d_model: int, num_heads: int, dropout: float):
         super().__init__()
@@ -79,31 +78,21 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, D)
-        cos: Tensor,  # (T, d/2)
-        sin: Tensor,  # (T, d/2)
+        cos: Tensor,  # (T, d/2) fp32, or one for each sequence: (B, 1, T, d/2)
+        sin: Tensor,  # as cos
         cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:  # (B, T, D)
-        def heads(y: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, d)
-            return y.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
-
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        H, dropout_p = self.num_heads, self.dropout if self.training else 0.0
+        qkv = _linear_of_all(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, 3 D)
+        if cache is None and cos.dim() == 2:
+            y = causal_attention_packed(qkv, H, rope=(cos, sin), dropout_p=dropout_p)
+            return self.output_proj(y)
+        q, k, v = split_heads(qkv, H, H)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        mask = None
         if cache is not None:
             k, v = cache(k, v)
-            if 1 < q.shape[-2] < k.shape[-2]:  # several positions behind the cached ones
-                mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
-                mask = mask.tril(k.shape[-2] - q.shape[-2])
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            # With a cache: the whole prompt; one position sees all before it and needs no mask.
-            is_causal=q.shape[-2] == k.shape[-2],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.output_proj(y.transpose(-2, -3).flatten(-2))
+        y = causal_attention(q, k, v, dropout_p=dropout_p)
+        return self.output_proj(y.transpose(-3, -2).flatten(-2))
 
 
 class SwiGLU(nn.Module):
@@ -116,7 +105,8 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(d_model, d_ff, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, y = _linear_of_all(x, self.w1, self.w3).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * y)
 
 
 class Block(nn.Module):
@@ -243,7 +233,8 @@ class TransformerLM(nn.Module):
         end = begin + tokens.shape[-1]
         if end > self.max_seq_len:
             raise ValueError(f"{end} positions: this model was built for {self.max_seq_len}")
-        cos, sin = self.rope_cos[begin:end], self.rope_sin[begin:end]
+        # In fp32 also in a model of another dtype.
+        cos, sin = self.rope_cos[begin:end].float(), self.rope_sin[begin:end].float()
         x = self.drop(self.token_embeddings(tokens))
         for index, layer in enumerate(self.layers):
             if cache is not None:
@@ -255,6 +246,15 @@ class TransformerLM(nn.Module):
         if cache is not None:
             cache.length = end
         return self.ln_final(x)
+
+
+def _linear_of_all(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """torch.cat([layer(x) for layer in layers], dim=-1) by one matmul, which reads x once.
+
+    The weights are joined at each call. Compiled under autocast that is the cast itself.
+    """
+    dtype = compute_dtype(x)
+    return F.linear(x, torch.cat([layer.weight.to(dtype) for layer in layers]))
 
 
 @torch.no_grad()

@@ -146,25 +146,33 @@ def bad_label(position: str, value: int, V: int, ignore_index: int) -> ValueErro
     )
 
 
-def refuse_transforms(name: str, *inputs: Tensor | None) -> None:
-    """RuntimeError under torch.func's transforms, and for tangents of forward-mode AD."""
+def is_transformed(*inputs: Tensor | None) -> bool:
+    """Under torch.func's transforms, or with tangents of forward-mode AD?"""
     tangents = forward_ad._current_level >= 0 and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
     )
-    if tangents or torch._C._functorch.peek_interpreter_stack() is not None:
+    return tangents or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def refuse_transforms(name: str, *inputs: Tensor | None) -> None:
+    """RuntimeError where is_transformed."""
+    if is_transformed(*inputs):
         raise RuntimeError(
             f"{name} has a reverse-mode derivative only, and no batching rule: use impl='torch' "
             f"under torch.func.grad, vmap, jvp and forward-mode AD"
         )
 
 
-def refuse_other_backwards(name: str, *gradients: Tensor | None) -> None:
-    """RuntimeError if backward is to be differentiated itself, or runs for a batch of gradients."""
+def refuse_other_backwards(
+    name: str, *gradients: Tensor | None, twice: str = "impl='torch'"
+) -> None:
+    """RuntimeError if backward is to be differentiated itself (`twice`: what can be), or runs for a
+    batch of gradients."""
     if torch.compiler.is_compiling():
         return
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{name} has no second derivative (create_graph=True): use impl='torch' for one"
+            f"{name} has no second derivative (create_graph=True): use {twice} for one"
         )
     if any(g is not None and "Batched" in str(torch._C._dispatch_keys(g)) for g in gradients):
         raise RuntimeError(

@@ -27,12 +27,16 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "torch": "fastlm.ops.optimizer_torch",
     },
     "gather_batch": {"cpp": "fastlm.ops.gather_batch"},
+    "causal_attention": {
+        "cpp": "fastlm.ops.causal_attention_cpp",
+        "torch": "fastlm.ops.causal_attention",
+    },
 }
 _DEVICE_TYPES = {"triton": "cuda", "cpp": "cpu", "torch": "*"}  # "*": every device
 # C++ reads batches from host memory; then they are copied to the device.
 _READS_HOST_MEMORY = ("gather_batch",)
 # Their kernels take no float64: for it "auto" means "torch".
-_NO_FLOAT64 = ("cross_entropy", "linear_cross_entropy")
+_NO_FLOAT64 = ("cross_entropy", "linear_cross_entropy", "causal_attention")
 # Their Triton kernels also run on CPU tensors under Triton's interpreter, if asked for by name.
 _INTERPRETED = ("adamw", "clip_grad_norm")
 
@@ -68,9 +72,21 @@ def active_implementation(
 ) -> str:
     """The name of the implementation that `impl="auto"` runs for `op` on `device`.
 
-    dtype: of the logits, for the linear loss of its products (hidden's, or autocast's).
+    dtype: of the logits, for the linear loss and attention of the products (compute_dtype).
     gather_batch runs "cpp" for every device: C++ reads host memory, and the batch is copied.
     """
     if op not in IMPLEMENTATIONS:
         raise ValueError(f"op={op!r} is unknown; ops: {', '.join(IMPLEMENTATIONS)}")
     return resolve_implementation(op, "auto", device, dtype)
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of products with x: autocast's where that is on, else x's own."""
+    if x.dtype == torch.float64 or not autocasts(x.device):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Is autocast on? A plan can be asked for on "meta", which has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

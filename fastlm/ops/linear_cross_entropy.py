@@ -7,11 +7,8 @@ weight and bias are computed with the loss, while the chunk is there, and kept f
 Shapes: N = any leading dimensions, D model width, V vocabulary.
 """
 
-import sys
-
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastlm.kernels.collect import is_dtensor
 from fastlm.kernels.cross_entropy_op import (
@@ -31,7 +28,8 @@ from fastlm.ops.cross_entropy import (
     row_kernels,
     times,
 )
-from fastlm.ops.dispatch import resolve_implementation
+from fastlm.ops.dispatch import compute_dtype, resolve_implementation
+from fastlm.ops.flops import count_flops
 from fastlm.ops.head import Head, LinearCrossEntropyPlan, head_gradients, head_losses
 
 
@@ -71,14 +69,14 @@ def linear_cross_entropy_loss(
     checked = LossOptions.of(linear_cross_entropy_loss, options)
     weight, bias = _whole(weight), _whole(bias)
     _check(hidden, weight, bias, targets)
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     if resolve_implementation("linear_cross_entropy", impl, hidden.device, dtype) == "torch":
         b = None if bias is None else bias.to(dtype)
         logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), b)
         return cross_entropy_loss(logits, targets, impl="torch", **options)
     if not torch.compiler.is_compiling():
         refuse_transforms("linear_cross_entropy_loss", hidden, weight, bias)
-        _register_flops()
+        count_flops(_FLOPS)
     wanted = [
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
         for tensor in (hidden, weight, bias)
@@ -110,7 +108,7 @@ def linear_cross_entropy_plan(
     Raises ValueError, naming the least that works, for a budget that is too small.
     """
     N = hidden.shape[:-1].numel()
-    return Head(weight, bias, _compute_dtype(hidden)).plan(N, memory_budget)
+    return Head(weight, bias, compute_dtype(hidden)).plan(N, memory_budget)
 
 
 def linear_cross_entropy_loss_reference(
@@ -126,15 +124,6 @@ def linear_cross_entropy_loss_reference(
     if bias is not None:
         logits = logits + bias
     return cross_entropy_loss_reference(logits, targets, **options)
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    device_type = hidden.device.type
-    # A plan can be asked for on "meta", which has no autocast.
-    if device_type == "meta" or hidden.dtype == torch.float64:
-        return hidden.dtype
-    autocast = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
 
 
 def _whole(parameter: Tensor | None) -> Tensor | None:
@@ -312,14 +301,7 @@ def _loss_flops(hidden, weight, *rest, out_val, **kwargs) -> int:
     return (1 + made) * 2 * hidden.numel() * weight.shape[0]
 
 
-def _register_flops() -> None:
-    """Registers the formula if FlopCounterMode is loaded. At import it would load Triton."""
-    module = sys.modules.get("torch.utils.flop_counter")
-    loss = torch.ops.fastlm.linear_cross_entropy_loss
-    if module is None or loss in module.flop_registry:
-        return
-    ops = [loss, torch.ops.fastlm.linear_cross_entropy_gradient]
-    module.register_flop_formula(ops, get_raw=True)(_loss_flops)
-    for mode in _get_current_dispatch_mode_stack():  # its registry is an earlier copy
-        if isinstance(mode, module._FlopCounterMode):
-            mode.counter.flop_registry.update({op: module.flop_registry[op] for op in ops})
+_FLOPS = {
+    torch.ops.fastlm.linear_cross_entropy_loss: _loss_flops,
+    torch.ops.fastlm.linear_cross_entropy_gradient: _loss_flops,
+}

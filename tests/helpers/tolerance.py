@@ -13,6 +13,7 @@ def assert_as_accurate(
     *,
     magnitude: Tensor | None = None,  # what an element's error is scaled by; default |truth|
     slack: float = 0.0,  # more units that are allowed
+    rms_slack: float | None = None,  # of the RMS; default slack
     what: str = "result",
 ) -> None:
     """Max and RMS error of `actual` <= 1.05 x that of `torchs` + 1, in units in the last place.
@@ -40,8 +41,12 @@ def assert_as_accurate(
         errors.append(error)
     if not errors[0].numel():
         return
-    for name, norm in (("largest", torch.max), ("RMS", _root_mean_square)):
-        ours, allowed = norm(errors[0]), 1.05 * norm(errors[1]) + 1 + slack
+    rms_slack = slack if rms_slack is None else rms_slack
+    for name, norm, more in (
+        ("largest", torch.max, slack),
+        ("RMS", _root_mean_square, rms_slack),
+    ):
+        ours, allowed = norm(errors[0]), 1.05 * norm(errors[1]) + 1 + more
         assert ours <= allowed, (
             f"{what}: {name} error is {ours:.4g} ULP; PyTorch's own allows {allowed:.4g}"
         )

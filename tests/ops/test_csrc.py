@@ -142,7 +142,9 @@ def test_force_isa(restored_isa):
 def test_force_unknown_isa(restored_isa, name):
     module = extension()
     module.force_isa("portable")
-    with pytest.raises(ValueError, match=re.escape(f"'{name}': portable, avx2, avx512, avx512_bf16 or amx")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"'{name}': portable, avx2, avx512, avx512_bf16 or amx")
+    ):
         module.force_isa(name)
     assert module.isa() == "portable"
 

@@ -30,6 +30,7 @@ PUBLIC_NAME = {  # of each op
     "adamw": "AdamW",
     "clip_grad_norm": "clip_gradients",
     "gather_batch": "get_batch",
+    "causal_attention": "causal_attention",
 }
 
 

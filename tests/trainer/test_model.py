@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import same
 
@@ -279,12 +278,14 @@ def test_the_flop_formula_equals_what_torch_counts(tied):
     B = 2
     model = make_model(tie_embeddings=tied)
     counter = FlopCounterMode(display=False)
-    # With the explicit softmax, attention is batched matmuls, apart from the weights' own.
-    with counter, sdpa_kernel(SDPBackend.MATH):
+    with counter:
         model(random_tokens(B, T)).sum().backward()
     by_op = counter.get_flop_counts()["Global"]
     weights = by_op.pop(torch.ops.aten.mm)
-    attention = by_op.pop(torch.ops.aten.bmm)
+    forward = by_op.pop(torch.ops.fastlm.causal_attention_packed)
+    backward = by_op.pop(torch.ops.fastlm.causal_attention_packed_gradient)
     assert not by_op
-    # The formula takes half of attention's square, which is what the causal mask leaves.
-    assert training_flops_per_token(model, T) * B * T == weights + attention / 2
+    # Forward two matmuls, backward four, and the scores once more, which the formula leaves out. It
+    # takes half of attention's square, which is what the causal mask leaves.
+    assert 2 * backward == 5 * forward
+    assert training_flops_per_token(model, T) * B * T == weights + 3 * forward / 2

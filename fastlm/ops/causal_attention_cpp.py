@@ -1,0 +1,231 @@
+"""The CPU's attention, csrc/attention.cpp, as ops of torch's dispatcher.
+
+One op takes q, k and v; the other the output of one projection to all of them, and gives one
+gradient. No result depends on the number of threads. Reverse-mode derivatives only.
+
+Shapes: B batch, H query heads, H_kv key heads, Tq queries, Tk keys, T both, d head width. What the
+ops return is dense and laid out as (B, T, H, d), which (B, T, H * d) is a view of.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm.extension import extension
+from fastlm.kernels.cross_entropy_op import fp32, refuse_other_backwards, refuse_transforms
+from fastlm.ops.cross_entropy_cpp import KIND, _numpy
+from fastlm.ops.flops import count_flops
+
+MAX_HEAD_DIM = 256
+Rope = tuple[Tensor, Tensor]  # (cos, sin), (T, d/2) fp32 each
+# Of what there is a second derivative: torch's own fused kernels have none either.
+_TWICE = "impl='torch' inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+
+
+def attention(
+    q: Tensor,  # (B, H, Tq, d), of a dtype in KIND
+    k: Tensor,  # (B, H_kv, Tk, d)
+    v: Tensor,  # (B, H_kv, Tk, d)
+    scale: float | None,
+    rope: Rope | None,
+) -> Tensor:  # (B, Tq, H, d)
+    _before_the_op(q, k, v)
+    return _attention(q, k, v, scale, *_tables(rope))[0]
+
+
+def attention_packed(
+    qkv: Tensor,  # (B, T, (H + 2 H_kv) * d)
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float | None,
+    rope: Rope | None,
+) -> Tensor:  # (B, T, H * d)
+    _before_the_op(qkv)
+    return _attention_packed(qkv, num_heads, num_kv_heads, scale, *_tables(rope))[0]
+
+
+def split_heads(qkv: Tensor, H: int, H_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of (..., T, (H + 2 H_kv) * d): q (..., H, T, d), k and v (..., H_kv, T, d)."""
+    heads = qkv.unflatten(-1, (H + 2 * H_kv, -1)).transpose(-3, -2)
+    q, k, v = heads.split((H, H_kv, H_kv), dim=-3)
+    return q, k, v
+
+
+def _before_the_op(*inputs: Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        refuse_transforms("causal_attention", *inputs)
+        count_flops(_FLOPS)
+
+
+def _tables(rope: Rope | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
+
+
+# --- What both ops do: (B, H, T, d) in, (B, T, H, d) out. ---
+
+
+def _forward(q, k, v, scale, cos, sin) -> tuple[Tensor, Tensor]:
+    out, stats = _empty(q)
+    if q.numel():
+        extension().causal_attention(
+            *_arrays(q, k, v), *_options(q, scale, cos, sin), _numpy(out.transpose(1, 2)),
+            _numpy(stats),
+        )  # fmt: skip
+    return out, stats
+
+
+def _empty(q) -> tuple[Tensor, Tensor]:
+    """(out, stats), not filled. stats: what backward wants of each row, (B, H, Tq, 2)."""
+    return _dense(q), fp32((*q.shape[:-1], 2), q.device)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Memory for (B, H, T, d), as (B, T, H, d)."""
+    B, H, T, d = x.shape
+    return x.new_empty((B, T, H, d))
+
+
+def _backward(grad_out, q, k, v, out, stats, scale, cos, sin, gradients) -> None:
+    """grad_out, out: (B, T, H, d). Writes the gradients: three of (B, H or H_kv, T, d)."""
+    if not q.numel():
+        for gradient in gradients:
+            gradient.zero_()
+        return
+    extension().causal_attention_backward(
+        *_arrays(grad_out.transpose(1, 2), q, k, v), *_options(q, scale, cos, sin),
+        _numpy(out.transpose(1, 2)), _numpy(stats), *map(_numpy, gradients),
+    )  # fmt: skip
+
+
+def _arrays(*tensors: Tensor):
+    """Each with the elements of a head adjacent."""
+    for x in tensors:
+        adjacent = x.stride(-1) == 1
+        yield _numpy(x if adjacent else x.clone(memory_format=torch.contiguous_format))
+
+
+def _options(q, scale, cos, sin) -> tuple:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tables = (None if table is None else _numpy(table) for table in (cos, sin))
+    return KIND[q.dtype], scale, *tables
+
+
+# --- The ops ---
+
+_OPTIONS = "float? scale, Tensor? cos, Tensor? sin"
+_HEADS = "SymInt num_heads, SymInt num_kv_heads"
+_RESULTS = "Tensor out, Tensor stats"
+_LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
+
+
+def _op(name: str, schema: str, fake):
+    """Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds that
+    generating a line of text has no other need for, and each call takes longer."""
+
+    def register(function):
+        _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(name, function, "CPU")
+        torch.library.register_fake(f"fastlm::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.fastlm, name).default
+
+    return register
+
+
+@_op(
+    "causal_attention",
+    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> ({_RESULTS})",
+    lambda q, *_: _empty(q),
+)
+def _attention(q, k, v, *options):
+    return _forward(q, k, v, *options)
+
+
+@_op(
+    "causal_attention_gradients",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_RESULTS}, {_OPTIONS}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    lambda grad_out, q, k, v, *_: (_dense(q), _dense(k), _dense(v)),
+)
+def _gradients(grad_out, q, k, v, *rest):
+    gradients = _dense(q), _dense(k), _dense(v)
+    _backward(grad_out, q, k, v, *rest, [gradient.transpose(1, 2) for gradient in gradients])
+    return gradients
+
+
+def _packed(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    out, stats = results
+    return out.flatten(-2), stats
+
+
+@_op(
+    "causal_attention_packed",
+    f"(Tensor qkv, {_HEADS}, {_OPTIONS}) -> ({_RESULTS})",
+    lambda qkv, H, H_kv, *_: _packed(_empty(split_heads(qkv, H, H_kv)[0])),
+)
+def _attention_packed(qkv, H, H_kv, *options):
+    return _packed(_forward(*split_heads(qkv, H, H_kv), *options))
+
+
+@_op(
+    "causal_attention_packed_gradient",
+    f"(Tensor grad_out, Tensor qkv, {_HEADS}, {_RESULTS}, {_OPTIONS}) -> Tensor",
+    lambda grad_out, qkv, *_: qkv.new_empty(qkv.shape),
+)
+def _packed_gradient(grad_out, qkv, H, H_kv, out, *rest):
+    gradient = qkv.new_empty(qkv.shape)
+    grad_out, out = (x.unflatten(-1, (H, -1)) for x in (grad_out, out))
+    inputs, gradients = split_heads(qkv, H, H_kv), split_heads(gradient, H, H_kv)
+    _backward(grad_out, *inputs, out, *rest, gradients)
+    return gradient
+
+
+# --- Autograd ---
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, cos, sin = inputs
+    ctx.heads = [x for x in tensors if not isinstance(x, Tensor)]  # of the packed form
+    ctx.save_for_backward(*tensors[: len(tensors) - len(ctx.heads)], *output, cos, sin)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, _):
+    refuse_other_backwards("causal_attention", grad_out, twice=_TWICE)
+    if grad_out is None:
+        return (None,) * 6
+    q, k, v, out, stats, cos, sin = ctx.saved_tensors
+    gradients = _gradients(grad_out, q, k, v, out, stats, ctx.scale, cos, sin)
+    return *(gradient.transpose(1, 2) for gradient in gradients), None, None, None
+
+
+def _differentiate_packed(ctx, grad_out, _):
+    refuse_other_backwards("causal_attention", grad_out, twice=_TWICE)
+    if grad_out is None:
+        return (None,) * 6
+    qkv, out, stats, cos, sin = ctx.saved_tensors
+    gradient = _packed_gradient(grad_out, qkv, *ctx.heads, out, stats, ctx.scale, cos, sin)
+    return gradient, None, None, None, None, None
+
+
+for op, backward in ((_attention, _differentiate), (_attention_packed, _differentiate_packed)):
+    torch.library.register_autograd(op, backward, setup_context=_save, lib=_LIBRARY)
+
+
+# --- FlopCounterMode: the whole square, and the scores again in backward, as torch counts SDPA ---
+
+
+def _square(q: Tensor, k: Tensor) -> int:
+    """FLOPs of one matmul: 2 * B * H * Tq * Tk * d."""
+    return 2 * q.numel() * k.shape[-2]
+
+
+_FLOPS = {
+    torch.ops.fastlm.causal_attention: lambda q, k, *_, **__: 2 * _square(q, k),
+    torch.ops.fastlm.causal_attention_gradients: lambda _, q, k, *__, **___: 5 * _square(q, k),
+    torch.ops.fastlm.causal_attention_packed: lambda qkv, H, H_kv, *_, **__: (
+        2 * _square(*split_heads(qkv, H, H_kv)[:2])
+    ),
+    torch.ops.fastlm.causal_attention_packed_gradient: lambda _, qkv, H, H_kv, *__, **___: (
+        5 * _square(*split_heads(qkv, H, H_kv)[:2])
+    ),
+}
