@@ -190,8 +190,10 @@ def split_table(measured: list[tuple[Run, dict[str, Any], Key]]) -> list[str]:
     for comparison, (_, case, allocator) in sorted(split, key=lambda found: found[1]):
         parts = comparison["split_ms"]
         mfu = next(row["ratio_to_ours"] for row in comparison["rows"] if row["name"] == MATMUL)
-        numbers = (f"{parts[kind]:.3g}" for kind in kinds)
-        total = f"{sum(parts.values()):.4g}"
+        numbers = (
+            f"{parts[kind]:.0f}" if parts[kind] >= 100 else f"{parts[kind]:.2g}" for kind in kinds
+        )
+        total = f"{sum(parts.values()):,.1f}"
         lines.append(row_of((case, ALLOCATORS[allocator], total, f"{mfu:.0%}", *numbers)))
     return lines
 

@@ -9,12 +9,12 @@ import torch
 
 # The first that an event's name matches; what is in none of them, an ancestor decides.
 KINDS = {
-    "optimizer": r"Optimizer\.",
-    "data": r"^data$",
     "matmul": r"^aten::(mm|addmm|bmm|baddbmm|matmul|linear|_scaled_mm)$|^mkldnn::_linear|_matmul",
     "attention": r"_scaled_dot_product_|causal_attention",
-    "loss": r"fastlm.*cross_entropy|^aten::(nll_loss|_?log_softmax|cross_entropy)",
     "pointwise": r"Call CompiledFxGraph",
+    "loss": r"fastlm.*cross_entropy|^aten::(nll_loss|_?log_softmax|cross_entropy)",
+    "optimizer": r"Optimizer\.",
+    "data": r"^data$",
 }
 OTHER = "other"
 OUTERMOST = ("optimizer", "data")  # all that is inside belongs to them: Muon's matmuls, too

@@ -92,11 +92,11 @@ def test_machines_are_apart(tmp_path, run):
 
 def test_a_steps_time_is_split_by_kind_of_work(tmp_path, run):
     step = run["comparisons"][0]
-    step |= {"op": "train_step", "split_ms": {"matmul": 6.0, "other": 1.25}}
+    step |= {"op": "train_step", "split_ms": {"matmul": 126.0, "other": 1.21}}
     step["rows"].append({**step["rows"][0], "name": "matmul", "ratio_to_ours": 0.856})
     text = page(tmp_path, run)
     assert "| case | memory | ms | MFU | matmul | other |" in text
-    assert "| a step | as is | 7.25 | 86% | 6 | 1.25 |" in text
+    assert "| a step | as is | 127.2 | 86% | 126 | 1.2 |" in text
 
 
 def test_a_race_is_shown_and_no_run_of_benches(tmp_path):
