@@ -1,8 +1,8 @@
 """A whole training step: batch, forward, backward, clipping, update.
 
 Models: that of the notebook's worked example (6 layers, D 512, V 10000, 16 x 256 tokens), that of
-the default run, the preset "demo" (4 layers, D 256, V 4096, 8 x 256 tokens), and GPT-2's size
-(4 x 1024 tokens; on a CPU with --slow only: half a minute a round). The notebook's loop and the
+the default run, the preset "demo" (4 layers, D 256, V 4096, 8 x 256 tokens), and GPT-2's size (on
+a CPU 4 x 1024 tokens, and with --slow only: half a minute a round). The notebook's loop and the
 composition (peer_model.py) train the same model as ours; nanoGPT trains its own, of the same
 layers, width and heads.
 """
@@ -40,7 +40,7 @@ def bench_train_step(benchmark, device, allocator, request, preset, vocab_size):
         pytest.skip("half a minute a round on a CPU: --slow")
     torch.compiler.reset()
     settings = {**PRESETS[preset], "vocab_size": vocab_size, "grad_accum": 1}
-    if preset == "gpt2-124m":
+    if is_slow:
         settings["batch_size"] = 4
     cfg = TrainingConfig(**settings, device=device.type, compile=True)
     tokens = np.random.default_rng(0).integers(0, vocab_size, 1_000_000, dtype=np.uint16)

@@ -1,5 +1,7 @@
 """pytest bench --benchmark-only [--allocator as-is|kept] [--results PREFIX] [--slow] [-k cpu]
 
+NANOGPT=DIR names a checkout of nanoGPT, a peer of the training step.
+
 `make bench` runs both allocator states, each in a process of its own: mallopt cannot be undone.
 """
 

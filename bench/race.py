@@ -2,11 +2,11 @@
 
     python bench/race.py --minutes 4 --nanogpt DIR [--data DIR] [--out PREFIX] [-- TRAINER OPTIONS]
 
-Writes PREFIX.json and PREFIX.png (default bench/results/race-DATE). One after the other, on a quiet
-machine: `python -m fastlm.train --compile --preset demo`, then nanoGPT's model in its loop, with
-autocast where that is faster and the fused AdamW. Same token files, layers, heads, width, context
-and allocator. The clock runs in training steps only: compilation comes before it, evaluations
-stop it, for both. Both are evaluated on the same windows, at the end on every held-out token.
+Writes PREFIX.json and PREFIX.png (default bench/results/race-DATE). On the CPU of a quiet machine,
+one after the other: `python -m fastlm.train --compile --preset demo`, then nanoGPT's model in its
+loop, with autocast where that is faster and the fused AdamW. Same token files, layers, heads,
+width, context and allocator. The clock runs in training steps only: compilation comes before it,
+evaluations stop it. Both are evaluated on the same windows, at the end on every held-out token.
 
 Several --minutes: a run of each length, for a learning rate falls until a run's end.
 """
@@ -22,10 +22,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import nanogpt_peer
 import numpy as np
 import peers
 import torch
+from nanogpt_peer import ABSENT, nanogpt_folder, nanogpt_model, nanogpt_step
 
 from fastlm import TrainingConfig, keep_freed_memory
 from fastlm.corpus import default_corpus
@@ -35,7 +35,6 @@ from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all, mean_loss,
 from fastlm.hardware import autocast, back_heap_with_huge_pages, device_name, select_dtype
 from fastlm.presets import PRESETS
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 EVAL_BATCHES = 20
 
@@ -83,8 +82,8 @@ def run_nanogpt(minutes: float, data: Data, folder: Path, lr: float, batch_size:
     torch.manual_seed(0)
     torch.compiler.reset()
     dtype = select_dtype("auto", CPU)
-    model = nanogpt_peer.nanogpt_model(folder, cfg)
-    step = nanogpt_peer.nanogpt_step(model, dtype, betas=(0.9, 0.99))
+    model = nanogpt_model(folder, cfg)
+    step = nanogpt_step(model, dtype, betas=(0.9, 0.99))
     tokens = np.concatenate(data.train.segments)
 
     def train(rate: float) -> None:
@@ -101,15 +100,13 @@ def run_nanogpt(minutes: float, data: Data, folder: Path, lr: float, batch_size:
     compile_seconds = time.perf_counter() - begin
     train(0.0)
     back_heap_with_huge_pages()
-    durations = [timed(train, 0.0) for _ in range(10)]
+    a_step = np.quantile([timed(train, 0.0) for _ in range(10)], 0.25)
+    steps = round(60 * minutes / float(a_step))
     step.optimizer.state.clear()
-    steps = round(60 * minutes / float(np.quantile(durations, 0.25)))
 
     seconds, curve = 0.0, []
     for number in range(steps):
         seconds += timed(train, nanogpt_rate(number, steps, lr))
-        if number % 20 == 0:
-            print(f"[nanoGPT] step {number}/{steps}, {seconds:.1f} s", flush=True)
         if number % 100 == 0 and number > 0:
             batches = spread_batches(data.val, batch_size, cfg.context_len, EVAL_BATCHES, CPU)
             with evaluating(model):
@@ -156,8 +153,7 @@ def draw(runs: list[dict], path: Path, title: str) -> None:
             axes.plot(*zip(*points, strict=True), color=colors[name], label=label, lw=1)
             axes.plot(*points[-1], color=colors[name], marker="o", ms=4)
             axes.annotate(f"{points[-1][1]:.3f}", points[-1], fontsize=7, va="bottom")
-    axes.set_xlabel("seconds in training steps")
-    axes.set_ylabel("held-out bits per byte")
+    axes.set(xlabel="seconds in training steps", ylabel="held-out bits per byte")
     axes.set_title(title, fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -167,9 +163,7 @@ def draw(runs: list[dict], path: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Options after -- are fastlm.train's.")
     parser.add_argument("--minutes", type=float, nargs="+", default=[4.0])
-    parser.add_argument(
-        "--nanogpt", type=Path, default=nanogpt_peer.nanogpt_folder(), metavar="DIR"
-    )
+    parser.add_argument("--nanogpt", type=Path, default=nanogpt_folder(), metavar="DIR")
     parser.add_argument("--data", type=Path, help="a prepared directory (default: the demo's)")
     parser.add_argument("--out", type=Path, metavar="PREFIX")
     parser.add_argument("--nanogpt-lr", type=float, default=1e-3, help="its own for small models")
@@ -177,9 +171,8 @@ def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:split])
     if args.nanogpt is None:
-        parser.error(f"--nanogpt: {nanogpt_peer.ABSENT}")
-    directory = args.data or default_corpus()
-    data = open_data((str(directory),))
+        parser.error(f"--nanogpt: {ABSENT}")
+    data = open_data((str(directory := args.data or default_corpus()),))
     if data.val_bytes is None:
         parser.error(f"--data {directory}: bits per byte need a prepared directory")
     runs = [run_ours(minutes, directory, sys.argv[split + 1 :]) for minutes in args.minutes]
@@ -196,10 +189,10 @@ def main() -> None:
             f"{run['tokens_per_second']:,.0f} tokens/s, {run['steps']} steps in "
             f"{run['seconds']:.1f} s, compiled before that in {run['compile_seconds']:.1f} s"
         )
-    prefix = args.out or ROOT / "bench" / "results" / f"race-{time.strftime('%Y-%m-%d')}"
+    prefix = args.out or Path(__file__).parent / "results" / f"race-{time.strftime('%Y-%m-%d')}"
     title = f"{device_name(CPU)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-    found = {"machine": title, "data": data.fingerprint, "runs": runs}
-    Path(f"{prefix}.json").write_text(json.dumps(found, indent=1) + "\n")
+    race = {"machine": title, "data": data.fingerprint, "runs": runs}
+    Path(f"{prefix}.json").write_text(json.dumps(race, indent=1) + "\n")
     draw(runs, Path(f"{prefix}.png"), title)
     print(f"written: {prefix}.json, {prefix}.png")
 
