@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import peers
 import torch
-from nanogpt_peer import ABSENT, nanogpt_folder, nanogpt_model, nanogpt_step
+from nanogpt_peer import nanogpt_folder, nanogpt_model, nanogpt_step
 
 from fastlm import TrainingConfig, keep_freed_memory
 from fastlm.corpus import default_corpus
@@ -163,15 +163,14 @@ def draw(runs: list[dict], path: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Options after -- are fastlm.train's.")
     parser.add_argument("--minutes", type=float, nargs="+", default=[4.0])
-    parser.add_argument("--nanogpt", type=Path, default=nanogpt_folder(), metavar="DIR")
+    folder = nanogpt_folder()
+    parser.add_argument("--nanogpt", type=Path, default=folder, required=not folder, metavar="DIR")
     parser.add_argument("--data", type=Path, help="a prepared directory (default: the demo's)")
     parser.add_argument("--out", type=Path, metavar="PREFIX")
     parser.add_argument("--nanogpt-lr", type=float, default=1e-3, help="its own for small models")
     parser.add_argument("--nanogpt-batch-size", type=int, default=PRESETS["demo"]["batch_size"])
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:split])
-    if args.nanogpt is None:
-        parser.error(f"--nanogpt: {ABSENT}")
     data = open_data((str(directory := args.data or default_corpus()),))
     if data.val_bytes is None:
         parser.error(f"--data {directory}: bits per byte need a prepared directory")
