@@ -65,7 +65,7 @@ def bench_adamw(benchmark, device, tensors):
             "notebook's AdamW": run.candidate(peers.NotebookAdamW(run.parameters, **OPTIONS)),
         },
         Work("28 bytes a parameter: 4 reads and 3 writes", 28 * run.count),
-        seconds=6,
+        seconds=3,
     )
 
 
@@ -88,7 +88,7 @@ def bench_adamw_with_clipping(benchmark, device, tensors):
             "notebook's clip and AdamW": run.candidate(notebooks, peers.notebook_clip),
         },
         Work("32 bytes a parameter: 4 reads and 3 writes, the gradient read twice", 32 * run.count),
-        seconds=6,
+        seconds=3,
     )
 
 

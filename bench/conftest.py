@@ -1,4 +1,6 @@
-"""pytest bench --benchmark-only [--allocator as-is|kept] [--results PREFIX] [-k cpu]
+"""pytest bench --benchmark-only [--allocator as-is|kept] [--results PREFIX] [--slow] [-k cpu]
+
+NANOGPT=DIR names a checkout of nanoGPT, a peer of the training step.
 
 `make bench` runs both allocator states, each in a process of its own: mallopt cannot be undone.
 """
@@ -31,6 +33,9 @@ def pytest_addoption(parser):
         choices=("as-is", "kept"),
         default="as-is",
         help="a process as it is, or after fastlm.keep_freed_memory(); for all candidates alike",
+    )
+    parser.addoption(
+        "--slow", action="store_true", help="the cases, too, that take minutes on a CPU"
     )
     parser.addoption(
         "--results",

@@ -70,6 +70,8 @@ class Comparison:
     load_average: float  # of the minute before
     unit: str  # of the rate
     rows: list[Row] = field(default_factory=list)
+    # A training step's time by kind of work, of step_profile.py; that of other ops is not split.
+    split_ms: dict[str, float] | None = None
 
     def table(self) -> str:
         lines = [
@@ -96,6 +98,9 @@ class Comparison:
                 f"{row.ratio_to_ours:.2f} | {row.best_to_ours:.2f} | {row.rate:.3g} | "
                 f"{on_device} |"
             )
+        if self.split_ms:
+            parts = ", ".join(f"{kind} {ms:.4g}" for kind, ms in self.split_ms.items())
+            lines += ["", f"ms of ours, under the profiler: {parts}"]
         return "\n".join(lines)
 
 

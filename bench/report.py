@@ -21,6 +21,10 @@ TITLES = {
     "gather_batch": "get_batch and the scan of token ids",
     "train_step": "A whole training step",
 }
+NOTEBOOK = "notebook: 6 layers, D 512, V 10000, 16 x 256 tokens"
+DEMO = "demo: 4 layers, D 256, V 4096, 8 x 256 tokens"
+COMPOSITION = "torch.compile, SDPA, fused AdamW"
+NANOGPT = "nanoGPT's model, compiled, fused AdamW"
 # The rows of README's table: op, case, peer, README's name for the work.
 HEADLINES = [
     ("cross_entropy", "2048 x 50304 bfloat16", "F.cross_entropy, compiled",
@@ -31,12 +35,12 @@ HEADLINES = [
      "linear + F.cross_entropy in fp32, compiled", "head and loss in one, 2048 x 768 x 50304 bf16"),
     ("adamw", "norm + clip + step, 124 M parameters in 75 fp32 tensors",
      "clip_grad_norm_ + torch fused", "norm, clip and AdamW step, 124 M parameters"),
-    ("adamw", "step, 2 M parameters in 2000 fp32 tensors", "torch fused",
-     "AdamW step, 2,000 tensors of 1,000"),
     ("gather_batch", "get_batch, 64 x 1024 uint16", "NumPy fancy indexing",
      "a batch of 64 x 1024 tokens"),
-    ("train_step", "notebook: 6 layers, D 512, V 10000, 16 x 256 tokens",
-     "torch.compile, fused AdamW, same dtype", "a whole training step, 29 M parameters"),
+    ("train_step", NOTEBOOK, COMPOSITION, "a training step, notebook preset (29 M parameters)"),
+    ("train_step", NOTEBOOK, NANOGPT, "the same"),
+    ("train_step", DEMO, COMPOSITION, "a training step, demo preset (5.3 M parameters)"),
+    ("train_step", DEMO, NANOGPT, "the same"),
 ]  # fmt: skip
 
 Run = dict[str, Any]  # one JSON file: the circumstances of its comparisons
@@ -46,12 +50,22 @@ Key = tuple[str, str, str]  # op, case, allocator
 def load(folder: Path = RESULTS) -> dict[str, dict[Key, tuple[Run, dict[str, Any]]]]:
     """{machine: {(op, case, allocator): (run, comparison)}}: the newest of each."""
     machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]] = defaultdict(dict)
-    runs = [json.loads(path.read_text()) | {"file": path.name} for path in folder.glob("*.json")]
+    runs = [
+        json.loads(path.read_text()) | {"file": path.name}
+        for path in folder.glob("*.json")
+        if not path.name.startswith("race-")
+    ]
     for run in sorted(runs, key=lambda run: (run["date"], run["file"])):
         for comparison in run["comparisons"]:
             key = comparison["op"], comparison["case"], run["allocator"]
             machines[machine(run, comparison["device"])][key] = run, comparison
     return dict(sorted(machines.items()))
+
+
+def races(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """{name: what bench/race.py has written}: the newest first."""
+    paths = sorted(folder.glob("race-*.json"), reverse=True)
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def machine(run: Run, device: str) -> str:
@@ -73,7 +87,10 @@ def ratio(comparison: dict[str, Any], peer: str) -> str:
     return ""
 
 
-def results_page(machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]]) -> str:
+def results_page(
+    machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]],
+    races: dict[str, dict[str, Any]],
+) -> str:
     lines = [
         "# Results",
         "",
@@ -86,6 +103,8 @@ def results_page(machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]]) -> 
         "matmul's time for as many FLOPs. On a GPU the ratio in brackets is that of CUDA events,",
         "the other that of a call from an idle device until it is idle again.",
     ]
+    for name, race in races.items():
+        lines += ["", f"## Quality over time: {race['machine']}", "", *race_table(name, race)]
     for name, cases in machines.items():
         runs = sorted({run["file"]: run for run, _ in cases.values()}.items())
         numbers = {file: number for number, (file, _) in enumerate(runs, 1)}
@@ -117,6 +136,7 @@ def results_page(machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]]) -> 
                             *(ratio(comparison, peer) for peer in peers),
                         ))
                     )  # fmt: skip
+            lines += split_table([(*cases[key], key) for keys in tables.values() for key in keys])
         header = ("run", "file", "date", "commit", "command", "versions")
         lines += ["", "### Runs", "", row_of(header), "|---" * len(header) + "|"]
         for file, run in runs:
@@ -126,6 +146,56 @@ def results_page(machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]]) -> 
                 row_of((str(numbers[file]), file, run["date"], run["commit"], command, versions))
             )
     return "\n".join(lines) + "\n"
+
+
+def race_table(name: str, race: dict[str, Any]) -> list[str]:
+    """The picture and the ends of the curves of a race."""
+    header = ("trainer", "minutes", "bits/byte", "tokens/s", "steps", "s of compilation before")
+    return [
+        f"![held-out bits per byte over seconds in training steps](results/{name}.png)",
+        "",
+        row_of(header),
+        "|---" * len(header) + "|",
+        *(
+            row_of((
+                " ".join((run["trainer"], *run["options"])),
+                f"{run['minutes']:g}",
+                f"{run['bits_per_byte']:.4f}",
+                f"{run['tokens_per_second']:,.0f}",
+                f"{run['steps']:,}",
+                f"{run['compile_seconds']:.0f}",
+            ))
+            for run in race["runs"]
+        ),
+    ]  # fmt: skip
+
+
+def split_table(measured: list[tuple[Run, dict[str, Any], Key]]) -> list[str]:
+    """Where a training step's time goes: a row for each case that was profiled."""
+    split = [(comparison, key) for _, comparison, key in measured if comparison.get("split_ms")]
+    if not split:
+        return []
+    kinds = list(split[0][0]["split_ms"])
+    header = ("case", "memory", "ms", "MFU", *kinds)
+    lines = [
+        "",
+        "Milliseconds of a step of ours by kind of work, under torch.profiler, in the thread that",
+        'runs the step; "ms" is their sum. "other": Python, autograd, small operations, idling.',
+        "MFU: the model FLOPs over the step's time, without the profiler, as a share of what the",
+        "fastest matmul reaches in the same run.",
+        "",
+        row_of(header),
+        "|---" * len(header) + "|",
+    ]
+    for comparison, (_, case, allocator) in sorted(split, key=lambda found: found[1]):
+        parts = comparison["split_ms"]
+        mfu = next(row["ratio_to_ours"] for row in comparison["rows"] if row["name"] == MATMUL)
+        numbers = (
+            f"{parts[kind]:.0f}" if parts[kind] >= 100 else f"{parts[kind]:.2g}" for kind in kinds
+        )
+        total = f"{sum(parts.values()):,.1f}"
+        lines.append(row_of((case, ALLOCATORS[allocator], total, f"{mfu:.0%}", *numbers)))
+    return lines
 
 
 def row_of(cells: tuple[str, ...]) -> str:
@@ -168,7 +238,7 @@ def put_between_markers(text: str, table: str) -> str:
 
 def main() -> None:
     machines = load()
-    (ROOT / "bench" / "RESULTS.md").write_text(results_page(machines))
+    (ROOT / "bench" / "RESULTS.md").write_text(results_page(machines, races()))
     readme = ROOT / "README.md"
     readme.write_text(put_between_markers(readme.read_text(), readme_table(machines)))
 

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_report_is_that_of_the_stored_results():
-    assert (ROOT / "bench" / "RESULTS.md").read_text() == report.results_page(report.load()), (
+    page = report.results_page(report.load(), report.races())
+    assert (ROOT / "bench" / "RESULTS.md").read_text() == page, (
         "bench/RESULTS.md is stale: make report"
     )
 
@@ -56,7 +57,7 @@ def run() -> dict:
 def page(folder: Path, *runs: dict) -> str:
     for number, run in enumerate(runs):
         (folder / f"{number}.json").write_text(json.dumps(run))
-    return report.results_page(report.load(folder))
+    return report.results_page(report.load(folder), report.races(folder))
 
 
 def test_each_case_stands_once_for_each_state_of_the_allocator(tmp_path, run):
@@ -87,3 +88,21 @@ def test_machines_are_apart(tmp_path, run):
     assert "## some CPU, 2 threads (AVX512, AMX)" in text
     assert "## some CPU, 2 threads (AVX512, no AMX)" in text
     assert "## NVIDIA X" in text and "| 1.50 (1.25) |" in text
+
+
+def test_a_steps_time_is_split_by_kind_of_work(tmp_path, run):
+    step = run["comparisons"][0]
+    step |= {"op": "train_step", "split_ms": {"matmul": 126.0, "other": 1.21}}
+    step["rows"].append({**step["rows"][0], "name": "matmul", "ratio_to_ours": 0.856})
+    text = page(tmp_path, run)
+    assert "| case | memory | ms | MFU | matmul | other |" in text
+    assert "| a step | as is | 127.2 | 86% | 126 | 1.2 |" in text
+
+
+def test_a_race_is_shown_and_no_run_of_benches(tmp_path):
+    end = {"trainer": "fastlm", "options": ["--lr-max", "1"], "minutes": 4.0, "steps": 1000}
+    end |= {"bits_per_byte": 1.25, "tokens_per_second": 1e4, "compile_seconds": 31.2}
+    (tmp_path / "race-2026-01-02.json").write_text(json.dumps({"machine": "A", "runs": [end]}))
+    text = page(tmp_path)
+    assert "![" in text and "](results/race-2026-01-02.png)" in text
+    assert "| fastlm --lr-max 1 | 4 | 1.2500 | 10,000 | 1,000 | 31 |" in text
