@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlm.kernels.collect import is_dtensor
-from fastlm.ops.causal_attention import apply_rope, causal_attention, causal_attention_packed
-from fastlm.ops.causal_attention_cpp import split_heads
-from fastlm.ops.dispatch import compute_dtype
+from fastlm.ops.causal_attention import apply_rope, causal_attention
 
 
 class RMSNorm(nn.Module):
@@ -82,16 +80,18 @@ class Attention(nn.Module):
         sin: Tensor,  # as cos
         cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:  # (B, T, D)
-        H, dropout_p = self.num_heads, self.dropout if self.training else 0.0
-        qkv = _linear_of_all(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, 3 D)
-        if cache is None and cos.dim() == 2:
-            y = causal_attention_packed(qkv, H, rope=(cos, sin), dropout_p=dropout_p)
-            return self.output_proj(y)
-        q, k, v = split_heads(qkv, H, H)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        dropout_p = self.dropout if self.training else 0.0
+
+        def heads(y: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, d)
+            return y.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        rope = (cos, sin)
+        if cache is not None or cos.dim() > 2:
+            q, k, rope = apply_rope(q, cos, sin), apply_rope(k, cos, sin), None
         if cache is not None:
             k, v = cache(k, v)
-        y = causal_attention(q, k, v, dropout_p=dropout_p)
+        y = causal_attention(q, k, v, rope=rope, dropout_p=dropout_p)
         return self.output_proj(y.transpose(-3, -2).flatten(-2))
 
 
@@ -105,8 +105,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(d_model, d_ff, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, y = _linear_of_all(x, self.w1, self.w3).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * y)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
@@ -246,15 +245,6 @@ class TransformerLM(nn.Module):
         if cache is not None:
             cache.length = end
         return self.ln_final(x)
-
-
-def _linear_of_all(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """torch.cat([layer(x) for layer in layers], dim=-1) by one matmul, which reads x once.
-
-    The weights are joined at each call. Compiled under autocast that is the cast itself.
-    """
-    dtype = compute_dtype(x)
-    return F.linear(x, torch.cat([layer.weight.to(dtype) for layer in layers]))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastlm.kernels.collect import is_dtensor
 from fastlm.kernels.cross_entropy_op import is_transformed
 from fastlm.ops import causal_attention_cpp as cpp
-from fastlm.ops.causal_attention_cpp import Rope, split_heads
+from fastlm.ops.causal_attention_cpp import Rope
 from fastlm.ops.dispatch import autocasts, compute_dtype, resolve_implementation
 
 
@@ -61,39 +61,6 @@ def causal_attention(
     else:
         out = _by_sdpa(q, k, v, scale, rope, dropout_p)
     return (out if len(batch) == 1 else out.view(*batch, *out.shape[1:])).transpose(-3, -2)
-
-
-def causal_attention_packed(
-    qkv: Tensor,  # (..., T, (H + 2 H_kv) * d): a position's queries, then keys, then values
-    num_heads: int,
-    num_kv_heads: int | None = None,  # default num_heads
-    *,
-    scale: float | None = None,
-    rope: Rope | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """causal_attention of one projection's output: (..., T, H * d).
-
-    On the CPU its gradient is one tensor of qkv's shape, as the projection's backward wants it.
-    """
-    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    heads = num_heads + 2 * num_kv_heads
-    if qkv.dim() < 2 or qkv.shape[-1] % heads:
-        raise ValueError(
-            f"qkv has shape {tuple(qkv.shape)}: it must be (..., T, ({num_heads} + 2 * "
-            f"{num_kv_heads}) * d)"
-        )
-    batch = qkv.shape[:-2]
-    if len(batch) != 1:
-        qkv = qkv.reshape(batch.numel(), *qkv.shape[-2:])
-    qkv = qkv.to(compute_dtype(qkv))
-    q, k, v = split_heads(qkv, num_heads, num_kv_heads)
-    _check(q, k, v, scale, rope)
-    if _runs_cpp("auto", q, k, v, dropout_p):
-        out = cpp.attention_packed(qkv, num_heads, num_kv_heads, scale, rope)
-    else:
-        out = _by_sdpa(q, k, v, scale, rope, dropout_p).flatten(-2)
-    return out if len(batch) == 1 else out.view(*batch, *out.shape[1:])
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

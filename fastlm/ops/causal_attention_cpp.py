@@ -1,7 +1,6 @@
 """The CPU's attention, csrc/attention.cpp, as ops of torch's dispatcher.
 
-One op takes q, k and v; the other the output of one projection to all of them, and gives one
-gradient. No result depends on the number of threads. Reverse-mode derivatives only.
+No result depends on the number of threads. Reverse-mode derivatives only.
 
 Shapes: B batch, H query heads, H_kv key heads, Tq queries, Tk keys, T both, d head width. What the
 ops return is dense and laid out as (B, T, H, d), which (B, T, H * d) is a view of.
@@ -28,39 +27,14 @@ def attention(
     scale: float | None,
     rope: Rope | None,
 ) -> Tensor:  # (B, Tq, H, d)
-    _before_the_op(q, k, v)
-    return _attention(q, k, v, scale, *_tables(rope))[0]
-
-
-def attention_packed(
-    qkv: Tensor,  # (B, T, (H + 2 H_kv) * d)
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float | None,
-    rope: Rope | None,
-) -> Tensor:  # (B, T, H * d)
-    _before_the_op(qkv)
-    return _attention_packed(qkv, num_heads, num_kv_heads, scale, *_tables(rope))[0]
-
-
-def split_heads(qkv: Tensor, H: int, H_kv: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of (..., T, (H + 2 H_kv) * d): q (..., H, T, d), k and v (..., H_kv, T, d)."""
-    heads = qkv.unflatten(-1, (H + 2 * H_kv, -1)).transpose(-3, -2)
-    q, k, v = heads.split((H, H_kv, H_kv), dim=-3)
-    return q, k, v
-
-
-def _before_the_op(*inputs: Tensor) -> None:
     if not torch.compiler.is_compiling():
-        refuse_transforms("causal_attention", *inputs)
+        refuse_transforms("causal_attention", q, k, v)
         count_flops(_FLOPS)
+    return _attention(q, k, v, scale, *_tables(rope))[0]
 
 
 def _tables(rope: Rope | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
-
-
-# --- What both ops do: (B, H, T, d) in, (B, T, H, d) out. ---
 
 
 def _forward(q, k, v, scale, cos, sin) -> tuple[Tensor, Tensor]:
@@ -112,7 +86,6 @@ def _options(q, scale, cos, sin) -> tuple:
 # --- The ops ---
 
 _OPTIONS = "float? scale, Tensor? cos, Tensor? sin"
-_HEADS = "SymInt num_heads, SymInt num_kv_heads"
 _RESULTS = "Tensor out, Tensor stats"
 _LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 
@@ -151,40 +124,12 @@ def _gradients(grad_out, q, k, v, *rest):
     return gradients
 
 
-def _packed(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    out, stats = results
-    return out.flatten(-2), stats
-
-
-@_op(
-    "causal_attention_packed",
-    f"(Tensor qkv, {_HEADS}, {_OPTIONS}) -> ({_RESULTS})",
-    lambda qkv, H, H_kv, *_: _packed(_empty(split_heads(qkv, H, H_kv)[0])),
-)
-def _attention_packed(qkv, H, H_kv, *options):
-    return _packed(_forward(*split_heads(qkv, H, H_kv), *options))
-
-
-@_op(
-    "causal_attention_packed_gradient",
-    f"(Tensor grad_out, Tensor qkv, {_HEADS}, {_RESULTS}, {_OPTIONS}) -> Tensor",
-    lambda grad_out, qkv, *_: qkv.new_empty(qkv.shape),
-)
-def _packed_gradient(grad_out, qkv, H, H_kv, out, *rest):
-    gradient = qkv.new_empty(qkv.shape)
-    grad_out, out = (x.unflatten(-1, (H, -1)) for x in (grad_out, out))
-    inputs, gradients = split_heads(qkv, H, H_kv), split_heads(gradient, H, H_kv)
-    _backward(grad_out, *inputs, out, *rest, gradients)
-    return gradient
-
-
 # --- Autograd ---
 
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.scale, cos, sin = inputs
-    ctx.heads = [x for x in tensors if not isinstance(x, Tensor)]  # of the packed form
-    ctx.save_for_backward(*tensors[: len(tensors) - len(ctx.heads)], *output, cos, sin)
+    ctx.save_for_backward(*tensors, *output, cos, sin)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -198,17 +143,7 @@ def _differentiate(ctx, grad_out, _):
     return *(gradient.transpose(1, 2) for gradient in gradients), None, None, None
 
 
-def _differentiate_packed(ctx, grad_out, _):
-    refuse_other_backwards("causal_attention", grad_out, twice=_TWICE)
-    if grad_out is None:
-        return (None,) * 6
-    qkv, out, stats, cos, sin = ctx.saved_tensors
-    gradient = _packed_gradient(grad_out, qkv, *ctx.heads, out, stats, ctx.scale, cos, sin)
-    return gradient, None, None, None, None, None
-
-
-for op, backward in ((_attention, _differentiate), (_attention_packed, _differentiate_packed)):
-    torch.library.register_autograd(op, backward, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd(_attention, _differentiate, setup_context=_save, lib=_LIBRARY)
 
 
 # --- FlopCounterMode: the whole square, and the scores again in backward, as torch counts SDPA ---
@@ -222,10 +157,4 @@ def _square(q: Tensor, k: Tensor) -> int:
 _FLOPS = {
     torch.ops.fastlm.causal_attention: lambda q, k, *_, **__: 2 * _square(q, k),
     torch.ops.fastlm.causal_attention_gradients: lambda _, q, k, *__, **___: 5 * _square(q, k),
-    torch.ops.fastlm.causal_attention_packed: lambda qkv, H, H_kv, *_, **__: (
-        2 * _square(*split_heads(qkv, H, H_kv)[:2])
-    ),
-    torch.ops.fastlm.causal_attention_packed_gradient: lambda _, qkv, H, H_kv, *__, **___: (
-        5 * _square(*split_heads(qkv, H, H_kv)[:2])
-    ),
 }

@@ -15,10 +15,8 @@ from fastlm import active_implementation, causal_attention
 from fastlm.extension import extension
 from fastlm.ops.causal_attention import (
     apply_rope,
-    causal_attention_packed,
     causal_attention_reference,
 )
-from fastlm.ops.causal_attention_cpp import split_heads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,7 +127,8 @@ def test_the_pairs_that_are_rotated():
 def projected(case):
     """q, k and v as views of one projection's output, (B, T, (H + 2 H_kv) * d)."""
     whole = torch.cat([x.transpose(1, 2).flatten(-2) for x in (case.q, case.k, case.v)], dim=-1)
-    return split_heads(whole, case.q.shape[1], case.k.shape[1])
+    H, H_kv = case.q.shape[1], case.k.shape[1]
+    return whole.unflatten(-1, (H + 2 * H_kv, -1)).transpose(1, 2).split((H, H_kv, H_kv), dim=1)
 
 
 LAYOUTS = {
@@ -179,26 +178,6 @@ def test_any_leading_dimensions(impl, device):
             assert_bitwise_equal(got.flatten(0, len(leading) - 1), x)
     out = causal_attention(case.q[0], case.k[0], case.v[0], impl=impl)
     torch.testing.assert_close(out, expected[0][0], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("heads", [(4, 2), (3, 3)], ids=str)
-@every_dtype
-def test_packed(dtype, heads):
-    case = make((2, *heads), 33, 24, dtype, rope=True, scale=0.3)
-    H, H_kv = heads
-    qkv = torch.cat([x.transpose(1, 2).flatten(-2) for x in (case.q, case.k, case.v)], dim=-1)
-    qkv.requires_grad_()
-    out = causal_attention_packed(qkv, H, H_kv, rope=case.rope, scale=0.3)
-    (gradient,) = torch.autograd.grad(out, qkv, case.grad_out.transpose(1, 2).flatten(-2))
-    assert out.shape == (2, 33, H * 24) and out.is_contiguous() and gradient.is_contiguous()
-    parts = [out.detach().unflatten(-1, (H, 24)).transpose(1, 2), *split_heads(gradient, H, H_kv)]
-    for name, got, x in zip(NAMES, parts, results(causal_attention, case), strict=True):
-        assert_bitwise_equal(got, x, name)
-    assert_right(parts, case)
-    wide = torch.randn(2, 5, (H + 2 * H_kv) * 300)  # heads too wide for the kernel
-    out = causal_attention_packed(wide, H, H_kv)
-    expected = causal_attention_reference(*split_heads(wide, H, H_kv))
-    torch.testing.assert_close(out, expected.transpose(1, 2).flatten(-2), rtol=1e-5, atol=1e-5)
 
 
 # --- Values that break a softmax ---

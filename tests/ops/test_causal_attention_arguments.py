@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastlm import causal_attention
-from fastlm.ops.causal_attention import causal_attention_packed
 
 
 def tensors(q=(2, 4, 5, 8), k=(2, 2, 5, 8), v=None, dtype=torch.float32):
@@ -94,17 +93,3 @@ def test_implementations():
     assert causal_attention(*wide).shape == (1, 2, 3, 257)
     with pytest.raises(ValueError, match=r"no dropout, so dropout_p=0.5: use impl='torch'"):
         causal_attention(q, k, v, dropout_p=0.5, impl="cpp")
-
-
-def test_packed():
-    for shape in ((2, 5, 63), (64,)):
-        with pytest.raises(
-            ValueError, match=r"qkv has shape .* \(\.\.\., T, \(4 \+ 2 \* 2\) \* d\)"
-        ):
-            causal_attention_packed(torch.zeros(shape), 4, 2)
-    with pytest.raises(ValueError, match="q's heads must be a multiple of k's"):
-        causal_attention_packed(torch.zeros(2, 5, 8 * 11), 5, 3)
-    with pytest.raises(ValueError, match="rope has shapes"):
-        causal_attention_packed(torch.zeros(2, 5, 64), 4, 2, rope=tables(4, 4))
-    assert causal_attention_packed(torch.zeros(5, 64), 4, 2).shape == (5, 32)
-    assert causal_attention_packed(torch.zeros(2, 3, 5, 64), 4, 2).shape == (2, 3, 5, 32)

@@ -15,8 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm import causal_attention
 from fastlm.model import rope_tables
-from fastlm.ops.causal_attention import causal_attention_packed, causal_attention_reference
-from fastlm.ops.causal_attention_cpp import split_heads
+from fastlm.ops.causal_attention import causal_attention_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,34 +23,21 @@ H, H_KV, WIDTH = 4, 2, 8
 
 
 class Layer(nn.Module):
-    """Attention between two projections, packed or by q, k and v."""
+    """Attention between two projections."""
 
-    def __init__(self, packed: bool, max_T: int = 100):
+    def __init__(self, max_T: int = 100):
         super().__init__()
         torch.manual_seed(0)
         self.before = nn.Linear(6, (H + 2 * H_KV) * WIDTH)
         self.after = nn.Linear(H * WIDTH, 6)
-        self.packed = packed
         cos, sin = rope_tables(max_T, WIDTH, 100.0)
         self.register_buffer("cos", cos), self.register_buffer("sin", sin)
 
     def forward(self, x):  # (B, T, 6)
         rope = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
-        qkv = self.before(x)
-        if self.packed:
-            return self.after(causal_attention_packed(qkv, H, H_KV, rope=rope))
-        y = causal_attention(*split_heads(qkv, H, H_KV), rope=rope)
+        heads = self.before(x).unflatten(-1, (H + 2 * H_KV, -1)).transpose(1, 2)
+        y = causal_attention(*heads.split((H, H_KV, H_KV), dim=1), rope=rope)
         return self.after(y.transpose(1, 2).flatten(-2))
-
-
-both = pytest.mark.parametrize("packed", [False, True], ids=["q, k, v", "packed"])
-mostly_packed = pytest.mark.parametrize(
-    "packed",
-    [
-        pytest.param(False, marks=pytest.mark.exhaustive, id="q, k, v"),
-        pytest.param(True, id="packed"),
-    ],
-)
 
 
 def batch(B, T):
@@ -92,23 +78,15 @@ def test_opcheck(dtype, rope):
     out, stats = ops.causal_attention(case.q, case.k, case.v, None, *tables)
     arguments = (out.clone(), case.q, case.k, case.v, out, stats, None, *tables)
     torch.library.opcheck(ops.causal_attention_gradients.default, arguments)
-    qkv = torch.randn(2, 9, (H + 2 * H_KV) * WIDTH).to(dtype)
-    heads = (H, H_KV)
-    leaf = qkv.clone().requires_grad_()
-    torch.library.opcheck(ops.causal_attention_packed.default, (leaf, *heads, None, *tables))
-    out, stats = ops.causal_attention_packed(qkv, *heads, None, *tables)
-    arguments = (out.clone(), qkv, *heads, out, stats, None, *tables)
-    torch.library.opcheck(ops.causal_attention_packed_gradient.default, arguments)
 
 
-@mostly_packed
 @pytest.mark.parametrize(
     "dynamic, graphs", [pytest.param(True, 1, marks=pytest.mark.exhaustive), (None, 2)]
 )
-def test_one_graph_for_all_sizes(dynamic, graphs, packed):
+def test_one_graph_for_all_sizes(dynamic, graphs):
     # By default the first size has a graph of its own, the second is where sizes become dynamic.
     counter = CompileCounterWithBackend("aot_eager")
-    model = Layer(packed)
+    model = Layer()
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
     for B, T in ((2, 7), (3, 12), (2, 33), (5, 64)):
         assert_same(compiled, model, batch(B, T))
@@ -118,10 +96,9 @@ def test_one_graph_for_all_sizes(dynamic, graphs, packed):
 
 
 @pytest.mark.exhaustive
-@both
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_inductor(dynamic, packed):
-    model = Layer(packed)
+def test_inductor(dynamic):
+    model = Layer()
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
     for B, T in ((2, 7), (3, 12)):
         assert_same(compiled, model, batch(B, T))
@@ -130,18 +107,16 @@ def test_inductor(dynamic, packed):
         torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
 
 
-@mostly_packed
-def test_export_with_dynamic_sizes(packed):
-    model = Layer(packed)
+def test_export_with_dynamic_sizes():
+    model = Layer()
     sizes = {0: torch.export.Dim("B", min=2, max=64), 1: torch.export.Dim("T", min=2, max=64)}
     program = torch.export.export(model, (batch(3, 5),), dynamic_shapes={"x": sizes})
     for B, T in ((3, 5), (2, 64), (9, 2)):
         torch.testing.assert_close(program.module()(batch(B, T)), model(batch(B, T)))
 
 
-@both
-def test_activation_checkpointing(packed):
-    model = Layer(packed)
+def test_activation_checkpointing():
+    model = Layer()
     assert_same(lambda x: checkpoint(model, x, use_reentrant=False), model, batch(2, 9))
 
 
@@ -172,9 +147,8 @@ def test_one_query_and_dropout_go_to_sdpa():
     assert "fastlm" not in str(counted.get_flop_counts()["Global"])
 
 
-@both
-def test_flops_are_counted_as_sdpas(packed):
-    model, x = Layer(packed), batch(2, 9)
+def test_flops_are_counted_as_sdpas():
+    model, x = Layer(), batch(2, 9)
     counted = FlopCounterMode(display=False)
     with counted:
         model(x).sum().backward()

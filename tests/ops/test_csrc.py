@@ -162,6 +162,9 @@ def test_cpu_features_are_the_kernels():
         "avx2": avx2,
         "avx512": avx512,
         "avx512_bf16": avx512 and "avx512_bf16" in flags,
+        "fast_bf16": avx512
+        and "avx512_bf16" in flags
+        and "GenuineIntel" not in cpuinfo.read_text(),
         "amx_bf16": "amx_bf16" in flags,
         "arm_bf16": False,
     }

@@ -282,8 +282,8 @@ def test_the_flop_formula_equals_what_torch_counts(tied):
         model(random_tokens(B, T)).sum().backward()
     by_op = counter.get_flop_counts()["Global"]
     weights = by_op.pop(torch.ops.aten.mm)
-    forward = by_op.pop(torch.ops.fastlm.causal_attention_packed)
-    backward = by_op.pop(torch.ops.fastlm.causal_attention_packed_gradient)
+    forward = by_op.pop(torch.ops.fastlm.causal_attention)
+    backward = by_op.pop(torch.ops.fastlm.causal_attention_gradients)
     assert not by_op
     # Forward two matmuls, backward four, and the scores once more, which the formula leaves out. It
     # takes half of attention's square, which is what the causal mask leaves.
