@@ -256,6 +256,16 @@ def _full_disk(plan):
     resource.setrlimit(resource.RLIMIT_FSIZE, (plan["bytes"], plan["bytes"]))
 
 
+def _no_scan(plan):
+    """Data that this rank must not read in whole."""
+    import fastlm.train
+
+    def refused(*arguments, **options):
+        raise AssertionError(f"rank {rank()} checks the data")
+
+    fastlm.train.check_dataset = refused
+
+
 def _elsewhere(plan):
     """Files are looked for where there are none."""
     Path("elsewhere").mkdir(exist_ok=True)
@@ -272,6 +282,7 @@ FAULTS = {
     "nan": _nan,
     "full disk": _full_disk,
     "elsewhere": _elsewhere,
+    "no scan": _no_scan,
 }
 
 
