@@ -141,8 +141,8 @@ def _serve() -> None:
         "fastlm.train", "fastlm.generate", "fastlm.run.cli", "fastlm.prepare", "tyro", "tokenizers",
         "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "numpy.random",
         "torch.distributed.fsdp", "torch.distributed.tensor", "fastlm.parallel.sharded",
-        "safetensors.torch", "fastlm._C", "fastlm.ops.cross_entropy_cpp", "fastlm.ops.optimizer_cpp",
-        "tomllib" if sys.version_info >= (3, 11) else "tomli",
+        "safetensors.torch", "fastlm.ops.cross_entropy_cpp", "fastlm.ops.optimizer_cpp",
+        "fastlm._C", "tomllib" if sys.version_info >= (3, 11) else "tomli",
     ):  # fmt: skip
         importlib.import_module(module)
     importlib.import_module("fastlm.run.cli").parse([])  # what tyro imports when it is used
