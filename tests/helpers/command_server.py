@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 NOBODY = 65534
+# What torch 2.10 writes to stdout when ranks are connected.
+_GLOO = re.compile(r"^\[Gloo\] Rank \d+ is connected to .*\n", re.MULTILINE)
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Command:
         os.kill(self.pid, number)
 
     def _text(self, index: int) -> str:
-        return self.files[index].read_text(errors="surrogateescape")
+        return _GLOO.sub("", self.files[index].read_text(errors="surrogateescape"))
 
 
 class CommandServer:
