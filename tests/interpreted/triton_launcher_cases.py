@@ -4,12 +4,12 @@ test_triton_cross_entropy.py runs this file, with TRITON_INTERPRET=1 and in a pr
 N rows, V vocabulary.
 """
 
-import itertools
 import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import sampled
 from tolerance import assert_as_accurate, assert_bitwise_equal
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -30,18 +30,6 @@ from fastlm.kernels.cross_entropy_op import Options
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def sampled(names: str, sample: list[tuple], *values):
-    """Parameters of every combination of `values`; those outside `sample` are exhaustive."""
-    cases = list(itertools.product(*values))
-    assert all(case in cases for case in sample)
-    marks = [() if case in sample else pytest.mark.exhaustive for case in cases]
-    return pytest.mark.parametrize(
-        names, [pytest.param(*case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
-    )
-
-
 OPTIONS = {
     "defaults": Options(),
     "smoothing": Options(label_smoothing=0.1),
