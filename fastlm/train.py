@@ -184,7 +184,7 @@ def _train(
         loader = TrainLoader(
             data.train, cfg.batch_size, cfg.context_len, seed=cfg.seed, device=device
         )
-        loss = ModelLoss(model, device, _with_scope(cfg, model, world))
+        loss = ModelLoss(model, device, _with_scope(cfg, model, by_block=world.size > 1))
         wrapped = wrap(
             loss,
             world,
@@ -224,14 +224,15 @@ def _train(
     return model
 
 
-def _with_scope(cfg: TrainingConfig, model: nn.Module, world: World) -> TrainingConfig:
-    """cfg.compile_scope, chosen where it is not set: several processes exchange the gradients of a
-    block while others are computed, and FSDP2 gathers weights block by block."""
+def _with_scope(cfg: TrainingConfig, model: nn.Module, *, by_block: bool) -> TrainingConfig:
+    """cfg.compile_scope, chosen where it is not set. by_block, for a model that has blocks: several
+    processes exchange the gradients of a block while others are computed, and FSDP2 gathers weights
+    block by block; an evaluation alone is over before a whole graph has been compiled."""
     if cfg.compile_scope is not None:
         if cfg.compile and cfg.parallel == "fsdp" and cfg.compile_scope == "model":
             raise ConfigError("--compile-scope model: fsdp gathers block by block; use block")
         return cfg
-    by_block = world.size > 1 and bool(blocks_of(model))
+    by_block = by_block and bool(blocks_of(model))
     return replace(cfg, compile_scope="block" if by_block else "model")
 
 
@@ -286,14 +287,18 @@ def _evaluate_only(
 ) -> nn.Module:
     """--eval-only: the loss over the validation data. Returns the model."""
     device = select_device(cfg.device)
-    check_dataset(data.val, "validation", context_len=cfg.context_len, vocab_size=cfg.vocab_size)
+    check = partial(
+        check_dataset, data.val, "validation", context_len=cfg.context_len,
+        vocab_size=cfg.vocab_size,
+    )  # fmt: skip
+    world.decide(check)
     if not (resumed or cfg.init_from):
         raise ConfigError("--eval-only needs the checkpoint to evaluate: --resume or --init-from")
     model = create_model(cfg) if model is None else prepare_model(model, cfg)
     load_weights(model, cfg, resumed, world)
     if resumed:
         resumed.free()
-    loss_of = ModelLoss(model, device, cfg)
+    loss_of = ModelLoss(model, device, _with_scope(cfg, model, by_block=True))
     with evaluating(model):
         found = loss_over_all(
             loss_of.summed,

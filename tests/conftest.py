@@ -16,6 +16,8 @@ def one_thread():
 
 @pytest.fixture
 def without_extras(monkeypatch):
-    """In this process: no second of matmuls and no picture at the end of each run."""
+    """In this process: no second of matmuls and no picture at the end of each run, and the heap of
+    all tests stays on the pages it has."""
     monkeypatch.setattr("fastlm.run.summary.matmul_ceiling", lambda *_: 1e12)
     monkeypatch.setattr("fastlm.run.plot.LivePlotter.save", lambda self, path: None)
+    monkeypatch.setattr("fastlm.train.back_heap_with_huge_pages", lambda: None)

@@ -36,7 +36,8 @@ def wrap(
     holds the whole model once. Build the optimizer afterwards: parameters are replaced.
     dtype: what FSDP2 gathers the blocks' weights in; gradients are reduced in fp32. reshard: FSDP2
     frees a block's weights after its forward, and gathers them once more in backward. find_unused:
-    some parameters may get no gradient, on some ranks or on all: a model of somebody else's.
+    some parameters may get no gradient, on some ranks or on all: a model of somebody else's. (FSDP2
+    before torch 2.13: on no rank or on all, or the run ends with an error of the collective.)
 
     Raises ConfigError for another `parallel`, and for "fsdp" in float16.
     """
@@ -54,8 +55,12 @@ def wrap(
 def _data_parallel(loss: nn.Module, device: torch.device, find_unused: bool) -> nn.Module:
     _materialize(loss, device)
     known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-    # Torch 2.13 has renamed it. Buffers are sent once, at the construction: they are constants.
+    # Buffers are constants: they are sent once. Torch 2.13 does so at the construction, and has
+    # renamed the setting, which before it leaves them out altogether.
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    if sync == "broadcast_buffers":
+        for buffer in loss.buffers():
+            dist.broadcast(buffer.detach(), src=0)
     module = nn.parallel.DistributedDataParallel(
         loss,
         device_ids=[device] if device.type == "cuda" else None,

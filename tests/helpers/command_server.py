@@ -8,6 +8,7 @@ module is that server: it reads requests, one JSON object a line, and answers li
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 NOBODY = 65534
+# What torch 2.10 writes to stdout when ranks are connected.
+_GLOO = re.compile(r"^\[Gloo\] Rank \d+ is connected to .*\n", re.MULTILINE)
 
 
 @dataclass
@@ -69,7 +72,7 @@ class Command:
         os.kill(self.pid, number)
 
     def _text(self, index: int) -> str:
-        return self.files[index].read_text(errors="surrogateescape")
+        return _GLOO.sub("", self.files[index].read_text(errors="surrogateescape"))
 
 
 class CommandServer:
@@ -100,7 +103,7 @@ class CommandServer:
         env: dict[str, str] | None = None,
         limits: dict[str, int] | None = None,  # RLIMIT_{name}
         uid: int | None = None,
-        ceiling: bool = False,  # measure the matmul ceiling, which takes more than a second
+        extras: bool = False,  # the matmul ceiling, the loss curve, huge pages: 1.5 s
     ) -> Command:
         logs = Path(self._logs.name)
         self._count += 1
@@ -109,7 +112,7 @@ class CommandServer:
             file.touch(0o600)
         request = dict(
             argv=argv, cwd=str(cwd), call=call, env=env or {}, limits=limits or {}, uid=uid,
-            ceiling=ceiling, files=[str(file) for file in files],
+            extras=extras, files=[str(file) for file in files],
         )  # fmt: skip
         return Command(self, self.ask(request)["pid"], files)
 
@@ -139,10 +142,15 @@ def _serve() -> None:
     for module in (
         "fastlm.train", "fastlm.generate", "fastlm.run.cli", "fastlm.prepare", "tyro", "tokenizers",
         "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "numpy.random",
-        "torch.distributed.fsdp", "torch.distributed.tensor",
-        "tomllib" if sys.version_info >= (3, 11) else "tomli",
+        "torch.distributed.fsdp", "torch.distributed.tensor", "fastlm.parallel.sharded",
+        "safetensors.torch", "fastlm.ops.cross_entropy_cpp", "fastlm.ops.optimizer_cpp",
+        "fastlm._C", "tomllib" if sys.version_info >= (3, 11) else "tomli",
     ):  # fmt: skip
         importlib.import_module(module)
+    importlib.import_module("fastlm.run.cli").parse([])  # what tyro imports when it is used
+    # A child's collector would write to every object, and so copy the pages that it shares.
+    gc.collect()
+    gc.freeze()
     running: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)
@@ -185,8 +193,12 @@ def _become(request: dict) -> None:
     try:
         module, name = request["call"].split(":")
         function = getattr(importlib.import_module(module), name)
-        if not request["ceiling"]:
+        if not request["extras"]:
             importlib.import_module("fastlm.run.summary").matmul_ceiling = lambda *_: 1e12
+            plotter = importlib.import_module("fastlm.run.plot").LivePlotter
+            plotter.save = lambda self, path: None
+            # Of a fork the heap is its parent's, which would be copied.
+            importlib.import_module("fastlm.train").back_heap_with_huge_pages = lambda: None
         os.chdir(request["cwd"])
         os.environ.update(request["env"])
         for name, value in request["limits"].items():

@@ -1,4 +1,4 @@
-"""AdamW and clip_gradients on DTensors: what torchrun starts twice for test_adamw_distributed.py.
+"""AdamW and clip_gradients on DTensors: what both ranks of test_adamw_distributed.py run; also
 
     torchrun --nproc_per_node=2 tests/helpers/distributed_adamw.py DIRECTORY
 
@@ -370,7 +370,8 @@ def full_state_dict(mesh, directory):
             assert_bitwise_equal(local(fresh.state[q][key]), local(value), key)
 
 
-def main(directory: Path) -> int:
+def main(argv: list[str]) -> int:
+    directory = Path(argv[0])
     torch.set_num_threads(1)
     # Ranks that wait for one that failed must not wait for gloo's half an hour.
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -393,4 +394,4 @@ def main(directory: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(sys.argv[1:]))

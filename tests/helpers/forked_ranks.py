@@ -1,5 +1,6 @@
 """Ranks of torch.distributed that start quickly: forks of a process that has imported torch."""
 
+import gc
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from datetime import timedelta
 import torch._dynamo  # noqa: F401 - which FSDP2 would import in every rank
 import torch.distributed as dist
 
+import fastlm.parallel.sharded  # noqa: F401 - nor this
 from fastlm.extension import extension
 
 extension()
@@ -25,6 +27,7 @@ def run_ranks(world_size: int, function: Callable[[], object], timeout: float = 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    gc.freeze()  # a collection in a child would copy the pages that it shares
     children = []
     for rank in range(world_size):
         sys.stdout.flush()

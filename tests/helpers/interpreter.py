@@ -3,11 +3,14 @@
 So each has a process of its own; and where it is set nothing can be compiled (aot.py).
 """
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -36,3 +39,13 @@ def run_interpreted(
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     summary = run.stdout.splitlines()[-1]
     return int(re.search(r"(\d+) passed", summary)[1]), summary
+
+
+def sampled(names: str, sample: list[tuple], *values):
+    """Parameters of every combination of `values`; those outside `sample` are exhaustive."""
+    cases = list(itertools.product(*values))
+    assert all(case in cases for case in sample)
+    marks = [() if case in sample else pytest.mark.exhaustive for case in cases]
+    return pytest.mark.parametrize(
+        names, [pytest.param(*case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
+    )

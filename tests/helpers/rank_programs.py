@@ -5,10 +5,12 @@ A plan is a dictionary, handed over as JSON in front of the trainer's flags:
     {"hide_labels": True}           some labels are -100; which, follows from where a window begins
     {"record": True}                samples-{rank}.json: [first sample, labels that count] of each
                                     micro-batch
+    {"calibration": 0.3}            seconds that steps are measured for, in place of six
     {"rank": 1, "step": 5, "what": "label"}   a fault, see FAULTS, in torchrun's first attempt
     {"faults": [{...}, {...}]}                one in each attempt
 """
 
+import functools
 import json
 import os
 import resource
@@ -73,6 +75,11 @@ def train(argv: list[str]) -> int:
 def install(plan: dict[str, Any]) -> None:
     if plan.get("hide_labels"):
         hide_labels()
+    if seconds := plan.get("calibration"):
+        from fastlm.step import TrainStep
+
+        measured = functools.partialmethod(TrainStep.seconds_per_step, seconds=seconds)
+        TrainStep.seconds_per_step = measured
     faults = plan.get("faults", [plan] if "what" in plan else [])
     if attempt() < len(faults) and rank() == faults[attempt()]["rank"]:
         FAULTS[faults[attempt()]["what"]](faults[attempt()])
@@ -256,6 +263,16 @@ def _full_disk(plan):
     resource.setrlimit(resource.RLIMIT_FSIZE, (plan["bytes"], plan["bytes"]))
 
 
+def _no_scan(plan):
+    """Data that this rank must not read in whole."""
+    import fastlm.train
+
+    def refused(*arguments, **options):
+        raise AssertionError(f"rank {rank()} checks the data")
+
+    fastlm.train.check_dataset = refused
+
+
 def _elsewhere(plan):
     """Files are looked for where there are none."""
     Path("elsewhere").mkdir(exist_ok=True)
@@ -272,6 +289,7 @@ FAULTS = {
     "nan": _nan,
     "full disk": _full_disk,
     "elsewhere": _elsewhere,
+    "no scan": _no_scan,
 }
 
 

@@ -1,14 +1,19 @@
-"""What the ranks of test_wrap.py run: a tiny model wrapped, against the same in one process."""
+"""What the ranks of test_wrap.py run: a tiny model wrapped, against the same in one process; and
+of test_loss_clients.py, without a wrap of ours."""
 
 import contextlib
 from collections import Counter
 
+import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlm import AdamW, TransformerLM, linear_cross_entropy_loss
+from fastlm import AdamW, TransformerLM, cross_entropy_loss, linear_cross_entropy_loss
 from fastlm.errors import ConfigError
 from fastlm.model_interface import blocks_of
 from fastlm.parallel.world import World
@@ -204,17 +209,20 @@ class Uneven(nn.Module):
 
 
 def unused(argv):
-    """Parameters without a gradient on some ranks, or on all."""
+    """Parameters without a gradient on some ranks, or on all. FSDP2 knows "some" since 2.13."""
+    knows_some = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
     with World.start("cpu", timeout_minutes=1) as world:
         for parallel in ("ddp", "fsdp"):
-            module = wrap(Uneven(world.rank), world, parallel=parallel, find_unused=True)
+            all_use_it = parallel == "fsdp" and not knows_some
+            rank = 0 if all_use_it else world.rank
+            module = wrap(Uneven(rank), world, parallel=parallel, find_unused=True)
             for _ in range(3):
                 with micro_step(module, last=True):
                     module(torch.full((4,), 1.0 + world.rank)).backward()
                 named = {name.split(".")[-1]: p.grad for name, p in module.named_parameters()}
                 total = sum(range(1, world.size + 1))
                 assert full(named["all"]).tolist() == [total] * 4
-                assert full(named["some"]).tolist() == [1.0] * 4
+                assert full(named["some"]).tolist() == [total if all_use_it else 1.0] * 4
                 none = named["none"]
                 assert none is None or (parallel == "fsdp" and full(none).tolist() == [0.0] * 4)
                 module.zero_grad()
@@ -226,3 +234,43 @@ def refusals(argv):
             wrap(Loss(), world, parallel="fsdp", dtype=torch.float16)
         except ConfigError as error:
             print(error)
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head = nn.Linear(6, 8), nn.Linear(8, 31)
+
+    def forward(self, x, y):
+        hidden = self.trunk(x)
+        return linear_cross_entropy_loss(hidden, self.head.weight, y, bias=self.head.bias)
+
+
+def sharded_head(argv):
+    """A head that FSDP2 shards by itself, so that the loss gets DTensors."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = Head()
+    x, y = torch.randn(12, 6), torch.randint(31, (12,))
+    expected = F.cross_entropy(model.head(model.trunk(x)), y)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    fully_shard(model.trunk), fully_shard(model.head)  # apart
+    assert isinstance(model.head.weight, DTensor)
+    rows = slice(6 * rank, 6 * rank + 6)
+    loss = model(x[rows], y[rows])
+    loss.backward()
+    dist.all_reduce(loss := loss.detach() / 2)
+    torch.testing.assert_close(loss, expected.detach())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(full(p.grad), gradients[name], rtol=1e-5, atol=1e-6)
+    logits = DTensor.from_local(torch.randn(3, 5), model.head.weight.device_mesh)
+    with pytest.raises(TypeError, match=r"logits is a DTensor.*to_local"):
+        cross_entropy_loss(logits, torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"hidden is a DTensor.*to_local"):
+        linear_cross_entropy_loss(logits, torch.ones(9, 5), y[:6])
+    dist.destroy_process_group()
+    print("right")

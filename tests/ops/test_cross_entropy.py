@@ -29,8 +29,19 @@ SHAPES = [(1, 1), (3, 1), (7, 2), (4, 63), (5, 64), (4, 65), (2, 3, 17), (6, 100
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options, dtype",
+    [
+        pytest.param(
+            options, dtype, id=f"{name}-{dtype}",
+            # A sample where each case takes half a second.
+            marks=[pytest.mark.exhaustive] * (
+                INTERPRETED and dtype != torch.float32 and not name.startswith("together")
+            ),
+        )
+        for name, options in OPTIONS.items() for dtype in DTYPES
+    ],
+)  # fmt: skip
 def test_options(options, dtype, device):
     for shape in SHAPES:
         logits, targets = make(shape, dtype, device)
@@ -269,7 +280,13 @@ def test_threads_do_not_change_the_result():
 
 
 # Another size becomes a dynamic one; compiling that, too, with inductor would take 5 s more.
-@pytest.mark.parametrize("backend, sizes", [("aot_eager", [6, 9, 12]), ("inductor", [6])])
+@pytest.mark.parametrize(
+    "backend, sizes",
+    [
+        ("aot_eager", [6, 9, 12]),
+        pytest.param("inductor", [6], marks=[pytest.mark.exhaustive] * INTERPRETED),
+    ],
+)
 def test_compiles_without_a_graph_break(backend, sizes):
     options = OPTIONS["together"]
     compiled = torch.compile(

@@ -156,7 +156,7 @@ logits, targets = torch.randn(600, 2000), torch.randint(2000, (600,))
 expected = gather_batch_reference(tokens, starts, 1024)
 truth = cross_entropy_loss_reference(logits.double(), targets)
 assert extension().max_threads() == 2
-for _ in range(30):
+for _ in range(10):
     assert all(map(torch.equal, fastlm.gather_batch(tokens, starts, 1024), expected))
     x, _ = fastlm.get_batch(tokens, 128, 1024)
     assert x.shape == (128, 1024) and x.max() < 50_000

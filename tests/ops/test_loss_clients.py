@@ -144,8 +144,15 @@ def scaled_errors(loss, compiled, num_items, chunked):
     return torch.tensor(errors, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("num_items", [16_384, 524_288])
+@pytest.mark.parametrize(
+    "num_items, compiled",
+    [
+        (16_384, True),
+        (524_288, False),
+        pytest.param(16_384, False, marks=pytest.mark.exhaustive),
+        pytest.param(524_288, True, marks=pytest.mark.exhaustive),
+    ],
+)
 @both
 def test_float16_gradients_survive_a_grad_scaler(loss, num_items, compiled):
     for chunked in (False, True) if loss is linear_cross_entropy_loss else (False,):
@@ -277,74 +284,10 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == product
 
 
-SHARDED = """
-import sys
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-
-import fastlm
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-
-
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.trunk = torch.nn.Linear(6, 8)
-        self.head = torch.nn.Linear(8, 31)
-
-    def forward(self, x, y):
-        hidden = self.trunk(x)
-        return fastlm.linear_cross_entropy_loss(hidden, self.head.weight, y, bias=self.head.bias)
-
-
-torch.manual_seed(0)
-model = Model()
-x, y = torch.randn(12, 6), torch.randint(31, (12,))
-expected = F.cross_entropy(model.head(model.trunk(x)), y)
-expected.backward()
-gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-model.zero_grad()
-fully_shard(model.trunk), fully_shard(model.head)  # apart: the loss gets DTensors
-assert isinstance(model.head.weight, DTensor)
-rows = slice(6 * rank, 6 * rank + 6)
-loss = model(x[rows], y[rows])
-loss.backward()
-dist.all_reduce(loss := loss.detach() / 2)
-torch.testing.assert_close(loss, expected.detach())
-for name, p in model.named_parameters():
-    torch.testing.assert_close(p.grad.full_tensor(), gradients[name], rtol=1e-5, atol=1e-6)
-logits = DTensor.from_local(torch.randn(3, 5), model.head.weight.device_mesh)
-for function, name in (
-    (lambda: fastlm.cross_entropy_loss(logits, torch.zeros(6, dtype=torch.int64)), "logits"),
-    (lambda: fastlm.linear_cross_entropy_loss(logits, torch.ones(9, 5), y[:6]), "hidden"),
-):
-    try:
-        function()
-    except TypeError as error:
-        assert f"{name} is a DTensor" in str(error) and "to_local" in str(error), error
-    else:
-        raise AssertionError("nothing was raised")
-dist.destroy_process_group()
-print("right")
-"""
-
-
 @only_cpp
 @pytest.mark.skipif(sys.platform != "linux", reason="needs gloo")
 def test_a_head_that_fsdp2_shards_by_itself(tmp_path):
-    import subprocess
+    from ranks import run_ranks
 
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run(
-        [sys.executable, *launch, str(script)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.stdout.count("right") == 2, run.stdout + run.stderr[-3000:]  # maybe in one line
+    for rank in run_ranks(2, [], tmp_path, call="wrap_programs:sharded_head"):
+        assert (rank.returncode, rank.stdout) == (0, "right\n"), rank.output

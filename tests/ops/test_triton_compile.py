@@ -37,8 +37,10 @@ FLOATS = ("smoothing", "z_loss", "softcap")
 
 def in_sample(target: str, dtype: str, softcap: bool, aligned: bool) -> bool:
     """Is it among the configurations that are compiled by default?"""
-    if target in ("sm_90", "gfx942"):
+    if target == "sm_90":
         return aligned or (dtype == "bf16" and not softcap)
+    if target == "gfx942":
+        return aligned and dtype == "bf16"
     return aligned and dtype == "bf16" and softcap
 
 

@@ -22,12 +22,12 @@ LOSSES = "ops", "test_cross_entropy.py", "test_cross_entropy_kernel.py", "test_l
 
 def test_launchers_in_the_interpreter():
     passed, summary = run_interpreted(*LAUNCHERS)
-    assert passed >= 110 and "skipped" not in summary, summary
+    assert passed >= 90 and "skipped" not in summary, summary
 
 
 def test_losses_in_the_interpreter():
     passed, summary = run_interpreted(*LOSSES)
-    assert passed >= 190, summary
+    assert passed >= 170, summary
 
 
 @pytest.mark.exhaustive
@@ -99,7 +99,10 @@ print("right")
 """
 
 
-@pytest.mark.parametrize("place", ["another project", "the root of the repository"])
+@pytest.mark.parametrize(
+    "place",
+    ["another project", pytest.param("the root of the repository", marks=pytest.mark.exhaustive)],
+)
 def test_folder_works_under_another_name(place, tmp_path):
     folder = tmp_path / "their_kernels"
     shutil.copytree(TESTS.parent / "kernels", folder, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,17 +1,12 @@
 """AdamW and clip_gradients on two ranks: FSDP2, DTensors, torch.distributed.checkpoint.
 
-The cases are in distributed_adamw.py, which torchrun runs once for all of them.
+The cases are in distributed_adamw.py, run once for all of them.
 """
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
-HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 CASES = [
     "fsdp_is_the_unsharded_run",
     "fsdp_is_the_unsharded_run_but_for_the_order_of_sums",
@@ -36,17 +31,11 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """What the two ranks print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(HELPERS / "distributed_adamw.py"), str(tmp_path_factory.mktemp("distributed"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        run = subprocess.run(
-            command, cwd=HELPERS, env=environment, capture_output=True, text=True, timeout=180
-        )
-    except subprocess.TimeoutExpired as expired:
-        return f"timed out\n{expired.stdout}\n{expired.stderr}"
-    return f"exit status {run.returncode}\n{run.stdout}\n{run.stderr}"
+    """How the two ranks end, and what they print."""
+    directory = tmp_path_factory.mktemp("distributed")
+    call = "distributed_adamw:main"
+    ranks = run_ranks(2, [str(directory)], directory, call=call, timeout=180)
+    return f"exit statuses {[r.returncode for r in ranks]}\n" + "".join(r.output for r in ranks)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -56,5 +45,5 @@ def test_on_two_ranks(output, case):
 
 
 def test_every_case_was_run_and_none_failed(output):
-    assert output.startswith("exit status 0\n"), output[-8000:]
+    assert output.startswith("exit statuses [0, 0]\n"), output[-8000:]
     assert output.count("passed ") == 2 * len(CASES), output

@@ -22,13 +22,6 @@ SECONDS = 60
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("runs")
-    write_tokens(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def undisturbed(directory):
     run(2, directory, "undisturbed", **RUN)
     return directory / "undisturbed"

@@ -6,22 +6,14 @@ import shutil
 import pytest
 from rank_programs import TOKENS, WINDOWS, resume, run, succeeded
 from ranks import run_ranks
-from training_runs import flags, losses, metrics, same, state, tiny_flags, write_tokens
+from training_runs import flags, losses, metrics, same, state, tiny_flags
 
 from fastlm.checkpoint import read_checkpoint
 
 # 30 validation windows, which no world below shares evenly, in batches of the same windows.
-STEPS = dict(total_steps=50, eval_every=20, tokens_per_step=TOKENS)
+STEPS = dict(total_steps=24, eval_every=10, tokens_per_step=TOKENS)
 HIDE = {"hide_labels": True, "record": True}
 BOUND = 1e-5
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """Token files, and the runs of one process that others are compared with."""
-    directory = tmp_path_factory.mktemp("runs")
-    write_tokens(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +71,7 @@ def test_losses_and_samples_are_those_of_one_process(alone, size, parallel, batc
         size, directory, target, HIDE, parallel=parallel, batch_size=batch_size,
         eval_batches=-(-30 // batch_size), **STEPS,
     )  # fmt: skip
-    assert_samples_in_order(directory, size, batch_size, 50)
+    assert_samples_in_order(directory, size, batch_size, STEPS["total_steps"])
     if 30 % batch_size:  # other validation windows
         assert_close_losses(directory / target, alone)
     else:
@@ -268,18 +260,18 @@ def test_rank_0_says_when_time_is_up(directory):
 
 
 def test_calibration_is_rank_0s(directory):
-    results = run(
-        2, directory, "calibrated", total_steps=None, train_minutes=0.001, cosine_iters=None
-    )
+    settings = dict(total_steps=None, train_minutes=0.001, cosine_iters=None)
+    results = run(2, directory, "calibrated", {"calibration": 0.3}, **settings)
     assert "[calibrate]" in results[0].stdout and results[1].stdout == ""
     steps = metrics(directory / "calibrated", "summary")[-1]["step"]
     assert steps % 10 == 0 and f"{steps:,} steps take about" in results[0].stdout
 
 
 def test_evaluation_alone(directory, sources):
+    """The validation data is shared; rank 0 alone looks for ids out of range."""
     source = sources(2, "fsdp")
     argv = ["--resume", source, "--eval-only", *flags(device="cpu", data="train.npy")]
-    argv = [json.dumps({}), *argv]
+    argv = [json.dumps({"rank": 1, "what": "no scan"}), *argv]
     told = [
         succeeded(run_ranks(size, argv, directory, call="rank_programs:train"))[0].stdout
         for size in (1, 2)

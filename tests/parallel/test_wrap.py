@@ -20,7 +20,7 @@ def outputs(program, size, tmp_path, *argv, timeout=60):
     return [r.stdout for r in results]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [3, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_gradients_norms_and_weights_are_those_of_one_process(size, tmp_path):
     for output in outputs("sums", size, tmp_path):
         assert output.splitlines() == [

@@ -395,7 +395,8 @@ def test_out_of_memory_says_what_to_lower(here):
     # An array that nobody has, whether numpy or torch is asked for it. A CUDA build of torch takes
     # 4 GiB of addresses for itself.
     assert_refused(here, advice, batch_size=1 << 45)
-    assert_refused(here, advice, batch_size=1 << 15, limits={"as": 6 << 30})
+    wide = dict(batch_size=2048, d_ff=1 << 15)  # 8 GiB of them
+    assert_refused(here, advice, **wide, limits={"as": 6 << 30})
     assert_refused(here, advice, eval_only=True, init_from=str(save(here / "a.pt")),
                    batch_size=1 << 45)  # fmt: skip
     assert_refused(here, "out of memory", d_model=1 << 20, num_heads=1 << 10)

@@ -194,6 +194,22 @@ def test_train_loop_evaluates_only(tmp_path, capsys):
     assert cfg.total_steps == 12
 
 
+def test_an_evaluation_alone_compiles_one_block(tmp_path, monkeypatch):
+    """Of as many as the model has; all of it where that is asked for."""
+    run_tiny(tmp_path, total_steps=1)
+    blocks, graphs, compiled = [], [], torch.compile
+    monkeypatch.setattr("fastlm.model_loss.check_compiler", lambda device: None)
+    monkeypatch.setattr("fastlm.model_loss.compile_blocks", blocks.append)
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: graphs.append(f) or compiled(f, backend="eager")
+    )
+    settings = dict(ckpt_path_to_resume=str(checkpoint(tmp_path)), eval_only=True, compile=True)
+    model = train_loop(TRAIN, VAL, tiny_config(tmp_path / "x", **settings))
+    assert (blocks, graphs) == ([model], [])
+    train_loop(TRAIN, VAL, tiny_config(tmp_path / "x", compile_scope="model", **settings))
+    assert (len(blocks), len(graphs)) == (1, 1)
+
+
 # --- what a checkpoint may hold ---
 
 
