@@ -86,6 +86,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices inside its layers (blocks_of) that are trained, embeddings left out."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    inside = {id(p): p for block in blocks_of(model) for p in block.parameters()}
+    return [p for p in inside.values() if p.ndim == 2 and p.requires_grad and id(p) not in tables]
+
+
 def compile_blocks(model: nn.Module) -> None:
     """Compiles each of the model's blocks in place: names in its state dict do not change.
 

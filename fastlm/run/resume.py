@@ -126,6 +126,12 @@ class Resumed:
                 f"{self.path}: holds no optimizer state and cannot be resumed; --init-from starts "
                 f"a new run with its weights"
             )
+        optimizer = self.settings.get("optimizer", "adamw")
+        if optimizer != cfg.optimizer:
+            raise CheckpointError(
+                f"{self.path}: its optimizer is {shown(optimizer)}, not {cfg.optimizer}: resume it "
+                f"with --optimizer {optimizer}, or start with its weights: --init-from"
+            )
         stored = self.payload.get("data_fingerprint")
         changed = [
             f"{name} {shown(self.settings[name])} -> {getattr(cfg, name)}"
