@@ -214,12 +214,12 @@ def _update_matrices(
     momentum, lr = group["momentum"], group["lr"]
     rows, columns = params[0].shape
     old = torch.stack(buffers)
-    grads = torch.stack([p.grad for p in params]).to(old.dtype) * factor
+    grads = torch.stack([p.grad for p in params]).to(old.dtype).mul_(factor)
     new = old.lerp(grads, 1 - momentum)
-    update = orthogonalized(grads.lerp(new, momentum), dtype).to(old.dtype)
+    update = orthogonalized(grads.lerp_(new, momentum), dtype).to(old.dtype)
     weights = torch.stack(list(params)).to(old.dtype)
     after = weights * (1 - lr * group["weight_decay"])
-    after -= lr * math.sqrt(max(1, rows / columns)) * update
+    after -= update.mul_(lr * math.sqrt(max(1, rows / columns)))
     if skip is not None:
         new, after = torch.where(skip, old, new), torch.where(skip, weights, after)
     torch._foreach_copy_(list(buffers), list(new.unbind()))
