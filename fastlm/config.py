@@ -57,6 +57,8 @@ class TrainingConfig:
     """One matrix for the embedding and the output head."""
     dropout: float = 0.0
     """On the embedding, the attention weights and the residual branches."""
+    qk_norm: bool = False
+    """Normalise queries and keys: steadier at high learning rates."""
 
     # === Training steps ===
     total_steps: int = 10_000

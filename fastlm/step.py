@@ -108,6 +108,7 @@ def create_model(cfg: TrainingConfig, *, meta: bool = False) -> TransformerLM:
             rope_theta=cfg.rope_theta,
             tie_embeddings=cfg.tie_embeddings,
             dropout=cfg.dropout,
+            qk_norm=cfg.qk_norm,
             activation_checkpointing=cfg.activation_checkpointing,
         )
     return model if meta else model.to(select_device(cfg.device))
