@@ -161,6 +161,7 @@ class Muon(AdamW):
         others = collect_step(groups, self.state, False, self._caches)
         gradients = collect_gradients([p for _, _, p in found])
         for table in gradients.tables:  # one, since all is on one device
+            table.cache = self._caches.setdefault("matrices", {})
             table.rows[:, GROUP:] = torch.tensor([place[:2] for place in found], device="cpu")
         all_of_them = Collected(others.tables + gradients.tables)
         if not all_of_them.tables:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import pickle
 
 import pytest
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 HYPER = dict(betas=(0.9, 0.95), eps=1e-8)
 SHAPES = [(16, 16), (40, 16), (16, 40), (40, 16), (1, 5)]  # two of one shape; a single row
 LR, WD, MOMENTUM = 0.02, 0.1, 0.95
+# test_triton_adamw.py runs some of the tests on the Triton kernels.
+IMPL = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "auto"
 
 
 def parameters(dtype=torch.float32):
@@ -37,7 +40,7 @@ def muon(matrices, others, **options):
         {"params": others, "lr": 0.01, "weight_decay": 0.05},
         {"params": matrices, "lr": LR, "weight_decay": WD, "momentum": MOMENTUM},
     ]
-    return Muon(groups, **HYPER, **options)
+    return Muon(groups, **HYPER, impl=IMPL, **options)
 
 
 def run(optimizer, params, steps):
