@@ -27,6 +27,7 @@ from fastlm.kernels.collect import (
     moment_dtype,
     position_name,
 )
+from fastlm.ops import optimizer_torch
 from fastlm.optim import AdamW
 
 # The quintics a x + b x^3 + c x^5 that bring singular values near 1, one after the other: each is
@@ -42,14 +43,17 @@ _MARGIN = 1.01  # what was rounded must not lie above 1, where the first quintic
 _ELEMENTS = 1 << 24  # of matrices in one product of many: bounds the memory of a step
 
 
+_Place = tuple[int, int, Tensor]  # (group, index in it, parameter)
+
+
 class Muon(AdamW):
     """AdamW whose groups with a `momentum` are updated by Muon; the others are AdamW's.
 
         Muon([{"params": matrices, "momentum": 0.95, "lr": 0.02}, {"params": rest, "lr": 3e-3}])
 
     A Muon group holds matrices (2-D) and has lr, weight_decay and momentum; its betas and eps do
-    nothing. All parameters are on one device, a CPU or a GPU with AdamW's kernels, and are no
-    DTensors: a matrix cannot be orthogonalized in parts. Raises ValueError otherwise.
+    nothing. All parameters are on one device and are no DTensors: a matrix cannot be orthogonalized
+    in parts. Raises ValueError otherwise.
 
     max_grad_norm, skip_nonfinite, last_grad_norm, first_nonfinite(), a GradScaler and state dicts
     are AdamW's, over all groups together. State of a matrix: `momentum_buffer`, of its shape, fp32
@@ -86,10 +90,6 @@ class Muon(AdamW):
         group, what = self.param_groups[-1], len(self.param_groups) - 1
         if len({p.device for p in self._params()}) > 1:
             raise ValueError("Muon needs all parameters on one device")
-        if self._by_torch():
-            raise ValueError(
-                f"Muon needs a CPU or a CUDA device, not {group['params'][0].device}: use AdamW"
-            )
         if "momentum" not in group:
             return
         if not 0 <= group["momentum"] < 1:
@@ -157,6 +157,9 @@ class Muon(AdamW):
             groups.append({**group, "params": []} if is_muon else group)
             members = enumerate(group["params"]) if is_muon else ()
             found += [(g, i, p) for i, p in members if p.grad is not None]
+        if self._by_torch():
+            self._update_by_torch(groups, found)
+            return
         others = collect_step(groups, self.state, False, self._caches)
         gradients = collect_gradients([p for _, _, p in found])
         for table in gradients.tables:  # one, since all is on one device
@@ -179,6 +182,22 @@ class Muon(AdamW):
         if norm is not None:
             dtype = max((t.norm_dtype for t in all_of_them.tables), key=lambda d: d.itemsize)
             self.last_grad_norm = norm.to(dtype)
+        self._update_all_matrices(found, factor, skip)
+
+    def _update_by_torch(self, groups: list[dict], found: Sequence[_Place]) -> None:
+        """On devices without kernels. groups: AdamW's, and Muon's without their matrices."""
+        if not optimizer_torch.clipped(self):
+            return
+        own, self.param_groups = self.param_groups, groups
+        try:
+            optimizer_torch.torchs_step(self)
+        finally:
+            self.param_groups = own
+        self._update_all_matrices(found, 1.0, None)
+
+    def _update_all_matrices(
+        self, found: Sequence[_Place], factor: Tensor | float, skip: Tensor | None
+    ) -> None:
         for batch in _batches(found):
             g, _, first = batch[0]
             dtype = torch.float64 if first.dtype == torch.float64 else self.matmul_dtype
@@ -247,7 +266,7 @@ def _clipping(
     return factor, skip, norm
 
 
-def _batches(found: Sequence[tuple[int, int, Tensor]]) -> list[list[tuple[int, int, Tensor]]]:
+def _batches(found: Sequence[_Place]) -> list[list[_Place]]:
     """Matrices of one group, shape and dtype, at most _ELEMENTS together or one alone."""
     batches: dict[Any, list] = {}
     full = []

@@ -35,12 +35,12 @@ def set_gradients(params, step):
         p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
 
 
-def muon(matrices, others, **options):
+def muon(matrices, others, impl=IMPL, **options):
     groups = [
         {"params": others, "lr": 0.01, "weight_decay": 0.05},
         {"params": matrices, "lr": LR, "weight_decay": WD, "momentum": MOMENTUM},
     ]
-    return Muon(groups, **HYPER, impl=IMPL, **options)
+    return Muon(groups, **HYPER, impl=impl, **options)
 
 
 def run(optimizer, params, steps):
@@ -81,9 +81,10 @@ def reference_run(steps, max_grad_norm=None):
 
 @pytest.mark.parametrize("max_grad_norm", [None, 3.0, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_against_the_formula_in_fp64(dtype, max_grad_norm):
+@pytest.mark.parametrize("impl", [IMPL, "torch"])  # torch: as on devices without kernels
+def test_against_the_formula_in_fp64(dtype, max_grad_norm, impl):
     matrices, others = parameters(dtype)
-    run(muon(matrices, others, max_grad_norm=max_grad_norm), matrices + others, range(20))
+    run(muon(matrices, others, impl, max_grad_norm=max_grad_norm), matrices + others, range(20))
     bound = 2e-5 if dtype == torch.float32 else 1e-11
     for p, expected in zip(matrices + others, reference_run(range(20), max_grad_norm), strict=True):
         torch.testing.assert_close(p.double(), expected, rtol=bound, atol=bound)
@@ -175,10 +176,11 @@ def snapshot(optimizer):
 
 @pytest.mark.parametrize("where", [0, -1], ids=["a matrix", "a vector"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_bad_step_changes_nothing_and_is_named(value, where):
+@pytest.mark.parametrize("impl", [IMPL, "torch"])
+def test_a_bad_step_changes_nothing_and_is_named(value, where, impl):
     matrices, others = parameters()
     params = matrices + others
-    optimizer = muon(matrices, others, max_grad_norm=1.0)
+    optimizer = muon(matrices, others, impl, max_grad_norm=1.0)
     run(optimizer, params, range(2))
     before = snapshot(optimizer)
     set_gradients(params, 2)
