@@ -35,6 +35,7 @@ def bench_train_step(benchmark, device, allocator, preset, vocab_size):
         pytest.skip("minutes a step on a CPU")
     torch.compiler.reset()
     settings = {**PRESETS[preset], "vocab_size": vocab_size, "grad_accum": 1}
+    settings |= {"optimizer": "adamw", "qk_norm": False}  # the mathematics of the others
     cfg = TrainingConfig(**settings, device=device.type, compile=True)
     tokens = np.random.default_rng(0).integers(0, vocab_size, 1_000_000, dtype=np.uint16)
     model, optimizer, _ = create_model_and_optimizer(cfg)

@@ -14,6 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         log_every=20,
         eval_every=200,
         ckpt_every=500,
+        # bench/LOG.md, 2026-11-26: what these gain.
         qk_norm=True,
         optimizer="muon",
         lr_max=5e-3,
