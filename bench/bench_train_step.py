@@ -40,6 +40,7 @@ def bench_train_step(benchmark, device, allocator, request, preset, vocab_size):
         pytest.skip("half a minute a round on a CPU: --slow")
     torch.compiler.reset()
     settings = {**PRESETS[preset], "vocab_size": vocab_size, "grad_accum": 1}
+    settings |= {"optimizer": "adamw", "qk_norm": False}  # the mathematics of the others
     if is_slow:
         settings["batch_size"] = 4
     cfg = TrainingConfig(**settings, device=device.type, compile=True)

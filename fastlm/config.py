@@ -57,6 +57,8 @@ class TrainingConfig:
     """One matrix for the embedding and the output head."""
     dropout: float = 0.0
     """On the embedding, the attention weights and the residual branches."""
+    qk_norm: bool = False
+    """Normalise queries and keys: steadier at high learning rates."""
 
     # === Training steps ===
     total_steps: int = 10_000
@@ -84,9 +86,13 @@ class TrainingConfig:
     sync_save: bool = False
     """Wait for each save to be written. Default: training goes on, beside a copy in memory."""
 
-    # === Optimizer (AdamW) ===
+    # === Optimizer ===
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon: Muon for the matrices inside the blocks, AdamW for all else."""
     lr_max: float = 3e-4
     """Learning rate after the warm-up."""
+    muon_lr: float = 0.02
+    """Muon's learning rate after the warm-up; it goes up and down with AdamW's."""
     lr_min: float = 3e-5
     """Learning rate at the end."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -94,7 +100,7 @@ class TrainingConfig:
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay, AdamW's and Muon's."""
     weight_decay_all: bool = False
     """Decay every parameter. Default: matrices only, no norm weights."""
     grad_clip_norm: float = 1.0
@@ -187,7 +193,7 @@ class TrainingConfig:
         self._check_ranges()
         positive = (
             "batch_size context_len grad_accum vocab_size num_layers num_heads d_model d_ff "
-            "total_steps log_every eval_batches lr_max eps rope_theta"
+            "total_steps log_every eval_batches lr_max muon_lr eps rope_theta"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
@@ -206,9 +212,15 @@ class TrainingConfig:
             raise ConfigError(f"betas={self.betas}: both must lie in [0, 1)")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout}: it must lie in [0, 1)")
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise ConfigError(
+                "optimizer='muon' with parallel='fsdp': Muon needs whole matrices; use "
+                "--parallel ddp, or --optimizer adamw"
+            )
         if self.lr_min > self.lr_max:
             raise ConfigError(f"lr_min={self.lr_min}: it must not be above lr_max={self.lr_max}")
         for name, values in (
+            ("optimizer", ("adamw", "muon")),
             ("schedule", ("cosine", "wsd")),
             ("guard", ("skip", "rollback", "off")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),

@@ -216,6 +216,7 @@ def load_model(
         **{name: config[name] for name in sizes},
         max_seq_len=config["context_len"],
         tie_embeddings=config["tie_embeddings"],
+        qk_norm=config.get("qk_norm", False),  # older checkpoints have none
     )
     restore_model(model, payload)
     return model.to(device).eval(), payload

@@ -39,6 +39,12 @@ def rope_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, 
     return angles.cos().float(), angles.sin().float()
 
 
+def _unit_rms(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in fp32; x: (..., d)."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
 class KVCache:
     """Keys and values of the positions seen so far, in generation: (B, H, max_seq_len, d) each."""
 
@@ -63,11 +69,13 @@ class Attention(nn.Module):
     """Causal multi-head self-attention with rotary positions.
 
     By causal_attention; with dropout of the attention weights, in training, by PyTorch's SDPA.
+
+    qk_norm: each head's query and key are divided by their root mean square (arXiv:2010.04245).
     """
 
-    def __init__(self, d_model: int, num_heads: int, dropout: float):
+    def __init__(self, d_model: int, num_heads: int, dropout: float, qk_norm: bool = False):
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads, self.dropout, self.qk_norm = num_heads, dropout, qk_norm
         self.q_proj = nn.Linear(d_model, d_model, bias=False)
         self.k_proj = nn.Linear(d_model, d_model, bias=False)
         self.v_proj = nn.Linear(d_model, d_model, bias=False)
@@ -86,6 +94,8 @@ class Attention(nn.Module):
             return y.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if self.qk_norm:  # before the rotation, which changes no length
+            q, k = _unit_rms(q), _unit_rms(k)
         rope = (cos, sin)
         if cache is not None or cos.dim() > 2:
             q, k, rope = apply_rope(q, cos, sin), apply_rope(k, cos, sin), None
@@ -111,10 +121,12 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float):
+    def __init__(
+        self, d_model: int, num_heads: int, d_ff: int, dropout: float, qk_norm: bool = False
+    ):
         super().__init__()
         self.ln1 = RMSNorm(d_model)
-        self.attn = Attention(d_model, num_heads, dropout)
+        self.attn = Attention(d_model, num_heads, dropout, qk_norm)
         self.ln2 = RMSNorm(d_model)
         self.ffn = SwiGLU(d_model, d_ff)
         self.drop = nn.Dropout(dropout)
@@ -128,8 +140,9 @@ class TransformerLM(nn.Module):
     """Token ids (B, T) to logits (B, T, V).
 
     d_ff: default 8/3 * d_model rounded up to a multiple of 64. dropout: on the embedding, the
-    attention weights and both residual branches, in training mode only. activation_checkpointing:
-    recompute each block in backward instead of keeping its activations.
+    attention weights and both residual branches, in training mode only. qk_norm: queries and keys
+    of unit root mean square, which high learning rates want. activation_checkpointing: recompute
+    each block in backward instead of keeping its activations.
     Raises ValueError if d_model is not divisible by num_heads or the head is of odd width.
     """
 
@@ -145,6 +158,7 @@ class TransformerLM(nn.Module):
         *,
         tie_embeddings: bool = False,
         dropout: float = 0.0,
+        qk_norm: bool = False,
         activation_checkpointing: bool = False,
     ):
         super().__init__()
@@ -158,7 +172,7 @@ class TransformerLM(nn.Module):
             self.token_embeddings = nn.Embedding(vocab_size, d_model)
             self.drop = nn.Dropout(dropout)
             self.layers = nn.ModuleList(
-                Block(d_model, num_heads, d_ff, dropout) for _ in range(num_layers)
+                Block(d_model, num_heads, d_ff, dropout, qk_norm) for _ in range(num_layers)
             )
             self.ln_final = RMSNorm(d_model)
             self.lm_head = nn.Linear(d_model, vocab_size, bias=False)

@@ -25,7 +25,9 @@ from fastlm.hardware import autocast, is_out_of_memory, select_device, select_dt
 from fastlm.model import TransformerLM
 
 # Settings of TransformerLM that a caller would miss in a model of his own.
-_OF_OUR_MODEL = {"dropout": 0.0, "tie_embeddings": False, "activation_checkpointing": False}
+_OF_OUR_MODEL = dict.fromkeys(("tie_embeddings", "qk_norm", "activation_checkpointing"), False) | {
+    "dropout": 0.0
+}
 
 
 def prepare_model(model: nn.Module, cfg: TrainingConfig) -> nn.Module:
@@ -84,6 +86,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         is_block = in_list and not isinstance(child, nn.ModuleList)
         blocks += [child] if is_block else blocks_of(child)
     return blocks
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices inside its layers (blocks_of) that are trained, embeddings left out."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    inside = {id(p): p for block in blocks_of(model) for p in block.parameters()}
+    return [p for p in inside.values() if p.ndim == 2 and p.requires_grad and id(p) not in tables]
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -147,6 +156,7 @@ def _check_settings(model: TransformerLM, cfg: TrainingConfig) -> None:
         "rope_theta": model.rope_theta,
         "tie_embeddings": model.lm_head.weight is model.token_embeddings.weight,
         "dropout": model.drop.p,
+        "qk_norm": layer.attn.qk_norm,
         "activation_checkpointing": model.activation_checkpointing,
     }
     for name, value in described.items():

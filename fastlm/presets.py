@@ -14,8 +14,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         log_every=20,
         eval_every=200,
         ckpt_every=500,
-        lr_max=3e-3,
-        lr_min=1.5e-4,
+        # bench/LOG.md, 2026-11-26: what these gain.
+        qk_norm=True,
+        optimizer="muon",
+        lr_max=5e-3,
+        lr_min=2.5e-4,
         warmup_iters=50,
     ),
     # The default on a CUDA device: the same data, a model that a GPU can be seen to work on.

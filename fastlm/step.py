@@ -18,12 +18,14 @@ from fastlm.checkpoint import load_checkpoint, restore_optimizer, restore_scaler
 from fastlm.config import TrainingConfig
 from fastlm.data.loader import TrainLoader
 from fastlm.data.sampler import mixed
-from fastlm.errors import CompileError
+from fastlm.errors import CompileError, ConfigError
 from fastlm.evaluate import evaluating
-from fastlm.hardware import select_device, synchronize
+from fastlm.hardware import select_device, select_dtype, synchronize
 from fastlm.kernels.collect import is_dtensor
 from fastlm.model import TransformerLM
+from fastlm.model_interface import hidden_matrices
 from fastlm.model_loss import ModelLoss
+from fastlm.muon import Muon
 from fastlm.optim import AdamW
 from fastlm.parallel.world import ALONE, World
 from fastlm.parallel.wrap import micro_step
@@ -52,17 +54,24 @@ def create_model_and_optimizer(
 
 
 def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
-    """AdamW of `model`: matrices are decayed and vectors (norms' weights, biases) are not, unless
-    cfg.weight_decay_all.
+    """The optimizer of `model` that cfg.optimizer names: matrices are decayed and vectors (norms'
+    weights, biases) are not, unless cfg.weight_decay_all. Muon has the matrices of the blocks.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    hidden = hidden_matrices(model) if cfg.optimizer == "muon" else []
+    if cfg.optimizer == "muon" and not hidden:
+        raise ConfigError(
+            f"optimizer='muon': {type(model).__name__} has no matrix inside an nn.ModuleList "
+            f"for it to train; use --optimizer adamw"
+        )
+    taken = {id(p) for p in hidden}
+    parameters = [p for p in parameters if id(p) not in taken]
     decayed = [p for p in parameters if cfg.weight_decay_all or p.dim() >= 2]
     others = [p for p in parameters if not (cfg.weight_decay_all or p.dim() >= 2)]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": cfg.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
-    return AdamW(
-        groups,
+    options: dict[str, Any] = dict(
         lr=cfg.lr_max,
         betas=cfg.betas,
         eps=cfg.eps,
@@ -70,6 +79,14 @@ def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
         # Also without clipping: a NaN must not reach the weights, and the norm is logged.
         skip_nonfinite=True,
     )
+    if not hidden:
+        return AdamW(groups, **options)
+    scale = {"momentum": 0.95, "lr_scale": cfg.muon_lr / cfg.lr_max}
+    groups.append({"params": hidden, "weight_decay": cfg.weight_decay, **scale})
+    dtype = select_dtype(cfg.dtype, hidden[0].device)
+    # float16 has too few small numbers for a Gram matrix.
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    return Muon([g for g in groups if g["params"]], **options, matmul_dtype=dtype)
 
 
 def create_model(cfg: TrainingConfig, *, meta: bool = False) -> TransformerLM:
@@ -85,6 +102,7 @@ def create_model(cfg: TrainingConfig, *, meta: bool = False) -> TransformerLM:
             rope_theta=cfg.rope_theta,
             tie_embeddings=cfg.tie_embeddings,
             dropout=cfg.dropout,
+            qk_norm=cfg.qk_norm,
             activation_checkpointing=cfg.activation_checkpointing,
         )
     return model if meta else model.to(select_device(cfg.device))
@@ -127,7 +145,7 @@ class TrainStep:
         it says yes, the step is dropped, nothing has changed, and None comes back.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         batch_size, world = self.loader.batch_size, self.world
         samples = [
             first_sample + (micro * world.size + world.rank) * batch_size
@@ -171,7 +189,8 @@ class TrainStep:
         where each rank reads its part of the file, now. Alone, the payload has been loaded."""
         groups = self.optimizer.param_groups
         # Its state brings the settings of the run before; this run's are those that it was given.
-        settings = [{name: g[name] for name in ("betas", "eps", "weight_decay")} for g in groups]
+        names = ("betas", "eps", "weight_decay", "momentum", "lr_scale")
+        settings = [{name: g[name] for name in names if name in g} for g in groups]
         if self.world.size == 1:
             restore_optimizer(self.optimizer, payload, self.model)
         else:

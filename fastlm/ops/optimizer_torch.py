@@ -36,9 +36,15 @@ def create_state(optimizer: torch.optim.AdamW, params: Sequence[Tensor]) -> None
 
 
 def update(optimizer: Any) -> None:
-    """One step of a fastlm.AdamW: the gradients are clipped in place, then torch updates.
+    """One step of a fastlm.AdamW: the gradients are clipped in place, then torch updates."""
+    if clipped(optimizer):
+        torchs_step(optimizer)
 
-    Skipped if optimizer.found_inf, which torch's own step does not take here, is not 0.
+
+def clipped(optimizer: Any) -> bool:
+    """Takes the norm of all gradients and clips them in place. False: skip the step.
+
+    That is also said by optimizer.found_inf, which torch's own step does not take here.
     """
     found_inf = optimizer.__dict__.pop("found_inf", None)
     found = {
@@ -55,13 +61,18 @@ def update(optimizer: Any) -> None:
         bad = (i for i, g in enumerate(gradients) if not norm.isfinite() and not g.isfinite().all())
         optimizer._last = [(next(bad, -1), list(found))]
         if optimizer.skip_nonfinite and not norm.isfinite():
-            return
+            return False
     if found_inf is not None and bool(found_inf):
-        return
+        return False
     if optimizer.max_grad_norm is not None:
         factor = clip_factor(float(norm), optimizer.max_grad_norm)
         if factor < 1:
             scale_gradients(gradients, factor)
+    return True
+
+
+def torchs_step(optimizer: Any) -> None:
+    """torch.optim.AdamW's own, of the groups as they are."""
     step = torch.optim.AdamW.step
     if getattr(step, "hooked", False):  # this class's step has run the hooks already
         step = step.__wrapped__

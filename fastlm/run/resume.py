@@ -126,6 +126,12 @@ class Resumed:
                 f"{self.path}: holds no optimizer state and cannot be resumed; --init-from starts "
                 f"a new run with its weights"
             )
+        optimizer = self.settings.get("optimizer", "adamw")
+        if optimizer != cfg.optimizer:
+            raise CheckpointError(
+                f"{self.path}: its optimizer is {shown(optimizer)}, not {cfg.optimizer}: resume it "
+                f"with --optimizer {optimizer}, or start with its weights: --init-from"
+            )
         stored = self.payload.get("data_fingerprint")
         changed = [
             f"{name} {shown(self.settings[name])} -> {getattr(cfg, name)}"
@@ -221,7 +227,9 @@ def _stored_settings(path: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         return {}  # another program's: the model's size must come from flags
     hints = typing.get_type_hints(TrainingConfig)
-    settings = {}
+    settings: dict[str, Any] = {}
+    if "fastlm_version" in payload:  # an older one's run was none of a preset's that came later
+        settings = {"optimizer": "adamw", "qk_norm": False}
     for name in (f.name for f in dataclasses.fields(TrainingConfig)):
         if name not in config or name in _NOT_RESUMED:
             continue
@@ -281,13 +289,15 @@ def load_weights(
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     stored = payload.get("config")
-    num_heads = stored.get("num_heads") if isinstance(stored, dict) else None
-    is_ours = model_class(model) is None
-    if is_ours and num_heads not in (None, cfg.num_heads):  # the weights' shapes do not tell
-        raise CheckpointError(
-            f"{path}: the checkpoint is of another architecture: num_heads={shown(num_heads)}, not "
-            f"{cfg.num_heads}; set the model's size as the checkpoint's run did"
-        )
+    if isinstance(stored, dict) and model_class(model) is None:
+        stored = {"qk_norm": False, **stored}  # older runs had none
+        for name in ("num_heads", "qk_norm"):  # the weights' shapes do not tell
+            if stored.get(name) not in (None, getattr(cfg, name)):
+                raise CheckpointError(
+                    f"{path}: the checkpoint is of another architecture: {name}="
+                    f"{shown(stored[name])}, not {getattr(cfg, name)}; set the model's size as the "
+                    f"checkpoint's run did"
+                )
     if resumed is None:
         print(f"[init] weights of {cfg.init_from}")
 

@@ -23,6 +23,9 @@ TINY = dict(
     keep_last=0,
     dtype="float32",
     device="cpu",
+    # Not the preset's, which the command takes where nothing is said.
+    optimizer="adamw",
+    qk_norm=False,
 )
 
 
@@ -36,12 +39,12 @@ def tiny_config(target_dir, **settings):
 
 
 def flags(**settings) -> list[str]:
-    """Command-line flags: a_b=1 is --a-b 1, True is the bare flag, None leaves one out."""
+    """Command-line flags: a_b=1 is --a-b 1, True --a-b, False --no-a-b, None leaves one out."""
     result = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            result.append(flag)
+        if value is True or value is False:
+            result.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list | tuple):
             result += [flag, *map(str, value)]
         elif value is not None:

@@ -78,6 +78,14 @@ def test_losses_and_samples_are_those_of_one_process(alone, size, parallel, batc
         assert_close(directory / target, alone)
 
 
+def test_muon_on_two_ranks_is_muon_on_one(directory):
+    """Each orthogonalizes the same sums: their weights stay the same."""
+    settings = dict(optimizer="muon", total_steps=8, tokens_per_step=TOKENS, log_every=1)
+    run(1, directory, "muon", HIDE, batch_size=6, **settings)
+    run(2, directory, "muon-2", HIDE, batch_size=3, **settings)
+    assert_close_losses(directory / "muon-2", directory / "muon")
+
+
 def assert_close_losses(target, expected):
     actual, wanted = losses(target), losses(expected)
     assert actual.keys() == wanted.keys()

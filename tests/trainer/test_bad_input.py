@@ -268,6 +268,7 @@ def test_checkpoints_of_another_architecture(here):
     save(here / "wide.pt", d_model=64)
     save(here / "deep.pt", num_layers=3)
     save(here / "heads.pt", num_heads=4)
+    save(here / "normed.pt", qk_norm=True)
     form = r"{}\.pt: the checkpoint is of another architecture: {}"
     for how in ("resume", "init_from"):
         wide = dict(d_model=32, d_ff=128)
@@ -280,6 +281,8 @@ def test_checkpoints_of_another_architecture(here):
             **{how: "deep.pt"},
         )  # fmt: skip
         assert_refused(here, form.format("heads", "num_heads=4, not 2"), **{how: "heads.pt"})
+    other = form.format("normed", "qk_norm=True, not False")
+    assert_refused(here, other, init_from="normed.pt")
     torch.save({"model": {"transformer.wte.weight": torch.zeros(3)}}, here / "nanogpt.pt")
     assert_refused(here, "nanogpt.*another architecture", init_from="nanogpt.pt")
 

@@ -293,7 +293,9 @@ def run_generate(directory: Path, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(), dict(tie_embeddings=True, d_ff=40, rope_theta=100.0, num_heads=4)], ids=str
+    "settings",
+    [dict(), dict(qk_norm=True), dict(tie_embeddings=True, d_ff=40, rope_theta=100.0, num_heads=4)],
+    ids=str,
 )
 def test_a_checkpoint_brings_its_model_back(tmp_path, settings):
     cfg = tiny_config(tmp_path, dropout=0.5, **settings)

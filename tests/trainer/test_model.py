@@ -35,13 +35,18 @@ def random_tokens(*shape, seed=0) -> torch.Tensor:
     return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def naive_logits(state, ids: list[int], num_heads: int, theta: float) -> torch.Tensor:
+def naive_logits(
+    state, ids: list[int], num_heads: int, theta: float, qk_norm: bool = False
+) -> torch.Tensor:
     """(T, V) in fp64, position by position and head by head, from the papers' formulas."""
     w = {name: tensor.double() for name, tensor in state.items()}
     num_layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("layers."))
 
     def norm(x, weight):
         return x / math.sqrt(float((x * x).mean()) + 1e-5) * weight
+
+    def unit(x):
+        return x / math.sqrt(float((x * x).mean()) + 1e-6) if qk_norm else x
 
     def rope(x, position):  # pairs of neighbours, as CS336 and the paper have them
         d, out = len(x), x.clone()
@@ -62,10 +67,9 @@ def naive_logits(state, ids: list[int], num_heads: int, theta: float) -> torch.T
             heads = []
             for h in range(num_heads):
                 part = slice(h * width, (h + 1) * width)
-                query = rope(q[t][part], t)
-                scores = [
-                    float(query @ rope(k[s][part], s)) / math.sqrt(width) for s in range(t + 1)
-                ]
+                query = rope(unit(q[t][part]), t)
+                keys = [rope(unit(k[s][part]), s) for s in range(t + 1)]
+                scores = [float(query @ key) / math.sqrt(width) for key in keys]
                 weights = [math.exp(score - max(scores)) for score in scores]
                 heads.append(sum(a / sum(weights) * v[s][part] for s, a in enumerate(weights)))
             xs[t] = xs[t] + w[p + "attn.output_proj.weight"] @ torch.cat(heads)
@@ -77,15 +81,17 @@ def naive_logits(state, ids: list[int], num_heads: int, theta: float) -> torch.T
     return torch.stack([w["lm_head.weight"] @ norm(x, w["ln_final.weight"]) for x in xs])
 
 
-@pytest.mark.parametrize("theta", [10000.0, 50.0])
-def test_logits_equal_the_naive_implementation(theta):
-    model = make_model(rope_theta=theta)
+@pytest.mark.parametrize(
+    ("theta", "qk_norm"), [(10000.0, False), (50.0, False), (10000.0, True), (50.0, True)]
+)
+def test_logits_equal_the_naive_implementation(theta, qk_norm):
+    model = make_model(rope_theta=theta, qk_norm=qk_norm)
     ids = random_tokens(2, T)
     with torch.no_grad():
         logits = model(ids)
     assert logits.shape == (2, T, V) and logits.dtype == torch.float32
     for row in range(2):
-        expected = naive_logits(model.state_dict(), ids[row].tolist(), H, theta)
+        expected = naive_logits(model.state_dict(), ids[row].tolist(), H, theta, qk_norm)
         torch.testing.assert_close(logits[row].double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -201,8 +207,9 @@ def test_activation_checkpointing_gives_the_same_gradients(dropout):
     assert forwards == [1, 2]  # it does recompute
 
 
-def test_cached_logits_equal_those_of_the_whole_sequence():
-    model = make_model().eval()
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_cached_logits_equal_those_of_the_whole_sequence(qk_norm):
+    model = make_model(qk_norm=qk_norm).eval()
     ids = random_tokens(3, T)
     with torch.no_grad():
         expected = model(ids)

@@ -144,7 +144,13 @@ def test_what_cannot_be_trained_is_said_in_one_line(make, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [dict(dropout=0.1), dict(tie_embeddings=True), dict(activation_checkpointing=True)]
+    "setting",
+    [
+        dict(dropout=0.1),
+        dict(tie_embeddings=True),
+        dict(activation_checkpointing=True),
+        dict(qk_norm=True),
+    ],
 )
 def test_settings_that_would_do_nothing_are_refused(setting):
     (name,) = setting
