@@ -141,6 +141,24 @@ def _runs_cpp(impl: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> b
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, rope: Rope | None) -> None:
+    # Without messages first: a generated token has many such calls, of a tenth of a millisecond.
+    fits = (
+        q.dim() == k.dim() == 4
+        and k.shape == v.shape
+        and q.shape[0] == k.shape[0]
+        and q.shape[3] == k.shape[3] > 0
+        and k.shape[1] > 0 == q.shape[1] % k.shape[1]
+        and q.shape[2] <= k.shape[2]
+        and q.dtype == k.dtype == v.dtype
+        and q.is_floating_point()
+        and q.device == k.device == v.device
+    )
+    if not fits or scale is not None or rope is not None or any(map(is_dtensor, (q, k, v))):
+        _explain(q, k, v, scale, rope)
+
+
+def _explain(q: Tensor, k: Tensor, v: Tensor, scale: float | None, rope: Rope | None) -> None:
+    """Raises for what does not fit."""
     shapes = f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() < 3 or k.dim() != q.dim() or k.shape != v.shape:
         raise ValueError(f"{shapes}: they must be (B, H, Tq, d) and twice (B, H_kv, Tk, d)")
