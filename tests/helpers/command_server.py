@@ -187,8 +187,9 @@ def _become(request: dict) -> None:
         handle = os.open(name, os.O_WRONLY)
         os.dup2(handle, descriptor)
         os.close(handle)
-    # A shell's background jobs ignore SIGINT, and hand that on.
+    # A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and hand that on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     code = 1
     try:
         module, name = request["call"].split(":")

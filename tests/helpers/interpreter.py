@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,12 @@ def run_interpreted(
     return int(re.search(r"(\d+) passed", summary)[1]), summary
 
 
-def sampled(names: str, sample: list[tuple], *values):
-    """Parameters of every combination of `values`; those outside `sample` are exhaustive."""
-    cases = list(itertools.product(*values))
-    assert all(case in cases for case in sample)
-    marks = [() if case in sample else pytest.mark.exhaustive for case in cases]
+def sampled(chosen: Callable[..., bool], names: str, *values: Iterable):
+    """Parametrizes with every combination of `values`; what is not `chosen` is exhaustive."""
     return pytest.mark.parametrize(
-        names, [pytest.param(*case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
+        names,
+        [
+            pytest.param(*case, marks=() if chosen(*case) else pytest.mark.exhaustive)
+            for case in itertools.product(*values)
+        ],
     )

@@ -133,12 +133,8 @@ def check(logits, targets, options=OPTIONS["defaults"], *, seed=1):
 
 
 @sampled(
-    "name, dtype",
-    [
-        *((name, torch.float32) for name in OPTIONS),
-        *((name, torch.bfloat16) for name in ("defaults", "small softcap", "together")),
-    ],
-    OPTIONS, DTYPES,
+    lambda name, dtype: dtype in DTYPES[: 1 + (name in ("defaults", "small softcap", "together"))],
+    "name, dtype", OPTIONS, DTYPES,
 )  # fmt: skip
 def test_options(name, dtype):
     options = OPTIONS[name]
@@ -185,16 +181,9 @@ def test_vocabularies(N, V, dtype):
     check(*make(N, V, dtype, options=options), options)
 
 
-HUGE = ["defaults", "smoothing", "z_loss"]
-
-
 @sampled(
-    "name, V, dtype",
-    [
-        *((name, 50, dtype) for name in HUGE for dtype in DTYPES[:2]),
-        ("defaults", 50, torch.float16), ("smoothing", 40000, torch.bfloat16),
-    ],
-    HUGE, [50, 40000], DTYPES,
+    lambda name, V, dtype: V < 1000 or (name, dtype) == ("smoothing", torch.bfloat16),
+    "name, V, dtype", ["defaults", "smoothing", "z_loss"], [50, 40000], DTYPES,
 )  # fmt: skip
 def test_huge_logits(name, V, dtype):
     # exp(1e4) is no fp32 number; 1e4 is one of fp16. Near p = 1 the target's gradient cancels.
@@ -211,13 +200,8 @@ def test_huge_logits(name, V, dtype):
 
 
 @sampled(
-    "V, softcap, dtype",
-    [
-        *((20, softcap, dtype) for softcap in (None, 4.0) for dtype in DTYPES),
-        (9000, None, torch.bfloat16), (9000, 4.0, torch.float32),
-        (50304, None, torch.float32), (50304, 4.0, torch.bfloat16),
-    ],
-    [20, 9000, 50304], [None, 4.0], DTYPES,
+    lambda V, softcap, dtype: V < 1000 or dtype == DTYPES[(softcap is None) == (V < 10_000)],
+    "V, softcap, dtype", [20, 9000, 50304], [None, 4.0], DTYPES,
 )  # fmt: skip
 def test_minus_infinity(V, softcap, dtype):
     options = Options(softcap=softcap)
@@ -251,10 +235,8 @@ def test_nan_is_not_hidden(V, softcap):
 
 
 @sampled(
-    "name, V",
-    [*((name, 20) for name in OPTIONS), ("defaults", 40000), ("together", 40000)],
-    OPTIONS, [20, 40000],
-)  # fmt: skip
+    lambda name, V: V < 1000 or name in ("defaults", "together"), "name, V", OPTIONS, [20, 40000]
+)
 def test_ignored_rows_may_hold_anything(name, V):
     options = OPTIONS[name]
     logits, targets = make(6, V, options=options)
@@ -361,11 +343,7 @@ def test_labels_are_checked_outside_inference_mode():
     check_labels()
 
 
-@sampled(
-    "V, dtype",
-    [*((V, dtype) for V in (40, 41) for dtype in DTYPES[:2]), (20001, torch.bfloat16)],
-    [40, 41, 20001], DTYPES,
-)  # fmt: skip
+@sampled(lambda V, dtype: dtype in DTYPES[V > 1000 : 2], "V, dtype", [40, 41, 20001], DTYPES)
 def test_rows_anywhere(V, dtype):
     # A slice of wider rows, every other row, a start that is no multiple of 16 bytes.
     logits, targets = make(4, V, dtype)
