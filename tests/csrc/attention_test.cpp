@@ -35,14 +35,18 @@ constexpr double unit_of = std::is_same_v<T, float>      ? 1.0 / (1 << 22)
 // (B, heads, rows, d), every row followed by `padding` elements, but the last one by none.
 template <class T>
 struct Block {
-  int64_t d, padding;
+  int64_t heads, count, d, padding;
   std::vector<T> elements;
-  HeadRows rows;
 
-  Block(int64_t B, int64_t heads, int64_t T_rows, int64_t d, int64_t padding)
-      : d(d), padding(padding), elements(B * heads * T_rows * (d + padding) - padding) {
+  Block(int64_t B, int64_t heads, int64_t count, int64_t d, int64_t padding)
+      : heads(heads),
+        count(count),
+        d(d),
+        padding(padding),
+        elements(B * heads * count * (d + padding) - padding) {}
+  HeadRows rows() {
     const int64_t row = d + padding;
-    rows = {elements.data(), heads * T_rows * row, T_rows * row, row};
+    return {elements.data(), heads * count * row, count * row, row};
   }
   void fill(double largest) {
     for (T& x : elements)
@@ -106,12 +110,12 @@ struct Inputs {
       blocks.emplace_back(c.B, c.H, c.Tq, c.d, 2);
       blocks.emplace_back(c.B, c.H_kv, c.Tk, c.d, 0);
       blocks.emplace_back(c.B, c.H_kv, c.Tk, c.d, 7);
-      a.q = blocks[0].rows, a.k = blocks[1].rows, a.v = blocks[2].rows;
+      a.q = blocks[0].rows(), a.k = blocks[1].rows(), a.v = blocks[2].rows();
     }
     for (Block<T>& block : blocks) block.fill(c.largest);
     blocks.emplace_back(c.B, c.H, c.Tq, c.d, 1);
     blocks.back().fill(1);
-    grad_out = blocks.back().rows;
+    grad_out = blocks.back().rows();
     if (c.rotary) {
       for (int64_t i = 0; i < c.Tk * (c.d / 2); ++i) {
         cos.push_back(std::cos(static_cast<float>(i % 101)));
@@ -125,9 +129,9 @@ struct Inputs {
 template <class T>
 Outcome<T> outcome_of(const Case& c, const Inputs<T>& inputs) {
   Outcome<T> result(c);
-  attention_forward(inputs.a, result.out.rows, result.stats.data());
-  attention_backward(inputs.a, inputs.grad_out, result.out.rows, result.stats.data(),
-                     result.dq.rows, result.dk.rows, result.dv.rows);
+  attention_forward(inputs.a, result.out.rows(), result.stats.data());
+  attention_backward(inputs.a, inputs.grad_out, result.out.rows(), result.stats.data(),
+                     result.dq.rows(), result.dk.rows(), result.dv.rows());
   return result;
 }
 
@@ -255,13 +259,13 @@ Expected expected_of(const Attention& a, const HeadRows& grad_out, double operan
 }
 
 template <class T>
-void check_values(const Block<T>& got, std::vector<Values>& expected, int64_t heads,
+void check_values(Block<T>& got, std::vector<Values>& expected, int64_t heads,
                   const std::string& what) {
   double worst = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
     const int64_t b = static_cast<int64_t>(i) / heads, h = static_cast<int64_t>(i) % heads;
     const int64_t rows = static_cast<int64_t>(expected[i].value.size()) / got.d;
-    const Values values = read<T>(got.rows, b, h, rows, got.d);
+    const Values values = read<T>(got.rows(), b, h, rows, got.d);
     for (size_t e = 0; e < values.value.size(); ++e) {
       const double error = std::fabs(values.value[e] - expected[i].value[e]);
       const double ratio = error / expected[i].bound[e];
@@ -290,12 +294,12 @@ void check_case(const Case& c) {
     }
     Expected& expected = pairs ? narrow : wide;
     force_isa(isa);
-    const std::string what =
-        "attention " + std::to_string(c.B) + "x" + std::to_string(c.H) + "/" +
-        std::to_string(c.H_kv) + "x" + std::to_string(c.Tq) + "/" + std::to_string(c.Tk) + "x" +
-        std::to_string(c.d) + (c.rotary ? " rotary " : " ") + isa_name(isa) + " type " +
-        std::to_string(static_cast<int>(type_of<T>));
-    const Outcome<T> got = outcome_on_one_thread(c, inputs);
+    const std::string what = "attention " + std::to_string(c.B) + "x" + std::to_string(c.H) + "/" +
+                             std::to_string(c.H_kv) + "x" + std::to_string(c.Tq) + "/" +
+                             std::to_string(c.Tk) + "x" + std::to_string(c.d) +
+                             (c.rotary ? " rotary " : " ") + isa_name(isa) + " type " +
+                             std::to_string(static_cast<int>(type_of<T>));
+    Outcome<T> got = outcome_on_one_thread(c, inputs);
     check_values(got.out, expected.out, c.H, what + " out");
     check_values(got.dq, expected.dq, c.H, what + " dq");
     check_values(got.dk, expected.dk, c.H_kv, what + " dk");

@@ -73,9 +73,9 @@ inline void store(int t, void* base, int64_t stride) {
 
 // c += a b: a's rows hold pairs of bf16, b's row p the p-th pair of every column.
 FASTLM_TARGET_AVX512_BF16 inline void multiply(int c, int a, int b) {
-  uint8_t(*const sums)[64] = tile(c);
-  const uint8_t(*const left)[64] = tile(a);
-  const uint8_t(*const right)[64] = tile(b);
+  uint8_t (*const sums)[64] = tile(c);
+  const uint8_t (*const left)[64] = tile(a);
+  const uint8_t (*const right)[64] = tile(b);
   require(c != a && c != b && a != b, "the operands are not three tiles");
   require(state.rows[a] == state.rows[c] && state.bytes[b] == state.bytes[c] &&
               state.bytes[a] == 4 * state.rows[b],
