@@ -9,6 +9,9 @@
 
 #include "parallel.h"
 #include "simd.h"
+#ifdef FASTLM_EMULATED_TILES  // a build of the C++ tests
+#include "../tests/csrc/emulated_tiles.h"
+#endif
 
 namespace fastlm {
 namespace {

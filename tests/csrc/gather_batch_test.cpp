@@ -23,6 +23,7 @@
 namespace fastlm {
 // NAME_test.cpp
 void test_adamw();
+void test_attention();
 void test_clip_grad_norm();
 void test_cross_entropy();
 void test_parallel();
@@ -268,6 +269,7 @@ int main(int argc, char** argv) {
   test_isa();
   test_parallel();
   test_adamw();
+  test_attention();
   test_clip_grad_norm();
   test_cross_entropy();
   test_gather<uint8_t, int32_t>();

@@ -51,6 +51,15 @@ inline std::vector<Isa> supported_isas() {
   return found;
 }
 
+// With those that multiply matrices their own way.
+inline std::vector<Isa> matrix_isas() {
+  std::vector<Isa> found = supported_isas();
+  for (Isa isa : {Isa::kAvx512Bf16, Isa::kAmx}) {
+    if (has_isa(isa)) found.push_back(isa);
+  }
+  return found;
+}
+
 // How many threads the next loops may use, where the backend lets us say.
 inline void use_threads(int threads) {
 #ifdef _OPENMP
