@@ -87,9 +87,9 @@ namespace amx {
 
 // As FASTLM_DISPATCH; of T = bf16 by the unit for it, if isa() has one.
 #if FASTLM_X86
-#define FASTLM_DISPATCH_UNIT(T, ...)                                                          \
-  (std::is_same_v<T, Bfloat16> && isa() == Isa::kAmx          ? amx::__VA_ARGS__              \
-   : std::is_same_v<T, Bfloat16> && isa() == Isa::kAvx512Bf16 ? avx512_bf16::__VA_ARGS__      \
+#define FASTLM_DISPATCH_UNIT(T, ...)                                                     \
+  (std::is_same_v<T, Bfloat16> && isa() == Isa::kAmx          ? amx::__VA_ARGS__         \
+   : std::is_same_v<T, Bfloat16> && isa() == Isa::kAvx512Bf16 ? avx512_bf16::__VA_ARGS__ \
                                                               : FASTLM_DISPATCH(__VA_ARGS__))
 #else
 #define FASTLM_DISPATCH_UNIT(T, ...) FASTLM_DISPATCH(__VA_ARGS__)
@@ -138,15 +138,16 @@ void forward(const Attention& a, HeadRows out, AttentionStats* row_stats) {
     const int64_t chunk = chunks - 1 - task % chunks;  // the longest first
     const int64_t head = task / chunks, begin = chunk * kQueryChunk;
     scratch.lend([&](Arena arena) {
-      FASTLM_DISPATCH_UNIT(T, attend<T>(a, head / a.H_kv, head % a.H_kv, begin,
-                                        std::min(begin + kQueryChunk, a.Tq), out, row_stats, arena));
+      FASTLM_DISPATCH_UNIT(
+          T, attend<T>(a, head / a.H_kv, head % a.H_kv, begin, std::min(begin + kQueryChunk, a.Tq),
+                       out, row_stats, arena));
     });
   });
 }
 
 template <class T>
-void backward(const Attention& a, HeadRows grad_out, HeadRows out, const AttentionStats* row_stats, HeadRows dq,
-              HeadRows dk, HeadRows dv) {
+void backward(const Attention& a, HeadRows grad_out, HeadRows out, const AttentionStats* row_stats,
+              HeadRows dq, HeadRows dk, HeadRows dv) {
   const int64_t heads = a.B * a.H_kv, most = (kTasks + heads - 1) / heads;
   const int64_t chunks = std::min((a.Tk + kKeyChunk - 1) / kKeyChunk, most);
   const int64_t chunk = round_up((a.Tk + chunks - 1) / chunks, kKeyChunk);
@@ -190,8 +191,8 @@ void attention_forward(const Attention& a, HeadRows out, AttentionStats* row_sta
   with_type(a.type, [&](auto type) { forward<decltype(type)>(a, out, row_stats); });
 }
 
-void attention_backward(const Attention& a, HeadRows grad_out, HeadRows out, const AttentionStats* row_stats,
-                        HeadRows dq, HeadRows dk, HeadRows dv) {
+void attention_backward(const Attention& a, HeadRows grad_out, HeadRows out,
+                        const AttentionStats* row_stats, HeadRows dq, HeadRows dk, HeadRows dv) {
   if (a.B * a.H == 0) return;
   with_type(a.type,
             [&](auto type) { backward<decltype(type)>(a, grad_out, out, row_stats, dq, dk, dv); });

@@ -19,8 +19,7 @@ using namespace fastlm;
 namespace {
 
 Isa isa_of(const std::string& name) {
-  for (Isa candidate :
-       {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx}) {
+  for (Isa candidate : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx}) {
     if (name == isa_name(candidate)) return candidate;
   }
   throw py::value_error("unknown instruction set '" + name +
@@ -56,11 +55,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_isa", &force_isa_checked, py::arg("name"));
   m.def("cpu_features", [] {
     const CpuFeatures& has = cpu_features();
-    return std::map<std::string, bool>{{"avx2", has.avx2},
-                                       {"avx512", has.avx512},
-                                       {"avx512_bf16", has.avx512_bf16},
-                                       {"fast_bf16", has.fast_bf16},
-                                       {"amx_bf16", has.amx_bf16},
-                                       {"arm_bf16", has.arm_bf16}};
+    return std::map<std::string, bool>{
+        {"avx2", has.avx2},           {"avx512", has.avx512},     {"avx512_bf16", has.avx512_bf16},
+        {"fast_bf16", has.fast_bf16}, {"amx_bf16", has.amx_bf16}, {"arm_bf16", has.arm_bf16}};
   });
 }

@@ -43,8 +43,7 @@ Attention attention_of(const py::array& q, const py::array& k, const py::array& 
   a.H_kv = k.shape(1), a.Tk = k.shape(2);
   a.scale = scale;
   a.type = float_type(kind);
-  if (a.H_kv < 1 || a.H % a.H_kv != 0 || a.Tq < 1 || a.Tq > a.Tk || a.d < 1 ||
-      a.d > kMostWidth) {
+  if (a.H_kv < 1 || a.H % a.H_kv != 0 || a.Tq < 1 || a.Tq > a.Tk || a.d < 1 || a.d > kMostWidth) {
     throw py::value_error("heads, lengths or width are none that attention.h admits");
   }
   if (cos.has_value() != sin.has_value()) throw py::value_error("cos and sin go together");

@@ -12,9 +12,10 @@
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2")))
 #define FASTLM_TARGET_AVX512_BF16 \
   __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2")))
-#define FASTLM_TARGET_AMX                                                                \
-  __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2," \
-                        "fma,f16c,bmi2")))
+#define FASTLM_TARGET_AMX                                                            \
+  __attribute__((                                                                    \
+      target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2," \
+             "fma,f16c,bmi2")))
 #else
 #define FASTLM_X86 0
 #endif
