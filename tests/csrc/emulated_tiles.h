@@ -14,7 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "isa.h"
+#include "../../csrc/isa.h"
 
 namespace fastlm {
 namespace tiles {
