@@ -1,8 +1,9 @@
 """The best composition of existing parts: what fastlm's training step is measured against.
 
-A frozen model of TransformerLM's mathematics, written as is fastest under torch.compile: one matrix
-for q, k and v and one for w1 and w3, rotary positions on halves instead of pairs, torch's SDPA. And
-a training step of torch's own parts around a model.
+A frozen model of TransformerLM's mathematics, written as is fastest under torch.compile: rotary
+positions on halves instead of pairs, torch's SDPA. (Joining the matrices of q, k and v, and those of
+w1 and w3, is slower in fp32 and no faster in bf16: LOG.md, 2026-11-26.) And a training step of
+torch's own parts around a model.
 
 Shapes: B batch, T positions, D model width, H heads, d = D / H, V vocabulary.
 """
@@ -39,20 +40,20 @@ class Block(nn.Module):
         super().__init__()
         self.H = H
         self.ln1, self.ln2 = Norm(D), Norm(D)
-        self.qkv = nn.Linear(D, 3 * D, bias=False)
-        self.out = nn.Linear(D, D, bias=False)
-        self.w13 = nn.Linear(D, 2 * d_ff, bias=False)
+        self.q, self.k, self.v, self.out = (nn.Linear(D, D, bias=False) for _ in range(4))
+        self.w1, self.w3 = (nn.Linear(D, d_ff, bias=False) for _ in range(2))
         self.w2 = nn.Linear(d_ff, D, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y = self.ln1(x)
         q, k, v = (
-            y.unflatten(-1, (self.H, -1)).transpose(1, 2)
-            for y in self.qkv(self.ln1(x)).chunk(3, dim=-1)
+            layer(y).unflatten(-1, (self.H, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
         )
         y = F.scaled_dot_product_attention(rope(q, cos, sin), rope(k, cos, sin), v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(-2))
-        gate, up = self.w13(self.ln2(x)).chunk(2, dim=-1)
-        return x + self.w2(F.silu(gate) * up)
+        y = self.ln2(x)
+        return x + self.w2(F.silu(self.w1(y)) * self.w3(y))
 
 
 class PeerLM(nn.Module):
@@ -98,9 +99,12 @@ def peer_state(state: Mapping[str, Tensor], layers: int, H: int) -> dict[str, Te
 
         q, k = (pairs_to_halves(of(f"attn.{name}"), H) for name in ("q_proj", "k_proj"))
         block = {
-            "qkv": torch.cat((q, k, of("attn.v_proj"))),
+            "q": q,
+            "k": k,
+            "v": of("attn.v_proj"),
             "out": of("attn.output_proj"),
-            "w13": torch.cat((of("ffn.w1"), of("ffn.w3"))),
+            "w1": of("ffn.w1"),
+            "w3": of("ffn.w3"),
             "w2": of("ffn.w2"),
             "ln1": of("ln1"),
             "ln2": of("ln2"),

@@ -22,6 +22,7 @@ constexpr float kLog2e = 1.44269502f;
 // Rows that one task attends from, keys that one task computes the gradients of. So many tasks are
 // enough for the cores; more would only pack the keys again.
 constexpr int64_t kQueryChunk = 512, kKeyChunk = 256, kTasks = 32;
+constexpr int64_t kMostParts = 8;  // of dq, one for each chunk of keys, in fp32
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -148,7 +149,8 @@ void forward(const Attention& a, HeadRows out, AttentionStats* row_stats) {
 template <class T>
 void backward(const Attention& a, HeadRows grad_out, HeadRows out, const AttentionStats* row_stats,
               HeadRows dq, HeadRows dk, HeadRows dv) {
-  const int64_t heads = a.B * a.H_kv, most = (kTasks + heads - 1) / heads;
+  const int64_t heads = a.B * a.H_kv;
+  const int64_t most = std::min((kTasks + heads - 1) / heads, kMostParts);
   const int64_t chunks = std::min((a.Tk + kKeyChunk - 1) / kKeyChunk, most);
   const int64_t chunk = round_up((a.Tk + chunks - 1) / chunks, kKeyChunk);
   const int64_t rows = a.B * a.H * a.Tq;

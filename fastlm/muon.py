@@ -214,7 +214,8 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-    x = (x / (_MARGIN * norms).clamp_min(torch.finfo(x.dtype).tiny)).to(dtype)
+    # At least 1e-7, as torch.optim.Muon has it: momentum that decays to nothing moves nothing.
+    x = (x / (_MARGIN * norms).clamp_min(1e-7)).to(dtype)
     for a, b, c in QUINTICS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

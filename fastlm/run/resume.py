@@ -289,17 +289,23 @@ def load_weights(
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     stored = payload.get("config")
-    if isinstance(stored, dict) and model_class(model) is None:
-        stored = {"qk_norm": False, **stored}  # older runs had none
+    if model_class(model) is None:
+        # Older runs and files without settings, of other programs too, have no QK norm.
+        stored = {"qk_norm": False, **(stored if isinstance(stored, dict) else {})}
         for name in ("num_heads", "qk_norm"):  # the weights' shapes do not tell
             if stored.get(name) not in (None, getattr(cfg, name)):
                 raise CheckpointError(
                     f"{path}: the checkpoint is of another architecture: {name}="
-                    f"{shown(stored[name])}, not {getattr(cfg, name)}; set the model's size as the "
-                    f"checkpoint's run did"
+                    f"{shown(stored[name])}, not {getattr(cfg, name)}; give "
+                    f"{_flag(name, stored[name])}, as the checkpoint's run did"
                 )
     if resumed is None:
         print(f"[init] weights of {cfg.init_from}")
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    return f"--{flag}" if value is True else f"--no-{flag}" if not value else f"--{flag} {value}"
 
 
 def read_unchecked(path: str | os.PathLike) -> dict[str, Any]:

@@ -107,6 +107,13 @@ def test_what_comes_out_is_nearly_orthogonal():
     assert_bitwise_equal(orthogonalized(zeros, torch.float32), zeros)
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-18, 1e-25, 1e-36, 1e-44, 0.0])
+def test_momentum_that_decays_to_nothing_moves_nothing(size):
+    x = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(0)) * size
+    update = orthogonalized(x, torch.float32)
+    assert update.isfinite().all() and (size > 1e-8 or update.abs().max() < 1e-6)
+
+
 def test_products_in_bfloat16_stay_near():
     x = torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(0))
     near, exact = orthogonalized(x, torch.bfloat16), orthogonalized(x.double(), torch.float64)

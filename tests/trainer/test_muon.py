@@ -127,6 +127,17 @@ def test_an_older_runs_checkpoint_is_adamws_without_qk_norm(tmp_path):
     assert settings["optimizer"] == "adamw" and settings["qk_norm"] is False
 
 
+def test_weights_that_name_no_settings_have_no_qk_norm(tmp_path):
+    run_tiny(tmp_path, total_steps=2)
+    payload = torch.load(checkpoint(tmp_path), weights_only=True)
+    del payload["config"]
+    torch.save(payload, tmp_path / "foreign.pt")
+    options = {"init_from": str(tmp_path / "foreign.pt"), "total_steps": 1}
+    with pytest.raises(CheckpointError, match="qk_norm=False, not True; give --no-qk-norm"):
+        run_tiny(tmp_path / "x", qk_norm=True, **options)
+    run_tiny(tmp_path / "y", **options)
+
+
 def test_a_changed_rate_takes_effect_on_resume(tmp_path):
     run_tiny(tmp_path, ckpt_every=5, **MUON)
     path = str(checkpoint(tmp_path, 5))
