@@ -1,8 +1,8 @@
 """The best composition of existing parts: what fastlm's training step is measured against.
 
 A frozen model of TransformerLM's mathematics, written as is fastest under torch.compile: rotary
-positions on halves instead of pairs, torch's SDPA. (Joining the matrices of q, k and v, and those of
-w1 and w3, is slower in fp32 and no faster in bf16: LOG.md, 2026-11-26.) And a training step of
+positions on halves instead of pairs, torch's SDPA. (Joining the matrices of q, k and v, and those
+of w1 and w3, is slower in fp32 and no faster in bf16: LOG.md, 2026-11-26.) And a training step of
 torch's own parts around a model.
 
 Shapes: B batch, T positions, D model width, H heads, d = D / H, V vocabulary.
