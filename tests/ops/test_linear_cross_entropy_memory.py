@@ -173,7 +173,7 @@ for budget in (2**30, 2**26, 2**25):
     "weight, bias",  # of bf16 products
     [
         ("float32", "bias"),
-        ("bfloat16", "none"),
+        pytest.param("bfloat16", "none", marks=pytest.mark.exhaustive),
         pytest.param("float32", "none", marks=pytest.mark.exhaustive),
         pytest.param("bfloat16", "bias", marks=pytest.mark.exhaustive),
         pytest.param("float16", "bias", marks=pytest.mark.exhaustive),
