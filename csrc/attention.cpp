@@ -175,29 +175,19 @@ void backward(const Attention& a, HeadRows grad_out, HeadRows out, const Attenti
   }
 }
 
-// Calls fn(T{}) with the type of the elements, of which attention has three.
-template <class Fn>
-void with_type(FloatType type, const Fn& fn) {
-  switch (type) {
-    case FloatType::kFloat32: return fn(float{});
-    case FloatType::kBfloat16: return fn(Bfloat16{});
-    case FloatType::kFloat16: return fn(Float16{});
-    default: return;
-  }
-}
-
 }  // namespace
 
 void attention_forward(const Attention& a, HeadRows out, AttentionStats* row_stats) {
   if (a.B * a.H == 0) return;
-  with_type(a.type, [&](auto type) { forward<decltype(type)>(a, out, row_stats); });
+  with_matmul_type(a.type, [&](auto type) { forward<decltype(type)>(a, out, row_stats); });
 }
 
 void attention_backward(const Attention& a, HeadRows grad_out, HeadRows out,
                         const AttentionStats* row_stats, HeadRows dq, HeadRows dk, HeadRows dv) {
   if (a.B * a.H == 0) return;
-  with_type(a.type,
-            [&](auto type) { backward<decltype(type)>(a, grad_out, out, row_stats, dq, dk, dv); });
+  with_matmul_type(a.type, [&](auto type) {
+    backward<decltype(type)>(a, grad_out, out, row_stats, dq, dk, dv);
+  });
 }
 
 }  // namespace fastlm

@@ -53,18 +53,6 @@ struct GradientArguments {
 #define FASTLM_LOOPS "cross_entropy.inc"
 #include "each_isa.inc"
 
-// Calls fn(T{}) with the type of the elements, of which the loss has three.
-template <class Fn>
-void with_type(FloatType type, const Fn& fn) {
-  switch (type) {
-    case FloatType::kFloat32: return fn(float{});
-    case FloatType::kBfloat16: return fn(Bfloat16{});
-    case FloatType::kFloat16: return fn(Float16{});
-    case FloatType::kFloat64:
-    case FloatType::kSplit: return;  // refused by the caller
-  }
-}
-
 int64_t size_of(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
 
 // Calls fn(std::bool_constant<value>{}).
@@ -91,7 +79,7 @@ void cross_entropy_losses(Rows logits, FloatType type, int64_t N, int64_t V, con
   const Rows into = gradient ? *gradient : Rows{nullptr, 0};
   const LossArguments a{logits, N,   V,     targets, options,        all_lse,
                         losses, lse, stats, into,    gradient_scale, stream};
-  with_type(type, [&](auto t) {
+  with_matmul_type(type, [&](auto t) {
     with_bool(options.softcap > 0, [&](auto softcap) {
       with_bool(gradient != nullptr, [&](auto with_gradient) {
         using T = decltype(t);
@@ -112,7 +100,7 @@ void cross_entropy_gradients(Rows logits, FloatType type, int64_t N, int64_t V,
   const GradientArguments a{
       logits,   V,        targets, stats, options, grad_losses, grad_losses_stride,
       grad_lse, gradient, stream};
-  with_type(type, [&](auto t) {
+  with_matmul_type(type, [&](auto t) {
     with_bool(options.softcap > 0, [&](auto softcap) {
       using T = decltype(t);
       constexpr bool kSoftcap = softcap;
@@ -140,7 +128,7 @@ double ordered_sum(const float* values, int64_t n) {
 }
 
 void scale_in_place(void* x, FloatType type, int64_t n, float factor) {
-  with_type(type, [&](auto t) {
+  with_matmul_type(type, [&](auto t) {
     using T = decltype(t);
     T* values = static_cast<T*>(x);
     parallel_for(n, 1 << 17, [&](int64_t begin, int64_t end) {
@@ -151,7 +139,7 @@ void scale_in_place(void* x, FloatType type, int64_t n, float factor) {
 
 void accumulate(float* sum, int64_t sum_stride, const void* part, FloatType type, int64_t rows,
                 int64_t columns, bool first) {
-  with_type(type, [&](auto t) {
+  with_matmul_type(type, [&](auto t) {
     using T = decltype(t);
     const T* values = static_cast<const T*>(part);
     const int64_t grain = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(columns, 1));

@@ -1,5 +1,5 @@
 // The element types of tensors, known at run time only.
-// defines: FloatType, with_float_type
+// defines: FloatType, with_float_type, with_matmul_type
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,19 @@ void with_float_type(FloatType type, const Fn& fn) {
     case FloatType::kBfloat16: return fn(Bfloat16{});
     case FloatType::kFloat16: return fn(Float16{});
     case FloatType::kFloat64: return fn(double{});
+    case FloatType::kSplit: return;
+  }
+}
+
+// The same for the types that matrices are multiplied in: fp32, bf16 and fp16. Of the others, which
+// callers refuse, nothing is called.
+template <class Fn>
+void with_matmul_type(FloatType type, const Fn& fn) {
+  switch (type) {
+    case FloatType::kFloat32: return fn(float{});
+    case FloatType::kBfloat16: return fn(Bfloat16{});
+    case FloatType::kFloat16: return fn(Float16{});
+    case FloatType::kFloat64:
     case FloatType::kSplit: return;
   }
 }
