@@ -3,13 +3,14 @@
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # 5.3 M parameters, about 4 minutes of training on two AMX cores; the default.
+    # 1.9 M parameters, four minutes of training; the default. What two cores can compute in that
+    # time is better spent on more tokens than on a wider model (bench/LOG.md, 2026-11-26).
     "demo": dict(
         batch_size=8,
         context_len=256,
         num_layers=4,
-        num_heads=4,
-        d_model=256,
+        num_heads=2,
+        d_model=128,
         train_minutes=4.0,
         log_every=20,
         eval_every=200,
