@@ -124,8 +124,17 @@ class TrainingConfig:
     """auto, cpu, cuda, cuda:0, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the matmuls; weights stay float32. auto: bfloat16 if it is faster there."""
+    tf32: bool = True
+    """On CUDA with dtype float32: matmuls on tensor cores, which read 10 bits of mantissa."""
+    residual_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the residual stream. auto: bfloat16 on CUDA if the matmuls' is, else float32."""
+    attention: Literal["auto", "cudnn", "flash", "fa3"] = "auto"
+    """Attention's kernel on CUDA. auto: torch's choice; fa3: FlashAttention 3, whose package
+    flash_attn_interface must be installed."""
     compile: bool = False
     """torch.compile the training and the evaluation step."""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """max-autotune-no-cudagraphs: time several kernels for each matmul while compiling."""
     compile_scope: Literal["model", "block"] | None = None
     """What is compiled as a whole: the model, or each of its blocks, which share what is compiled.
     block: compiling takes as long for many blocks as for one; steps may be a little slower, but
@@ -224,6 +233,9 @@ class TrainingConfig:
             ("schedule", ("cosine", "wsd")),
             ("guard", ("skip", "rollback", "off")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("residual_dtype", ("auto", "float32", "bfloat16")),
+            ("attention", ("auto", "cudnn", "flash", "fa3")),
+            ("compile_mode", ("default", "max-autotune-no-cudagraphs")),
             ("compile_scope", (None, "model", "block")),
             ("parallel", ("ddp", "fsdp")),
         ):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlm.kernels.collect import is_dtensor
 from fastlm.ops.causal_attention import apply_rope, causal_attention
+from fastlm.ops.dispatch import compute_dtype
 
 
 class RMSNorm(nn.Module):
@@ -146,6 +147,9 @@ class TransformerLM(nn.Module):
     Raises ValueError if d_model is not divisible by num_heads or the head is of odd width.
     """
 
+    # Under autocast the residual stream has the matmuls' dtype, too. Else it is float32.
+    residual_follows_autocast = False
+
     def __init__(
         self,
         vocab_size: int,
@@ -248,7 +252,8 @@ class TransformerLM(nn.Module):
             raise ValueError(f"{end} positions: this model was built for {self.max_seq_len}")
         # In fp32 also in a model of another dtype.
         cos, sin = self.rope_cos[begin:end].float(), self.rope_sin[begin:end].float()
-        x = self.drop(self.token_embeddings(tokens))
+        x = self.token_embeddings(tokens)
+        x = self.drop(x.to(compute_dtype(x)) if self.residual_follows_autocast else x)
         for index, layer in enumerate(self.layers):
             if cache is not None:
                 x = layer(x, cos, sin, partial(cache.extend, index, max_seq_len=self.max_seq_len))

@@ -26,7 +26,8 @@ from fastlm.model import TransformerLM
 
 # Settings of TransformerLM that a caller would miss in a model of his own.
 _OF_OUR_MODEL = dict.fromkeys(("tie_embeddings", "qk_norm", "activation_checkpointing"), False) | {
-    "dropout": 0.0
+    "dropout": 0.0,
+    "residual_dtype": "auto",
 }
 
 
@@ -95,8 +96,9 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in inside.values() if p.ndim == 2 and p.requires_grad and id(p) not in tables]
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compiles each of the model's blocks in place: names in its state dict do not change.
+def compile_blocks(model: nn.Module, mode: str | None = None) -> None:
+    """Compiles each of the model's blocks in place, in torch.compile's `mode`: names in its state
+    dict do not change.
 
     Blocks of one kind share their graphs, so compiling takes as long for 48 as for 2. Call it
     before the blocks are sharded. Raises ConfigError for a model without an nn.ModuleList.
@@ -108,7 +110,7 @@ def compile_blocks(model: nn.Module) -> None:
             f"could be compiled one by one; use compile_scope='model'"
         )
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, mode=mode)
 
 
 def describe_model(model: nn.Module) -> str:

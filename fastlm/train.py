@@ -40,8 +40,9 @@ from fastlm.model_interface import blocks_of, prepare_model
 from fastlm.model_loss import ModelLoss
 from fastlm.parallel.world import ALONE, World, end_process
 from fastlm.parallel.wrap import wrap
+from fastlm.run.backends import backends
 from fastlm.run.directory import RunDirectory
-from fastlm.run.environment import deterministic_algorithms, differences, environment
+from fastlm.run.environment import differences, environment
 from fastlm.run.log import has_ended
 from fastlm.run.output import (
     fill_closed_descriptors,
@@ -122,7 +123,7 @@ def train(
             f"device={cfg.device!r}: several processes find each other on {world.device.type} "
             f"before they read a file of settings; give --device on the command line"
         )
-    with deterministic_algorithms(cfg.deterministic):
+    with backends(cfg, own_model=model is not None):
         if cfg.ckpt_path_to_resume and cfg.init_from:
             raise ConfigError(
                 "--resume continues a run and --init-from starts one: give one of them"

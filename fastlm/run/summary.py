@@ -14,7 +14,8 @@ from fastlm.evaluate import Evaluation
 from fastlm.generate import sample_texts
 from fastlm.hardware import PeakMemory, device_name, matmul_ceiling, synchronize
 from fastlm.model import count_parameters, flop_formula
-from fastlm.model_interface import describe_model
+from fastlm.model_interface import describe_model, model_class
+from fastlm.run.backends import attention_kernel
 from fastlm.step import TrainStep
 
 
@@ -70,6 +71,9 @@ class Clock:
 def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainStep) -> None:
     """What the run does, on what, for how long."""
     compiled = "compiled" if cfg.compile else "not compiled (--compile is faster)"
+    kernels = ""
+    if runner.device.type == "cuda" and model_class(model) is None:
+        kernels = f", attention by {attention_kernel(cfg, runner.device, runner.dtype)}"
     length = (
         f"as many steps as take {cfg.train_minutes:g} minutes"
         if cfg.train_minutes is not None
@@ -84,7 +88,7 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
     )
     print(
         f"[run] on {runner.device} ({device_name(runner.device)}), torch {torch.__version__}, "
-        f"{str(runner.dtype).removeprefix('torch.')}, {compiled}"
+        f"{precision(runner)}, {compiled}{kernels}"
     )
     if runner.world.size > 1:
         print(
@@ -96,6 +100,14 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
         f"[run] {length} of {runner.tokens:,} tokens, seed {cfg.seed}, into {cfg.target_dir}",
         flush=True,
     )
+
+
+def precision(runner: TrainStep) -> str:
+    """What the matmuls read, in words."""
+    name = str(runner.dtype).removeprefix("torch.")
+    by_tf32 = runner.device.type == "cuda" and runner.dtype == torch.float32
+    by_tf32 = by_tf32 and torch.get_float32_matmul_precision() != "highest"
+    return f"{name} (TF32)" if by_tf32 else name
 
 
 @dataclass
@@ -153,7 +165,6 @@ def print_samples(
 
 def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None) -> dict:
     """Prints the summary; returns it for the metrics. ceiling: FLOP/s, None if not known."""
-    dtype_name = str(runner.dtype).removeprefix("torch.")
     speed = figures.tokens_per_second  # of all processes
     processes = len(figures.peaks)
     peak = None if None in figures.peaks else max(figures.peaks)
@@ -189,7 +200,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
         "[summary] MFU         "
         + (
             f"{mfu:.1%} of {ceiling / 1e12:.3g} TFLOP/s, the best of several matmul shapes "
-            f"measured just now in {dtype_name}{' by one process' * (processes > 1)}"
+            f"measured just now in {precision(runner)}{' by one process' * (processes > 1)}"
             if mfu is not None
             else "unknown (no speed or no matmul ceiling was measured)"
         )
