@@ -39,6 +39,8 @@ class TrainingConfig:
     """Micro-batches of each process in a step."""
     tokens_per_step: int | None = None
     """Tokens in a step, on all processes together: sets grad_accum."""
+    prefetch: bool = True
+    """Read the next step's batches while a step runs."""
     vocab_size: int = 10000
     """Token ids lie below it. Taken from the data's manifest if there is one."""
 

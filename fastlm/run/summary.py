@@ -118,6 +118,8 @@ class RunFigures:
     tokens: int
     step_seconds: float  # compilation, evaluation and saving not counted
     run_seconds: float  # everything since the run began
+    piece_seconds: float  # in steps, in this piece of it
+    waited_seconds: float  # of them, for batches
     start_step: int  # of this piece of it
     whole: bool  # the four above are those of all pieces, not of this one
     compile_seconds: float
@@ -181,6 +183,9 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
     if processes > 1:
         each = "" if speed is None else f", {speed / processes:,.0f} tokens/s in steps each"
         print(f"[summary] processes   {processes}{each}")
+    if figures.piece_seconds:
+        share = figures.waited_seconds / figures.piece_seconds
+        print(f"[summary] data        {share:.2%} of the steps' time was waiting for batches")
     if figures.skipped or figures.rolled_back:
         print(
             f"[summary] guard       {figures.skipped:,} steps skipped, {figures.rolled_back:,} "
@@ -226,6 +231,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
         "step_seconds": round(figures.step_seconds, 3),
         "run_seconds": round(figures.run_seconds, 3),
         "whole_run": figures.whole,
+        "data_wait_seconds": round(figures.waited_seconds, 4),
         "tokens_per_second": None if speed is None else round(speed, 1),
         "compile_seconds": round(figures.compile_seconds, 2),
         "recompiles": figures.recompiles,
