@@ -90,11 +90,13 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
         f"[run] on {runner.device} ({device_name(runner.device)}), torch {torch.__version__}, "
         f"{precision(runner)}, {compiled}{kernels}"
     )
+    each = ""
     if runner.world.size > 1:
+        each = f"{runner.world.size} processes, {cfg.parallel}, "
+    if each or cfg.grad_accum > 1:
         print(
-            f"[run] {runner.world.size} processes, {cfg.parallel}, "
-            f"{cfg.grad_accum} micro-batch{'es' * (cfg.grad_accum > 1)} "
-            f"of {cfg.batch_size} x {cfg.context_len} tokens each in a step"
+            f"[run] {each}{cfg.grad_accum} micro-batch{'es' * (cfg.grad_accum > 1)} "
+            f"of {cfg.batch_size} x {cfg.context_len} tokens{' each' * bool(each)} in a step"
         )
     print(
         f"[run] {length} of {runner.tokens:,} tokens, seed {cfg.seed}, into {cfg.target_dir}",
