@@ -133,6 +133,9 @@ class TrainingConfig:
     attention: Literal["auto", "cudnn", "flash", "fa3"] = "auto"
     """Attention's kernel on CUDA. auto: torch's choice; fa3: FlashAttention 3, whose package
     flash_attn_interface must be installed."""
+    fp8_head: bool = False
+    """In training, compute logits from float8 numbers, on NVIDIA GPUs from Ada and Hopper on:
+    faster, and less exact. Evaluations do not."""
     compile: bool = False
     """torch.compile the training and the evaluation step."""
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
@@ -227,6 +230,11 @@ class TrainingConfig:
             raise ConfigError(
                 "optimizer='muon' with parallel='fsdp': Muon needs whole matrices; use "
                 "--parallel ddp, or --optimizer adamw"
+            )
+        if self.fp8_head and (self.vocab_size % 16 or self.d_model % 16):
+            raise ConfigError(
+                f"fp8_head with vocab_size={self.vocab_size}, d_model={self.d_model}: both must be "
+                f"multiples of 16; a larger vocab_size pads it"
             )
         if self.lr_min > self.lr_max:
             raise ConfigError(f"lr_min={self.lr_min}: it must not be above lr_max={self.lr_max}")

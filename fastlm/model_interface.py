@@ -184,6 +184,11 @@ def _check_forward(model: nn.Module, cfg: TrainingConfig, device: torch.device) 
                 f"could not be labels; enlarge its head, or lower vocab_size"
             )
         if not has_fused_head(model):
+            if cfg.fp8_head:
+                raise ConfigError(
+                    "fp8_head: the model has no hidden() and nn.Linear lm_head, by which head and "
+                    "loss are one op; add them, or leave it out"
+                )
             return
         hidden = _called("hidden", model.hidden, x)
         _check_output("hidden", hidden, (B, T), model.lm_head.in_features, "D")

@@ -25,7 +25,7 @@ class ModelLoss(nn.Module):
         super().__init__()
         self.model, self.device = model, device
         self.dtype = select_dtype(cfg.dtype, device)
-        self.is_fused = has_fused_head(model)
+        self.is_fused, self.fp8_head = has_fused_head(model), cfg.fp8_head
         if isinstance(model, TransformerLM):
             narrow = device.type == "cuda" and self.dtype == torch.bfloat16
             narrow = narrow if cfg.residual_dtype == "auto" else cfg.residual_dtype == "bfloat16"
@@ -53,8 +53,8 @@ class ModelLoss(nn.Module):
         output = self._output(x)
         if not self.is_fused:
             return cross_entropy_loss(output, y, **options)
-        head = self.model.lm_head
-        return linear_cross_entropy_loss(output, head.weight, y, bias=head.bias, **options)
+        head, fp8 = self.model.lm_head, self.fp8_head and self.model.training
+        return linear_cross_entropy_loss(output, head.weight, y, bias=head.bias, fp8=fp8, **options)
 
     def summed(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y: (B, T) -> sum of the targets' losses in nats, fp32."""

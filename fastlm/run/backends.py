@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlm.config import TrainingConfig
 from fastlm.errors import ConfigError
-from fastlm.hardware import select_device, select_dtype
+from fastlm.hardware import device_name, select_device, select_dtype
 from fastlm.run.environment import deterministic_algorithms
 
 _ALL = [
@@ -41,6 +41,11 @@ def backends(cfg: TrainingConfig, *, own_model: bool = False) -> Iterator[None]:
             f"residual_dtype='bfloat16' with matmuls in {str(dtype).removeprefix('torch.')}: it "
             f"goes with --dtype bfloat16; leave it out"
         )
+    if cfg.fp8_head and not _multiplies_fp8(device):
+        raise ConfigError(
+            f"fp8_head: {device_name(device)} has no matrix units for float8, which NVIDIA GPUs "
+            f"have from Ada and Hopper on; leave it out"
+        )
     with contextlib.ExitStack() as stack:
         stack.enter_context(deterministic_algorithms(cfg.deterministic))
         if device.type == "cuda" and dtype == torch.float32:
@@ -48,6 +53,11 @@ def backends(cfg: TrainingConfig, *, own_model: bool = False) -> Iterator[None]:
         if cfg.attention != "auto":
             stack.enter_context(_attention(cfg, device, dtype, own_model))
         yield
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @contextlib.contextmanager
@@ -84,7 +94,7 @@ def _attention(
         wanted = _WANTED[name].name.split("_")[0].lower()
         if found != wanted and not own_model:
             raise ConfigError(
-                f"attention={name!r}: it cannot run here ({torch.cuda.get_device_name(device)}, "
+                f"attention={name!r}: it cannot run here ({device_name(device)}, "
                 f"{str(dtype).removeprefix('torch.')}, heads of {cfg.d_model // cfg.num_heads}, "
                 f"dropout {cfg.dropout:g}); leave it out, and torch takes {found!r}"
             )

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from in_process import TRAIN, VAL, run_tiny
+from in_process import run_tiny
 from torch.nn import attention
 from torch.nn.attention import SDPBackend
 from training_runs import losses, tiny_config
 
-from fastlm import ConfigError, train_loop
+from fastlm import ConfigError, linear_cross_entropy_loss
 from fastlm.model_loss import ModelLoss
 from fastlm.run import backends as module
 from fastlm.run.backends import backends
@@ -108,13 +108,15 @@ def test_torch_tells_the_kernel_that_it_chooses(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
+        ({"fp8_head": True}, r"fp8_head: .* has no matrix units for float8, which NVIDIA GPUs"),
+        ({"fp8_head": True, "vocab_size": 60}, r"fp8_head with vocab_size=60, d_model=32: both"),
         ({"attention": "flash"}, "attention='flash': it chooses among CUDA's kernels"),
         ({"residual_dtype": "bfloat16"}, "residual_dtype='bfloat16' with matmuls in float32"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
-        train_loop(TRAIN, VAL, tiny_config(tmp_path / "run", **settings))
+        run_tiny(tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
 
 
@@ -153,6 +155,33 @@ def test_a_bfloat16_residual_stream_learns_about_the_same(tmp_path):
         found[residual] = list(losses(tmp_path / residual).values())
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.01)
     assert found["bfloat16"] != found["float32"]
+
+
+def test_an_fp8_head_is_for_training_and_learns_about_the_same(tmp_path, monkeypatch):
+    asked = []
+
+    def noting(*tensors, fp8, **options):
+        asked.append((torch.is_grad_enabled(), fp8))
+        return linear_cross_entropy_loss(*tensors, fp8=fp8, **options)
+
+    monkeypatch.setattr("fastlm.model_loss.linear_cross_entropy_loss", noting)
+    monkeypatch.setattr(module, "_multiplies_fp8", lambda device: True)
+    found = {}
+    for fp8 in (False, True):
+        run_tiny(tmp_path / str(fp8), fp8_head=fp8, dtype="bfloat16", lr_max=3e-3, lr_min=1e-3)
+        found[fp8] = list(losses(tmp_path / str(fp8)).values())
+        assert set(asked) == {(True, fp8), (False, False)}
+        asked.clear()
+    assert found[True] == pytest.approx(found[False], rel=0.01)
+    assert found[True] != found[False]
+
+
+@pytest.mark.parametrize("major_minor, hip", [((8, 6), None), ((9, 0), None), ((9, 4), "6.3")])
+def test_which_gpus_multiply_float8(monkeypatch, major_minor, hip):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: major_minor)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert module._multiplies_fp8(torch.device("cuda")) == (major_minor == (9, 0) and hip is None)
+    assert not module._multiplies_fp8(CPU)
 
 
 @pytest.mark.parametrize("scope", ["model", "block"])
