@@ -25,7 +25,9 @@ from fastlm.hardware import autocast, is_out_of_memory, select_device, select_dt
 from fastlm.model import TransformerLM
 
 # Settings of TransformerLM that a caller would miss in a model of his own.
-_OF_OUR_MODEL = dict.fromkeys(("tie_embeddings", "qk_norm", "activation_checkpointing"), False) | {
+_OF_OUR_MODEL = dict.fromkeys(
+    ("tie_embeddings", "qk_norm", "activation_checkpointing", "joint_projections"), False
+) | {
     "dropout": 0.0,
     "residual_dtype": "auto",
 }

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from in_process import run_tiny
+from in_process import checkpoint, run_tiny
 from torch.nn import attention
 from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import losses, tiny_config
 
 from fastlm import ConfigError, linear_cross_entropy_loss
@@ -155,6 +156,49 @@ def test_a_bfloat16_residual_stream_learns_about_the_same(tmp_path):
         found[residual] = list(losses(tmp_path / residual).values())
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.01)
     assert found["bfloat16"] != found["float32"]
+
+
+class Matmuls(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_joint_projections_are_fewer_products_of_the_same_weights(tmp_path, dtype):
+    ids = torch.arange(128).view(4, 32) % 64
+    found, names = {}, []
+    for joint in (False, True):
+        cfg = tiny_config(tmp_path, joint_projections=joint, dtype=dtype)
+        torch.manual_seed(0)
+        model = create_model(cfg)
+        loss = ModelLoss(model, CPU, cfg)
+        with Matmuls() as forward:
+            found[joint] = [loss(ids, ids)]
+        found[joint][0].backward()
+        found[joint] += [parameter.grad for parameter in model.parameters()]
+        names.append([name for name, _ in model.named_parameters()])
+        # Of each of two layers: q, k, v, the output; w1, w3, w2. (The head's are not seen.)
+        assert forward.count == 2 * (4 if joint else 7)
+    assert names[0] == names[1]
+    close = dict(rtol=1e-4, atol=1e-6) if dtype == "float32" else dict(rtol=0.05, atol=1e-4)
+    for separate, joint in zip(*found.values(), strict=True):
+        torch.testing.assert_close(joint, separate, **close)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_joint_projections_go_on_from_a_checkpoint_of_separate_ones(tmp_path, optimizer):
+    settings = dict(optimizer=optimizer, ckpt_every=6)
+    run_tiny(tmp_path / "separate", **settings)
+    half = str(checkpoint(tmp_path / "separate", 6))
+    run_tiny(tmp_path / "joint", joint_projections=True, ckpt_path_to_resume=half, **settings)
+    expected, got = losses(tmp_path / "separate"), losses(tmp_path / "joint")
+    assert list(got) == list(range(6, 12))
+    assert got == pytest.approx({step: expected[step] for step in got}, rel=1e-4)
 
 
 def test_an_fp8_head_is_for_training_and_learns_about_the_same(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
         tokens_per_step=None, parallel="ddp", fsdp_reshard=True,
             optimizer="adamw", muon_lr=0.02, qk_norm=False,
         tf32=True, residual_dtype="auto", attention="auto", compile_mode="default",
-        prefetch=True, fp8_head=False,
+        prefetch=True, fp8_head=False, joint_projections=False,
     )  # fmt: skip
 
 
