@@ -39,12 +39,12 @@ def backends(cfg: TrainingConfig, *, own_model: bool = False) -> Iterator[None]:
     if cfg.residual_dtype == "bfloat16" != str(dtype).removeprefix("torch."):
         raise ConfigError(
             f"residual_dtype='bfloat16' with matmuls in {str(dtype).removeprefix('torch.')}: it "
-            f"goes with --dtype bfloat16; leave it out"
+            f"goes with --dtype bfloat16; use --residual-dtype auto"
         )
-    if cfg.fp8_head and not _multiplies_fp8(device):
+    if cfg.fp8_head and not cfg.eval_only and not _multiplies_fp8(device):
         raise ConfigError(
             f"fp8_head: {device_name(device)} has no matrix units for float8, which NVIDIA GPUs "
-            f"have from Ada and Hopper on; leave it out"
+            f"have from Ada and Hopper on; use --no-fp8-head"
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(deterministic_algorithms(cfg.deterministic))
@@ -82,7 +82,9 @@ def _attention(
     """
     name = cfg.attention
     if device.type != "cuda":
-        raise ConfigError(f"attention={name!r}: it chooses among CUDA's kernels; leave it out")
+        raise ConfigError(
+            f"attention={name!r}: it chooses among CUDA's kernels; use --attention auto"
+        )
     # torch puts its own order in force when it is first asked, whatever was set before.
     attention_kernel(cfg, device, dtype)
     with contextlib.ExitStack() as stack:
@@ -96,7 +98,7 @@ def _attention(
             raise ConfigError(
                 f"attention={name!r}: it cannot run here ({device_name(device)}, "
                 f"{str(dtype).removeprefix('torch.')}, heads of {cfg.d_model // cfg.num_heads}, "
-                f"dropout {cfg.dropout:g}); leave it out, and torch takes {found!r}"
+                f"dropout {cfg.dropout:g}); use --attention auto, which takes {found!r}"
             )
         yield
 
@@ -104,7 +106,7 @@ def _attention(
 @contextlib.contextmanager
 def _flash_attention_3() -> Iterator[None]:
     known = getattr(attention, "list_flash_attention_impls", list)()
-    if "FA3" not in known:
+    if "FA3" not in known or not hasattr(attention, "restore_flash_attention_impl"):
         raise ConfigError(
             f"attention='fa3': torch {torch.__version__} cannot activate it; use a newer torch, or "
             f"--attention cudnn"

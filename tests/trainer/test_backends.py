@@ -71,7 +71,7 @@ def test_attention_that_torch_would_not_choose_is_an_error(on_cuda, tmp_path, mo
     before, cfg = kernels(), tiny_config(tmp_path, attention="cudnn")
     message = (
         r"attention='cudnn': it cannot run here \(a GPU, float32, heads of 16, dropout 0\); "
-        r"leave it out, and torch takes 'efficient'"
+        r"use --attention auto, which takes 'efficient'"
     )
     with pytest.raises(ConfigError, match=message), backends(cfg):
         pass
@@ -218,6 +218,17 @@ def test_an_fp8_head_is_for_training_and_learns_about_the_same(tmp_path, monkeyp
         asked.clear()
     assert found[True] == pytest.approx(found[False], rel=0.01)
     assert found[True] != found[False]
+
+
+def test_what_an_fp8_head_has_trained_is_evaluated_on_any_device(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as gpu:
+        gpu.setattr(module, "_multiplies_fp8", lambda device: True)
+        run_tiny(tmp_path / "run", fp8_head=True, total_steps=2)
+    stored = dict(fp8_head=True, ckpt_path_to_resume=str(checkpoint(tmp_path / "run")))
+    run_tiny(tmp_path / "again", eval_only=True, **stored)
+    assert "[VAL] val_loss" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="use --no-fp8-head"):
+        run_tiny(tmp_path / "again", total_steps=4, **stored)
 
 
 @pytest.mark.parametrize("major_minor, hip", [((8, 6), None), ((9, 0), None), ((9, 4), "6.3")])
