@@ -39,6 +39,8 @@ class TrainingConfig:
     """Micro-batches of each process in a step."""
     tokens_per_step: int | None = None
     """Tokens in a step, on all processes together: sets grad_accum."""
+    prefetch: bool = True
+    """Read the next step's batches while a step runs."""
     vocab_size: int = 10000
     """Token ids lie below it. Taken from the data's manifest if there is one."""
 
@@ -124,8 +126,23 @@ class TrainingConfig:
     """auto, cpu, cuda, cuda:0, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the matmuls; weights stay float32. auto: bfloat16 if it is faster there."""
+    tf32: bool = True
+    """On CUDA with dtype float32: matmuls on tensor cores, which read 10 bits of mantissa."""
+    residual_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the residual stream. auto: bfloat16 on CUDA if the matmuls' is, else float32."""
+    attention: Literal["auto", "cudnn", "flash", "fa3"] = "auto"
+    """Attention's kernel on CUDA. auto: torch's choice; fa3: FlashAttention 3, whose package
+    flash_attn_interface must be installed."""
+    joint_projections: bool = False
+    """One matmul for queries, keys and values, and one for the feed-forward's w1 and w3. Weights
+    and checkpoints stay as they are. For --compile on a GPU; CPUs are slower with it."""
+    fp8_head: bool = False
+    """In training, compute logits from float8 numbers, on NVIDIA GPUs from Ada and Hopper on:
+    faster, and less exact. Evaluations do not."""
     compile: bool = False
     """torch.compile the training and the evaluation step."""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """max-autotune-no-cudagraphs: time several kernels for each matmul while compiling."""
     compile_scope: Literal["model", "block"] | None = None
     """What is compiled as a whole: the model, or each of its blocks, which share what is compiled.
     block: compiling takes as long for many blocks as for one; steps may be a little slower, but
@@ -217,6 +234,11 @@ class TrainingConfig:
                 "optimizer='muon' with parallel='fsdp': Muon needs whole matrices; use "
                 "--parallel ddp, or --optimizer adamw"
             )
+        if self.fp8_head and (self.vocab_size % 16 or self.d_model % 16):
+            raise ConfigError(
+                f"fp8_head with vocab_size={self.vocab_size}, d_model={self.d_model}: both must be "
+                f"multiples of 16; a larger vocab_size pads it"
+            )
         if self.lr_min > self.lr_max:
             raise ConfigError(f"lr_min={self.lr_min}: it must not be above lr_max={self.lr_max}")
         for name, values in (
@@ -224,6 +246,9 @@ class TrainingConfig:
             ("schedule", ("cosine", "wsd")),
             ("guard", ("skip", "rollback", "off")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("residual_dtype", ("auto", "float32", "bfloat16")),
+            ("attention", ("auto", "cudnn", "flash", "fa3")),
+            ("compile_mode", ("default", "max-autotune-no-cudagraphs")),
             ("compile_scope", (None, "model", "block")),
             ("parallel", ("ddp", "fsdp")),
         ):

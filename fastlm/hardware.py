@@ -85,6 +85,13 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, in use or not. 0: a device that shares the machine's."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def _cpu_info(field: str) -> str:
     """A field of Linux's /proc/cpuinfo for the first core; "" if there is none."""
     try:

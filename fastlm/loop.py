@@ -152,6 +152,7 @@ class Run:
         # One process leaves a step at a micro-batch; several agree behind the step.
         alone = self.world.size == 1
         leaves = (lambda: self.stop.requested) if alone else (lambda: False)
+        self.runner.step_loader.waited = 0.0  # what the warm-up has waited does not count
         self.clock.start()
         while self.completed < cfg.total_steps:
             step, lr = self.completed, learning_rate(self.completed, cfg)

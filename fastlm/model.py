@@ -5,7 +5,7 @@ Shapes: B batch, T positions, D model width, H heads, d = D / H, F feed-forward 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlm.kernels.collect import is_dtensor
 from fastlm.ops.causal_attention import apply_rope, causal_attention
+from fastlm.ops.dispatch import compute_dtype
 
 
 class RMSNorm(nn.Module):
@@ -65,6 +66,16 @@ class KVCache:
         return filled[0], filled[1]
 
 
+def _products(x: Tensor, layers: Sequence[nn.Linear], joint: bool) -> Sequence[Tensor]:
+    """Each layer's output for x: (..., D). joint: by one matmul with their weights end to end,
+    which are joined at each call, so that parameters and their state stay as they are."""
+    if not joint:
+        return [layer(x) for layer in layers]
+    dtype = compute_dtype(x)  # cast before they are joined: compiled, that is one pass
+    weight = torch.cat([layer.weight.to(dtype) for layer in layers])
+    return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention with rotary positions.
 
@@ -72,6 +83,8 @@ class Attention(nn.Module):
 
     qk_norm: each head's query and key are divided by their root mean square (arXiv:2010.04245).
     """
+
+    joint = False  # one matmul for queries, keys and values
 
     def __init__(self, d_model: int, num_heads: int, dropout: float, qk_norm: bool = False):
         super().__init__()
@@ -93,7 +106,7 @@ class Attention(nn.Module):
         def heads(y: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, d)
             return y.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
 
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = map(heads, _products(x, (self.q_proj, self.k_proj, self.v_proj), self.joint))
         if self.qk_norm:  # before the rotation, which changes no length
             q, k = _unit_rms(q), _unit_rms(k)
         rope = (cos, sin)
@@ -108,6 +121,8 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) (arXiv:2002.05202)."""
 
+    joint = False  # one matmul for w1 and w3
+
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
         self.w1 = nn.Linear(d_model, d_ff, bias=False)
@@ -115,7 +130,8 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(d_model, d_ff, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, value = _products(x, (self.w1, self.w3), self.joint)
+        return self.w2(F.silu(gate) * value)
 
 
 class Block(nn.Module):
@@ -145,6 +161,9 @@ class TransformerLM(nn.Module):
     each block in backward instead of keeping its activations.
     Raises ValueError if d_model is not divisible by num_heads or the head is of odd width.
     """
+
+    # Under autocast the residual stream has the matmuls' dtype, too. Else it is float32.
+    residual_follows_autocast = False
 
     def __init__(
         self,
@@ -248,7 +267,8 @@ class TransformerLM(nn.Module):
             raise ValueError(f"{end} positions: this model was built for {self.max_seq_len}")
         # In fp32 also in a model of another dtype.
         cos, sin = self.rope_cos[begin:end].float(), self.rope_sin[begin:end].float()
-        x = self.drop(self.token_embeddings(tokens))
+        x = self.token_embeddings(tokens)
+        x = self.drop(x.to(compute_dtype(x)) if self.residual_follows_autocast else x)
         for index, layer in enumerate(self.layers):
             if cache is not None:
                 x = layer(x, cos, sin, partial(cache.extend, index, max_seq_len=self.max_seq_len))

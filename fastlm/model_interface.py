@@ -25,8 +25,11 @@ from fastlm.hardware import autocast, is_out_of_memory, select_device, select_dt
 from fastlm.model import TransformerLM
 
 # Settings of TransformerLM that a caller would miss in a model of his own.
-_OF_OUR_MODEL = dict.fromkeys(("tie_embeddings", "qk_norm", "activation_checkpointing"), False) | {
-    "dropout": 0.0
+_OF_OUR_MODEL = dict.fromkeys(
+    ("tie_embeddings", "qk_norm", "activation_checkpointing", "joint_projections"), False
+) | {
+    "dropout": 0.0,
+    "residual_dtype": "auto",
 }
 
 
@@ -95,8 +98,9 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in inside.values() if p.ndim == 2 and p.requires_grad and id(p) not in tables]
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compiles each of the model's blocks in place: names in its state dict do not change.
+def compile_blocks(model: nn.Module, mode: str | None = None) -> None:
+    """Compiles each of the model's blocks in place, in torch.compile's `mode`: names in its state
+    dict do not change.
 
     Blocks of one kind share their graphs, so compiling takes as long for 48 as for 2. Call it
     before the blocks are sharded. Raises ConfigError for a model without an nn.ModuleList.
@@ -108,7 +112,7 @@ def compile_blocks(model: nn.Module) -> None:
             f"could be compiled one by one; use compile_scope='model'"
         )
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, mode=mode)
 
 
 def describe_model(model: nn.Module) -> str:
@@ -182,6 +186,11 @@ def _check_forward(model: nn.Module, cfg: TrainingConfig, device: torch.device) 
                 f"could not be labels; enlarge its head, or lower vocab_size"
             )
         if not has_fused_head(model):
+            if cfg.fp8_head:
+                raise ConfigError(
+                    "fp8_head: the model has no hidden() and nn.Linear lm_head, by which head and "
+                    "loss are one op; add them, or leave it out"
+                )
             return
         hidden = _called("hidden", model.hidden, x)
         _check_output("hidden", hidden, (B, T), model.lm_head.in_features, "D")

@@ -18,6 +18,7 @@ from fastlm.checkpoint import load_checkpoint, restore_optimizer, restore_scaler
 from fastlm.config import TrainingConfig
 from fastlm.data.loader import TrainLoader
 from fastlm.data.sampler import mixed
+from fastlm.data.step_loader import StepLoader
 from fastlm.errors import CompileError, ConfigError
 from fastlm.evaluate import evaluating
 from fastlm.hardware import select_device, select_dtype, synchronize
@@ -122,6 +123,7 @@ class TrainStep:
     ):
         self.loss, self.wrapped, self.optimizer = loss, wrapped or loss, optimizer
         self.loader, self.world = loader, world
+        self.step_loader = StepLoader(loader, ahead=cfg.prefetch)
         self.model, self.dtype, self.device = loss.model, loss.dtype, loader.device
         self.grad_accum, self.seed = cfg.grad_accum, cfg.seed
         # In a step, on all ranks.
@@ -151,7 +153,8 @@ class TrainStep:
             first_sample + (micro * world.size + world.rank) * batch_size
             for micro in range(self.grad_accum)
         ]
-        batches = [self.loader.batch(sample) for sample in samples]
+        following = [sample + self.samples for sample in samples]
+        batches = self.step_loader.batches(samples, following)
         targets = world.sum(torch.stack([(y != IGNORED).sum() for _, y in batches]).sum())
         loss = torch.zeros((), device=self.device)
         for micro, (sample, (x, y)) in enumerate(zip(samples, batches, strict=True)):

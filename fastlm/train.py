@@ -40,8 +40,9 @@ from fastlm.model_interface import blocks_of, prepare_model
 from fastlm.model_loss import ModelLoss
 from fastlm.parallel.world import ALONE, World, end_process
 from fastlm.parallel.wrap import wrap
+from fastlm.run.backends import backends
 from fastlm.run.directory import RunDirectory
-from fastlm.run.environment import deterministic_algorithms, differences, environment
+from fastlm.run.environment import differences, environment
 from fastlm.run.log import has_ended
 from fastlm.run.output import (
     fill_closed_descriptors,
@@ -122,7 +123,7 @@ def train(
             f"device={cfg.device!r}: several processes find each other on {world.device.type} "
             f"before they read a file of settings; give --device on the command line"
         )
-    with deterministic_algorithms(cfg.deterministic):
+    with backends(cfg, own_model=model is not None):
         if cfg.ckpt_path_to_resume and cfg.init_from:
             raise ConfigError(
                 "--resume continues a run and --init-from starts one: give one of them"
@@ -203,7 +204,7 @@ def _train(
         if cfg.compile:
             print("[compile] compiling the training and the evaluation step ...", flush=True)
         runner.warm_up()
-        _leave_if_asked(stop, world)
+        stop.leave_together(world)
         if device.type == "cpu":
             back_heap_with_huge_pages()  # now that the heap has grown to what a step needs
         if cfg.compile:
@@ -250,20 +251,13 @@ def _restore_state(runner: TrainStep, resumed: Resumed, *, compiled: bool) -> No
     print(f"[resume] at step {resumed.step}")
 
 
-def _leave_if_asked(stop: StopSignals, world: World) -> None:
-    """A signal to one process ends them all."""
-    (signal,) = world.vote(stop.received or 0).wait()
-    stop.received = signal or None
-    stop.leave()
-
-
 def _calibrated(
     cfg: TrainingConfig, runner: TrainStep, stop: StopSignals, world: World
 ) -> TrainingConfig:
     """`cfg` with the number of steps that take cfg.train_minutes on this machine."""
     mine = runner.seconds_per_step(stop=lambda: stop.requested)
     seconds = world.decide(lambda: mine)
-    _leave_if_asked(stop, world)
+    stop.leave_together(world)
     steps = max(10, round(cfg.train_minutes * 60 / seconds / 10) * 10)
     print(
         f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about "

@@ -42,10 +42,13 @@ class LinearCrossEntropyPlan:
 
 
 class Head:
-    """logits = hidden @ weight.T + bias in `dtype`, and what computing them costs in memory."""
+    """logits = hidden @ weight.T + bias in `dtype`, and what computing them costs in memory.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        self.weight, self.bias, self.dtype = weight, bias, dtype
+    fp8: that product, not those of the gradients, reads its operands in float8_e4m3fn.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, fp8: bool = False):
+        self.weight, self.bias, self.dtype, self.fp8 = weight, bias, dtype, fp8
         self.V, self.D = weight.shape
         self.on_cpu = weight.device.type == "cpu"
 
@@ -88,6 +91,8 @@ class Head:
             weight += 4 * elements
         if self.bias is not None:
             weight += 8 * self.V  # cast, and the fp32 gradient
+        if self.fp8:
+            weight += elements * (1 + size)  # float8, and what is rounded to it
         scratch = rows * self._row_bytes()
         if self.sliced:
             scratch += min(_SLICE, self.V) * self.D * size
@@ -180,6 +185,7 @@ class Chunks:
         self.head, self.hidden, self.kept = head, hidden.detach(), kept
         self.weight = head.weight.detach().to(head.dtype)
         self.bias = None if head.bias is None else head.bias.detach().to(head.dtype)
+        self.weight_fp8 = to_fp8(self.weight) if head.fp8 else None
         self.rows_per_chunk = head.plan(len(hidden), memory_budget).rows_per_chunk
         count = len(hidden if kept is None else kept)
         starts = range(0, count, max(self.rows_per_chunk, 1))
@@ -191,7 +197,11 @@ class Chunks:
             rows = bound if self.kept is None else self.kept[bound]
             x = _take(self.hidden, rows).to(self.head.dtype)
             logits = memory[: len(x)]
-            if self.bias is None:
+            if self.weight_fp8 is not None:
+                fp8_product(to_fp8(x), self.weight_fp8, out=logits)
+                if self.bias is not None:
+                    logits += self.bias
+            elif self.bias is None:
                 torch.mm(x, self.weight.t(), out=logits)
             else:
                 torch.addmm(self.bias, x, self.weight.t(), out=logits)
@@ -255,6 +265,33 @@ class GradientSums:
             g if g is None or p is None else g.to(p.dtype)
             for g, p in zip((self.hidden, weight, self.bias), like, strict=True)
         ]
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(values float8_e4m3fn, scale 0-d fp32), x about values * scale. Nothing waits for the device.
+
+    The scale is a power of two, so that dividing by it rounds nothing, and the largest magnitude
+    becomes 224 to 448, the largest number of the type.
+    """
+    largest = x.detach().abs().amax().float() if x.numel() else fp32((), x.device).zero_()
+    _, exponent = torch.frexp(largest / torch.finfo(torch.float8_e4m3fn).max)
+    least = -15 if x.dtype == torch.float16 else -126  # whose inverse is a number, too
+    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp_min(least))
+    return (x * (1 / scale).to(x.dtype)).to(torch.float8_e4m3fn), scale
+
+
+def fp8_product(
+    x: tuple[Tensor, Tensor],  # (R, D), by to_fp8
+    weight: tuple[Tensor, Tensor],  # (V, D)
+    *,
+    out: Tensor,  # (R, V)
+) -> None:
+    """out = x @ weight.T, summed in fp32 (on a GPU in the tensor cores' somewhat narrower sums)."""
+    (a, scale_a), (b, scale_b) = x, weight
+    if len(a):
+        torch._scaled_mm(
+            a, b.t(), scale_a, scale_b, out_dtype=out.dtype, use_fast_accum=True, out=out
+        )
 
 
 def _rows_that_count(targets: Tensor, ignore_index: int, num_valid: int | None) -> Tensor | None:

@@ -14,8 +14,9 @@ from typing import Any
 from fastlm.checkpoint import Reader, checkpoint_files, read_checkpoint, read_values
 from fastlm.config import TrainingConfig
 from fastlm.errors import ConfigError, DeviceError, shown
+from fastlm.hardware import device_memory, select_device
 from fastlm.parallel.world import World
-from fastlm.presets import PRESETS
+from fastlm.presets import PRESETS, preset_settings
 from fastlm.run.resume import RUNS, Resumed, find, read_unchecked
 from fastlm.run.settings import nearest, read_toml, to_toml
 
@@ -72,7 +73,8 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
     if preset not in PRESETS:
         raise ConfigError(f"preset={shown(preset)} is unknown{nearest(preset, PRESETS)}")
 
-    layers: list[tuple[str, dict[str, Any]]] = [(f"preset {preset}", PRESETS[preset])]
+    of_preset = preset_settings(preset, _memory(first.device))
+    layers: list[tuple[str, dict[str, Any]]] = [(f"preset {preset}", of_preset)]
     resumed = None
     if not {"--help", "-h"} & set(argv):
         resumed = _find_resumed(first, file_settings, read)
@@ -106,7 +108,7 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
     ]
     ignored = [
         name
-        for name, value in PRESETS[preset].items()
+        for name, value in of_preset.items()
         if chosen and name in stored and value != getattr(config, name) and name != "train_minutes"
     ]
     return Invocation(config, preset, parsed.print_config, origins, resumed, changed, ignored)
@@ -224,6 +226,8 @@ def _follow(settings: dict, origins: dict, flags: set[str], asked: set[str], sto
     if "grad_accum" in asked and settings["tokens_per_step"] is not None:
         settings["tokens_per_step"] = None  # a resumed run's
         origins["tokens_per_step"] = "grad_accum is set"
+    if settings["tokens_per_step"] is not None:
+        origins["grad_accum"] = "follows tokens_per_step"
     if settings["d_ff"] is None:
         origins["d_ff"] = "follows d_model"
     if "vocab_size" not in asked | stored.keys():
@@ -268,12 +272,18 @@ def format_config(invocation: Invocation) -> str:
 
 def _default_preset(device: str | None) -> str:
     """demo-gpu if the run will be on CUDA."""
-    from fastlm.hardware import select_device
-
     try:
         return "demo-gpu" if select_device(device or "auto").type == "cuda" else "demo"
     except DeviceError:  # reported when the run selects its device
         return "demo"
+
+
+def _memory(device: str | None) -> int:
+    """Bytes that a GPU has; 0 for other devices, and those that are not there."""
+    try:
+        return device_memory(select_device(device or "auto"))
+    except DeviceError:
+        return 0
 
 
 def _explicit_resume(argv: list[str]) -> list[str]:
