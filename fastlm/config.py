@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastlm.errors import ConfigError, shown
-from fastlm.model import check_heads, default_d_ff
+from fastlm.model_config import ModelConfig, default_d_ff
 from fastlm.run.profiler import parse_span
 
 # Integers lie below 2 to these powers, so that no tensor's size overflows 64 bits and building the
 # layers does not take for ever before memory runs out.
 _POWERS = {"seed": 64, "num_layers": 14, "num_heads": 24, "d_model": 24, "d_ff": 24}
-_POWERS |= {"context_len": 31, "vocab_size": 31}
+_POWERS |= {"context_len": 31, "vocab_size": 31, "num_kv_heads": 24, "head_dim": 24}
 _STEP_TOKENS_POWER = 56
 
 
@@ -48,19 +48,32 @@ class TrainingConfig:
     num_layers: int = 12
     """Transformer blocks."""
     num_heads: int = 16
-    """Attention heads; d_model must be divisible by it."""
+    """Attention heads; without head_dim, d_model must be divisible by it."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values, which num_heads / num_kv_heads heads share. Default: num_heads."""
+    head_dim: int | None = None
+    """Width of a head, even. Default: d_model / num_heads."""
     d_model: int = 1024
     """Width of the residual stream."""
     d_ff: int | None = None
     """Width of the feed-forward layer. Default: 8/3 of d_model, rounded up to a multiple of 64."""
     rope_theta: float = 10000.0
     """Base of the rotary positions' wavelengths."""
+    rope_scaling: tuple[float, float, float, int] | None = None
+    """Llama 3's scaling of the rotary positions: factor, low_freq_factor, high_freq_factor, and the
+    context_len before it."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    qkv_bias: bool = False
+    """Biases of the projections to queries, keys and values."""
     tie_embeddings: bool = False
     """One matrix for the embedding and the output head."""
     dropout: float = 0.0
     """On the embedding, the attention weights and the residual branches."""
     qk_norm: bool = False
     """Normalise queries and keys: steadier at high learning rates."""
+    qk_norm_weight: bool = False
+    """With qk_norm: a trained weight for each place in a head."""
 
     # === Training steps ===
     total_steps: int = 10_000
@@ -181,7 +194,9 @@ class TrainingConfig:
     ckpt_path_to_resume: str | None = None
     """Checkpoint to continue from, optimizer, step and all. On the command line also: --resume."""
     init_from: str | None = None
-    """Checkpoint whose weights the model starts with; the optimizer and the step start anew."""
+    """What the model starts with: a checkpoint's weights, or a directory of Hugging Face's
+    transformers (config.json, safetensors). On the command line its architecture, too, unless flags
+    say otherwise. The optimizer and the step start anew."""
     eval_only: bool = False
     """Evaluate the checkpoint of --resume or --init-from and stop."""
     overwrite: bool = False
@@ -210,7 +225,7 @@ class TrainingConfig:
         self._check_ranges()
         positive = (
             "batch_size context_len grad_accum vocab_size num_layers num_heads d_model d_ff "
-            "total_steps log_every eval_batches lr_max muon_lr eps rope_theta"
+            "total_steps log_every eval_batches lr_max muon_lr eps rope_theta norm_eps"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
@@ -280,7 +295,7 @@ class TrainingConfig:
                     f"{self.total_steps - 1}"
                 )
         try:
-            check_heads(self.d_model, self.num_heads)
+            ModelConfig.of_settings(vars(self))
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

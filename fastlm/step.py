@@ -24,6 +24,7 @@ from fastlm.evaluate import evaluating
 from fastlm.hardware import select_device, select_dtype, synchronize
 from fastlm.kernels.collect import is_dtensor
 from fastlm.model import TransformerLM
+from fastlm.model_config import ModelConfig
 from fastlm.model_interface import hidden_matrices
 from fastlm.model_loss import ModelLoss
 from fastlm.muon import Muon
@@ -93,19 +94,7 @@ def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
 def create_model(cfg: TrainingConfig, *, meta: bool = False) -> TransformerLM:
     """A new model of cfg's size on cfg.device; or, without memory, on the meta device."""
     with torch.device("meta") if meta else contextlib.nullcontext():
-        model = TransformerLM(
-            vocab_size=cfg.vocab_size,
-            d_model=cfg.d_model,
-            num_heads=cfg.num_heads,
-            num_layers=cfg.num_layers,
-            max_seq_len=cfg.context_len,
-            d_ff=cfg.d_ff,
-            rope_theta=cfg.rope_theta,
-            tie_embeddings=cfg.tie_embeddings,
-            dropout=cfg.dropout,
-            qk_norm=cfg.qk_norm,
-            activation_checkpointing=cfg.activation_checkpointing,
-        )
+        model = TransformerLM.from_config(ModelConfig.of_settings(vars(cfg)))
     return model if meta else model.to(select_device(cfg.device))
 
 

@@ -162,7 +162,7 @@ def _train(
     else:  # a sharded one gets memory when each rank knows its part
         model = create_model(cfg, meta=is_sharded)
     if world.size == 1:
-        load_weights(model, cfg, resumed, world)
+        load_weights(model, cfg, resumed, world, tokenizer=data.tokenizer_json)
     start_step = resumed.step if resumed else 0
     if resumed:
         world.together(lambda: resumed.check(data, cfg))
@@ -198,7 +198,9 @@ def _train(
             loads = resumed or cfg.init_from
             model.init_rope() if loads else model.init_weights()
         if world.size > 1:
-            load_weights(model, cfg, resumed, world, restored_later=True)
+            load_weights(
+                model, cfg, resumed, world, restored_later=True, tokenizer=data.tokenizer_json
+            )
         runner = TrainStep(loss, create_optimizer(model, cfg), loader, cfg, world, wrapped)
         describe(data, cfg, model, runner)
         if cfg.compile:
@@ -289,7 +291,7 @@ def _evaluate_only(
     if not (resumed or cfg.init_from):
         raise ConfigError("--eval-only needs the checkpoint to evaluate: --resume or --init-from")
     model = create_model(cfg) if model is None else prepare_model(model, cfg)
-    load_weights(model, cfg, resumed, world)
+    load_weights(model, cfg, resumed, world, tokenizer=data.tokenizer_json)
     if resumed:
         resumed.free()
     loss_of = ModelLoss(model, device, _with_scope(cfg, model, by_block=True))
@@ -333,9 +335,12 @@ def _opened(
     # Asked for, or a resumed run's: it may be padded.
     if origins["vocab_size"].startswith(("command line", "file", "checkpoint")):
         if cfg.vocab_size < vocab_size:
+            fix = "leave it out, or pad it to a larger number"
+            if origins["vocab_size"].endswith("--init-from"):
+                fix = f"prepare the data with the tokenizer of {cfg.init_from}"
             raise ConfigError(
                 f"vocab_size={cfg.vocab_size} is less than the {vocab_size} of the data's "
-                f"tokenizer; leave it out, or pad it to a larger number"
+                f"tokenizer; {fix}"
             )
         return data, cfg
     return data, replace(cfg, vocab_size=vocab_size)

@@ -17,7 +17,7 @@ from fastlm.errors import ConfigError, DeviceError, shown
 from fastlm.hardware import device_memory, select_device
 from fastlm.parallel.world import World
 from fastlm.presets import PRESETS, preset_settings
-from fastlm.run.resume import RUNS, Resumed, find, read_unchecked
+from fastlm.run.resume import RUNS, Resumed, find, initial_architecture, read_unchecked
 from fastlm.run.settings import nearest, read_toml, to_toml
 
 
@@ -58,7 +58,8 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
 
     argv = _explicit_resume(list(sys.argv[1:] if argv is None else argv))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "device", "target-dir", "ckpt-dir", "ckpt-save-prefix"):
+    names = "preset config device target-dir ckpt-dir ckpt-save-prefix init-from"
+    for name in names.split():
         early.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
     early.add_argument("--resume", "--ckpt-path-to-resume", "--ckpt_path_to_resume", dest="resume")
     try:
@@ -75,10 +76,14 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
 
     of_preset = preset_settings(preset, _memory(first.device))
     layers: list[tuple[str, dict[str, Any]]] = [(f"preset {preset}", of_preset)]
-    resumed = None
+    resumed, initial = None, {}
     if not {"--help", "-h"} & set(argv):
         resumed = _find_resumed(first, file_settings, read)
+        init_from = first.init_from or file_settings.get("init_from")
+        initial = initial_architecture(init_from) if init_from and not resumed else {}
     stored = resumed.settings if resumed else {}
+    if initial:
+        layers.append(("checkpoint of --init-from", initial))
     if stored:
         layers.append(("checkpoint", stored))
     if file_settings:
@@ -98,7 +103,7 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
 
     settings = {name: getattr(parsed, name) for name in names}
     asked = flags | set(file_settings)  # by this invocation, not by a preset or a checkpoint
-    _follow(settings, origins, flags, asked, stored)
+    _follow(settings, origins, flags, asked, {**initial, **stored})
     _place(settings, origins, asked, preset, resumed)
     config = TrainingConfig(**settings)
     changed = [

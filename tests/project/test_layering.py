@@ -22,7 +22,13 @@ LAZY_PACKAGES = ("triton", "matplotlib", "tyro", "tokenizers", "tqdm")
 
 # csrc | kernels <- fastlm.ops <- optim, data, model <- train and everything around it.
 BASE = {"fastlm.errors", "fastlm.extension", "fastlm.hardware"}  # importable anywhere in fastlm
-MIDDLE = {"fastlm.optim", "fastlm.muon", "fastlm.model", "fastlm.schedule"}  # and fastlm.data.*
+MIDDLE = {
+    "fastlm.optim",
+    "fastlm.muon",
+    "fastlm.model",
+    "fastlm.model_config",
+    "fastlm.schedule",
+}  # and fastlm.data.*
 
 PUBLIC_NAME = {  # of each op
     "cross_entropy": "cross_entropy_loss",
