@@ -97,7 +97,7 @@ def _attention(
         if found != wanted and not own_model:
             raise ConfigError(
                 f"attention={name!r}: it cannot run here ({device_name(device)}, "
-                f"{str(dtype).removeprefix('torch.')}, heads of {cfg.d_model // cfg.num_heads}, "
+                f"{str(dtype).removeprefix('torch.')}, heads of {_head_dim(cfg)}, "
                 f"dropout {cfg.dropout:g}); use --attention auto, which takes {found!r}"
             )
         yield
@@ -127,10 +127,14 @@ def _flash_attention_3() -> Iterator[None]:
 
 def attention_kernel(cfg: TrainingConfig, device: torch.device, dtype: torch.dtype) -> str:
     """Whose kernel torch chooses for the model of `cfg`: "cudnn", "flash", "efficient", "math"."""
-    shape = (1, cfg.context_len, cfg.num_heads, cfg.d_model // cfg.num_heads)
+    shape = (1, cfg.context_len, cfg.num_heads, _head_dim(cfg))
     q, k, v = (
         torch.empty(shape, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
         for _ in range(3)
     )
     chosen = torch._fused_sdp_choice(q, k, v, None, cfg.dropout, True)
     return SDPBackend(chosen).name.split("_")[0].lower()
+
+
+def _head_dim(cfg: TrainingConfig) -> int:
+    return cfg.head_dim or cfg.d_model // cfg.num_heads
