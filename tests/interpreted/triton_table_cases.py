@@ -154,6 +154,7 @@ def test_what_changes_is_sent_again():
 
 def test_copies_of_a_capture(monkeypatch):
     """Their sources stay as they are, and what steps outside of it read does, too."""
+
     def values(*numbers):
         return torch.tensor(numbers, device="cpu")
 
