@@ -23,12 +23,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 
 
-def skip_without_kernels() -> None:
-    """At the top of a file of tests/interpreted: skips it where Triton can run nothing."""
-    if DEVICE == "cpu" and not INTERPRETED:
-        pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
-
-
 def run_kernel_cases(*files: str, **selection: str) -> tuple[int, str]:
     """run_interpreted for files of tests/interpreted, which a GPU runs where there is one."""
     return run_interpreted("interpreted", *files, interpret=DEVICE == "cpu", **selection)

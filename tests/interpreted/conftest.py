@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from interpreter import DEVICE
+from interpreter import DEVICE, INTERPRETED
 
 
 @pytest.fixture(autouse=True)
 def tensors_where_the_kernels_run():
+    if DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
     with torch.device(DEVICE):
         yield

@@ -7,15 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import DEVICE, INTERPRETED, skip_without_kernels
-from tolerance import assert_bitwise_equal
-
-skip_without_kernels()
-
 from fastlm.kernels import configs
 from fastlm.kernels.adamw import step
 from fastlm.kernels.clip_grad_norm import sum_squares
 from fastlm.kernels.collect import StepOptions
+from interpreter import DEVICE, INTERPRETED
 from optimizer_rows import (
     HYPER,
     KINDS,
@@ -30,6 +26,7 @@ from optimizer_rows import (
     snapshot,
     ulp,
 )
+from tolerance import assert_bitwise_equal
 from triton.runtime.interpreter import TensorHandle
 
 # NumPy, which the interpreter computes with, warns of what is meant: NaN and infinity.

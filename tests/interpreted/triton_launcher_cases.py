@@ -7,11 +7,6 @@ N rows, V vocabulary.
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import DEVICE, INTERPRETED, sampled, skip_without_kernels
-from tolerance import assert_as_accurate, assert_bitwise_equal
-
-skip_without_kernels()
-
 from fastlm.kernels import configs
 from fastlm.kernels.cross_entropy import (
     check_labels,
@@ -22,6 +17,8 @@ from fastlm.kernels.cross_entropy import (
     sum_rows,
 )
 from fastlm.kernels.cross_entropy_op import Options
+from interpreter import DEVICE, INTERPRETED, sampled
+from tolerance import assert_as_accurate, assert_bitwise_equal
 
 # NumPy, which the interpreter computes with, warns of what is meant: -inf - -inf in idle lanes.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

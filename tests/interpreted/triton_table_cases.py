@@ -8,14 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import DEVICE, INTERPRETED, skip_without_kernels
-
-skip_without_kernels()
-
 from fastlm.kernels import configs, device_table
 from fastlm.kernels.adamw import step
 from fastlm.kernels.clip_grad_norm import scale_gradients, sum_squares
 from fastlm.kernels.collect import StepOptions
+from interpreter import DEVICE, INTERPRETED
 from optimizer_rows import (
     HYPER,
     KINDS,
