@@ -4,7 +4,7 @@
 #     bench/gpu.sh PART OUT_DIR        PART: setup correctness kernels trainer presets
 #
 # OUT_DIR/gpu-NAME-DATE-PART.json has what was found, from the first step on; move it to
-# bench/results, and `make report` shows it. What did not end in time is said there. bench/gpu.py has
+# bench/results, and `make report` shows it. What did not end in time is said there. bench/gpu_steps.py has
 # the steps of each part.
 #
 # The machine needs torch, triton, numpy, pytest, pytest-benchmark, pytest-xdist, cmake, ninja,
@@ -61,4 +61,4 @@ fi
 # What Inductor and Triton compile is kept beside the sources: a second call finds it.
 export TORCHINDUCTOR_CACHE_DIR=$root/.gpu/inductor TRITON_CACHE_DIR=$root/.gpu/triton
 export PYTHONUNBUFFERED=1
-exec "$python" bench/gpu.py "$part" "$out" --started "$((SECONDS - started))"
+exec "$python" bench/gpu_steps.py "$part" "$out" --started "$((SECONDS - started))"

@@ -1,4 +1,4 @@
-"""The programs behind bench/gpu.py's rows, each in a process of its own.
+"""The programs behind bench/gpu_steps.py's rows, each in a process of its own.
 
     python bench/gpu_rows.py machine|fastlm|nanogpt|demo|kill --out FILE [--name NAME] ...
 
@@ -128,9 +128,7 @@ def nanogpt_row(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     dtype = select_dtype(cfg.dtype, DEVICE)
     model = nanogpt_model(folder, cfg)
-    if REHEARSAL:
-        torch.compile = lambda model, **options: model
-    step = nanogpt_step(model, dtype)
+    step = nanogpt_step(model, dtype, compiled=not REHEARSAL)
     samples = cfg.batch_size * cfg.grad_accum
 
     def train(number: int, rate: float) -> torch.Tensor:
@@ -291,7 +289,7 @@ ROWS = {
 }
 
 
-def main() -> None:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("row", choices=ROWS)
     parser.add_argument("--name", help="of the row in the results")
@@ -299,7 +297,11 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="steps of the preset's 524,288 tokens")
     parser.add_argument("--options", default="", help="fastlm.train's, as one word")
     parser.add_argument("--profile", action="store_true", help="the ten kernels with the most time")
-    args = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    args = arguments(words)
     row = {"name": args.name or args.row, "program": args.row, "options": args.options}
     row |= {"full": args.full, **ROWS[args.row](args)}
     args.out.write_text(json.dumps({"rows": [row]}, indent=1) + "\n")

@@ -133,11 +133,12 @@ class PeerStep:
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         max_norm: float = 1.0,
+        compiled: bool = True,
     ):
         self.dtype, self.max_norm = dtype, max_norm
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-        self._compiled = torch.compile(model, dynamic=False)
+        self._compiled = torch.compile(model, dynamic=False) if compiled else model
 
     def run(self, x: Tensor, y: Tensor, lr: float) -> Tensor:
         """x, y: (B, T) -> the loss before the update, ()."""

@@ -1,6 +1,6 @@
 """The steps of bench/gpu.sh's parts: runs them, each with a limit, and writes what they found.
 
-    python bench/gpu.py PART OUT_DIR
+    python bench/gpu_steps.py PART OUT_DIR
 
 OUT_DIR/gpu-NAME-DATE-PART.json is written anew after every step. A step that takes longer than its
 limit, or than what is left of the part's minutes, is ended and said so; the next one runs. The exit
