@@ -50,7 +50,7 @@ def settings(full: bool) -> dict[str, Any]:
     """What a run differs in from the preset gpt2-124m."""
     found = {**(FULL if full else SHORT), "vocab_size": 50304, "seed": 0}
     if REHEARSAL:
-        found |= {**TINY, "tokens_per_step": 128 if full else 64, "total_steps": 22}
+        found |= {**TINY, "tokens_per_step": 128 if full else 64, "total_steps": 12}
         found |= {"vocab_size": 512}
     return found
 
