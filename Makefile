@@ -1,4 +1,5 @@
-# make train | test | test-all | torture | test-newest | test-oldest | bench | report | lint | format | clean
+# make train | test | test-all | torture | test-newest | test-oldest | bench | report | gpu-wheels
+# make lint | format | clean
 # Each makes the environment it needs first: .venv, .venv-newest or .venv-oldest.
 #
 # PYTHON=python3.12           the interpreter that environments are made with
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # and files in order: the last ones are short.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-all torture test-newest test-oldest bench report lint format check clean
+.PHONY: train test test-all torture test-newest test-oldest bench report gpu-wheels lint format check clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m fastlm.train --compile $(ARGS)
@@ -46,6 +47,17 @@ bench: $(VENV)/.installed
 
 report: $(VENV)/.installed
 	$(BIN)/python bench/report.py
+
+# What bench/gpu.sh takes along to a machine without a package index, for its Python 3.12, into .gpu:
+# pure Python wheels (Liger without its dependencies, which torch and triton are), the demo's corpus,
+# and nanoGPT's files from NANOGPT=DIR.
+GPU_WHEELS = tyro docstring-parser typeguard typing-extensions liger-kernel
+gpu-wheels: $(VENV)/.installed
+	rm -rf .gpu/wheels .gpu/corpus .gpu/nanoGPT
+	$(PYTHON) -m pip download --quiet $(PIP_FLAGS) --no-deps --only-binary=:all: --python-version 3.12 -c constraints.txt -d .gpu/wheels $(GPU_WHEELS)
+	$(BIN)/python -c 'import shutil; from fastlm.corpus import default_corpus; shutil.copytree(default_corpus(), ".gpu/corpus")'
+	test -z "$(NANOGPT)" || { mkdir .gpu/nanoGPT && cp $(NANOGPT)/*.py .gpu/nanoGPT/; }
+	du -sh .gpu/wheels .gpu/corpus
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ B batch, H heads, T positions, d head width.
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Candidate, Work, compare
+from harness import TINY, Candidate, Work, compare
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fastlm import causal_attention
@@ -16,7 +16,10 @@ SHAPES = {
     "cpu": [(16, 8, 256, 64), (8, 12, 1024, 64)],
     "cuda": [(16, 12, 1024, 64), (4, 32, 4096, 128)],
 }
-QUERIES = {"one query": 1, "prompt": 1024}  # behind the cached keys, or all of them
+if TINY:
+    SHAPES = {key: [(1, 2, 128, 16), (1, 2, 128, 32)] for key in SHAPES}
+KEYS = 128 if TINY else 1024
+QUERIES = {"one query": 1, "prompt": KEYS}  # behind the cached keys, or all of them
 
 
 def sdpa(q, k, v):
@@ -89,7 +92,7 @@ def bench_causal_attention(benchmark, device, dtype, shape):
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def bench_causal_attention_with_a_cache(benchmark, device, dtype, queries):
-    B, H, T, d = 1, 12, 1024, 64
+    B, H, T, d = 1, 12, KEYS, 64
     Tq = QUERIES[queries]
     q, k, v, _ = tensors(B, H, Tq, T, d, dtype, device)
     expected = causal_attention_reference(q.float(), k.float(), v.float())

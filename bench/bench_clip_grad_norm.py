@@ -52,4 +52,5 @@ def check_against_reference(device: torch.device) -> None:
     # 38.6 M gradients of GPT-2's embedding (CPU, torch 2.13).
     assert reference_norm > MAX_NORM and abs(norm / reference_norm - 1) < 1e-12
     for p, q in zip(ours, expected, strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=0)
+        # Two roundings of fp32, of the factor and of the product.
+        torch.testing.assert_close(p.grad, q.grad, rtol=2**-22, atol=0)

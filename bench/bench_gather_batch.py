@@ -4,7 +4,7 @@ import numpy as np
 import peers
 import pytest
 import torch
-from harness import Candidate, Work, compare
+from harness import TINY, Candidate, Work, compare
 
 from fastlm import gather_batch, get_batch
 from fastlm.data.files import TokenDataset, check_dataset
@@ -12,20 +12,21 @@ from fastlm.errors import DataError
 from fastlm.ops.gather_batch import gather_batch_reference
 
 VOCAB_SIZE = 50257
+COUNT = 2_000_000 if TINY else 50_000_000
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> np.memmap:
-    """(50 M,) ids below VOCAB_SIZE."""
+    """(COUNT,) ids below VOCAB_SIZE."""
     path = tmp_path_factory.mktemp("tokens") / "tokens.bin"
-    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, 50_000_000, dtype=np.uint16)
+    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, COUNT, dtype=np.uint16)
     ids.tofile(path)
     return np.memmap(path, dtype=np.uint16, mode="r")
 
 
 @pytest.mark.parametrize("B, T", [(32, 256), (64, 1024), (512, 1024)])
 def bench_get_batch(benchmark, tokens, device, B, T):
-    starts = [0, 12_345_678, len(tokens) - T - 1]
+    starts = [0, 1_234_567, len(tokens) - T - 1]
     for ours, expected in zip(
         gather_batch(tokens, starts, T, device),
         gather_batch_reference(tokens, starts, T),
@@ -69,10 +70,10 @@ def bench_token_scan(benchmark, tokens):
     compare(
         benchmark,
         "gather_batch",
-        "scan of 50 M token ids, uint16",
+        f"scan of {COUNT // 10**6} M token ids, uint16",
         torch.device("cpu"),
         Candidate(lambda: check(VOCAB_SIZE)),
         {"NumPy array.max()": Candidate(tokens.max)},
-        Work("2 bytes a token, read (the copy reads half of that and writes half)", 10**8),
+        Work("2 bytes a token, read (the copy reads half of that and writes half)", 2 * COUNT),
         seconds=3,
     )

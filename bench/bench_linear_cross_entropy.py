@@ -7,11 +7,13 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Candidate, Work, compare
+from harness import TINY, Candidate, Work, compare
 
 from fastlm import linear_cross_entropy_loss, linear_cross_entropy_plan
 
 SHAPES = {"cpu": [(4096, 512, 10000), (2048, 768, 50304)], "cuda": [(8192, 4096, 128256)]}
+if TINY:
+    SHAPES = {"cpu": [(64, 16, 300), (32, 16, 400)], "cuda": [(64, 16, 300)]}
 CASES = ["default budget", "small budget", "half ignored"]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import peers
 import pytest
 import torch
-from harness import Candidate, Work, compare
+from harness import TINY, Candidate, Work, compare
 from peer_model import PeerLM, PeerStep, decay_groups
 from step_profile import split_of_step
 
@@ -43,6 +43,9 @@ def bench_train_step(benchmark, device, allocator, request, preset, vocab_size):
     settings |= {"optimizer": "adamw", "qk_norm": False}  # the mathematics of the others
     if is_slow:
         settings["batch_size"] = 4
+    if TINY:
+        settings |= {"batch_size": 2, "context_len": 32, "d_model": 32, "num_layers": 1}
+        settings |= {"num_heads": 2}
     cfg = TrainingConfig(**settings, device=device.type, compile=True)
     tokens = np.random.default_rng(0).integers(0, vocab_size, 1_000_000, dtype=np.uint16)
     model, optimizer, _ = create_model_and_optimizer(cfg)

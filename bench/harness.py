@@ -7,22 +7,32 @@ the peers, with the same clock and the same synchronisation.
 
 The time is that of one call, from an idle device until it is idle again. On CUDA each candidate
 also runs while the device still works on something else, so that the host is ahead and CUDA events
-tell the device's own time.
+tell the device's own time, with nothing of the inputs in the L2 cache.
 """
 
 import gc
 import os
+import platform
+import shlex
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import torch
 
+import fastlm
 from fastlm import active_implementation
+from fastlm.extension import extension
 from fastlm.hardware import device_name, matmul_ceiling, synchronize
 from fastlm.ops.dispatch import IMPLEMENTATIONS
 
+ROOT = Path(__file__).resolve().parents[1]
+# --tiny: a rehearsal of every line, with shapes that take no time. Its figures say nothing.
+TINY = False
 OURS = "fastlm"
 COPY, MATMUL = "copy", "matmul"  # what the machine itself does: as many bytes, as many FLOPs
 
@@ -121,6 +131,8 @@ def compare(
     least_rounds: int = 5,
 ) -> Comparison:
     """Times all candidates; the caller has checked their results."""
+    if TINY:
+        seconds, least_rounds = 0.0, 1
     gc.collect()  # a process that holds the memory of the last comparison measures the allocator
     peers = dict(peers)
     if work.bytes:
@@ -141,8 +153,13 @@ def compare(
         ours.run()
         synchronize(device)
 
-    for candidate in (*peers.values(), ours):  # warm caches, compiled graphs, optimizer states
-        timed(candidate)
+    # Both clocks: a rehearsal without CUDA goes through the lines of the device's, too.
+    two_clocks = device.type == "cuda" or TINY
+    leads: dict[str, float] = {}  # seconds that the host takes to enqueue a run
+    for name, candidate in (*peers.items(), (OURS, ours)):
+        timed(candidate)  # warm caches, compiled graphs, optimizer states
+        if two_clocks:
+            leads[name] = seconds_to_enqueue(candidate, device)
     load_average = os.getloadavg()[0]
     begin = time.perf_counter()
     for candidate in (*peers.values(), ours):
@@ -158,10 +175,10 @@ def compare(
         order.append(order.pop(0))
         for name in order:
             times[name].append(timed(peers[name]))
-        if device.type == "cuda":
+        if two_clocks:
             for name in order:
-                device_times[name].append(device_time(peers[name]))
-            device_times[OURS].append(device_time(ours))
+                device_times[name].append(device_time(peers[name], device, leads[name]))
+            device_times[OURS].append(device_time(ours, device, leads[OURS]))
         if ours.setup:
             ours.setup()
         synchronize(device)
@@ -179,7 +196,7 @@ def compare(
         load_average=load_average,
         unit="GB/s" if work.bytes else "TFLOP/s",
     )
-    _fill(comparison, times, device_times if device.type == "cuda" else {}, work, device)
+    _fill(comparison, times, device_times if two_clocks else {}, work, device)
     COMPARISONS.append(comparison)
     return comparison
 
@@ -218,18 +235,51 @@ def _fill(
         comparison.rows.append(row)
 
 
-def device_time(candidate: Candidate) -> float:
-    """Seconds between two CUDA events around a run that the host has enqueued beforehand."""
+def seconds_to_enqueue(candidate: Candidate, device: torch.device) -> float:
+    """How long the host is busy with a run, of a candidate that is warm."""
     if candidate.setup:
         candidate.setup()
-    torch.empty(1 << 28, dtype=torch.int8, device="cuda").zero_()  # nothing of ours is left in L2
-    torch.cuda._sleep(4_000_000)  # cycles: 2 ms, in which the host enqueues the run
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    synchronize(device)
+    start = time.perf_counter()
+    candidate.run()
+    seconds = time.perf_counter() - start
+    synchronize(device)
+    return seconds
+
+
+def device_time(candidate: Candidate, device: torch.device, lead: float) -> float:
+    """Seconds between two events around a run that the host has enqueued beforehand.
+
+    lead: seconds_to_enqueue, which the device is kept busy for (50 ms at most). Of a candidate that
+    waits for the device inside, the host's time from there on counts, too.
+    """
+    if candidate.setup:
+        candidate.setup()
+    flush = 1 << (12 if TINY else 28)
+    torch.empty(flush, dtype=torch.int8, device=device).zero_()  # nothing of ours is left in L2
+    if device.type == "cuda":
+        # In cycles of at most 2 GHz; half as long again, and the least that two events want.
+        torch.cuda._sleep(int(2e9 * min(0.05, 1.5 * lead + 5e-4)))
+    start, end = _event(device), _event(device)
     start.record()
     candidate.run()
     end.record()
-    torch.cuda.synchronize()
+    synchronize(device)
     return 1e-3 * start.elapsed_time(end)
+
+
+class HostEvent:
+    """torch.cuda.Event's interface by the host's clock, for a rehearsal without CUDA."""
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end: "HostEvent") -> float:
+        return 1e3 * (end.time - self.time)
+
+
+def _event(device: torch.device) -> "torch.cuda.Event | HostEvent":
+    return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostEvent()
 
 
 def copy_of(num_bytes: int, device: torch.device) -> Candidate:
@@ -253,6 +303,54 @@ _MATMUL_LIMITS: dict[tuple[torch.device, torch.dtype], float] = {}
 
 def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s: the best of what was measured in this run, now and before."""
-    measured = matmul_ceiling(device, dtype)
+    measured = matmul_ceiling(device, dtype, seconds=0.001 if TINY else 0.25)
     _MATMUL_LIMITS[device, dtype] = max(measured, _MATMUL_LIMITS.get((device, dtype), 0.0))
     return _MATMUL_LIMITS[device, dtype]
+
+
+def circumstances(arguments: list[str]) -> dict[str, object]:
+    """What a figure means nothing without. arguments: of the command."""
+    cuda = torch.cuda.is_available()
+    packages = ("torch", "numpy", "triton", "pytest-benchmark")
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": shlex.join(arguments),
+        "commit": _commit(),
+        "cpu": device_name(torch.device("cpu")),
+        "cpu_features": [name for name, has in extension().cpu_features().items() if has],
+        "isa": extension().isa(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
+        "load_average": os.getloadavg(),
+        "versions": {
+            "fastlm": fastlm.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in packages},
+            "cuda": torch.version.cuda if cuda else None,
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The commit, with "+changes" where what is measured differs; "unknown" outside git, unless the
+    variable COMMIT says it."""
+    if commit := os.environ.get("COMMIT"):
+        return commit
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        changed = git("status", "--porcelain", "fastlm", "csrc", "kernels")
+        return commit + ("+changes" if changed else "") or "unknown"
+    except OSError:
+        return "unknown"

@@ -8,7 +8,7 @@ torch's own parts around a model.
 Shapes: B batch, T positions, D model width, H heads, d = D / H, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -133,24 +133,32 @@ class PeerStep:
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         max_norm: float = 1.0,
+        compiled: bool = True,
     ):
         self.dtype, self.max_norm = dtype, max_norm
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-        self._compiled = torch.compile(model, dynamic=False)
+        self._compiled = torch.compile(model, dynamic=False) if compiled else model
 
     def run(self, x: Tensor, y: Tensor, lr: float) -> Tensor:
         """x, y: (B, T) -> the loss before the update, ()."""
+        return self.accumulate([(x, y)], lr, count=1)
+
+    def accumulate(self, batches: Iterable[tuple[Tensor, Tensor]], lr: float, count: int) -> Tensor:
+        """One update by the mean over `count` batches (x, y) -> their mean loss before it, ()."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with autocast(x.device, self.dtype):
-            found = self._compiled(x, y)
-        loss = found[-1] if isinstance(found, tuple) else found
-        loss.backward()
+        losses = []
+        for x, y in batches:
+            with autocast(x.device, self.dtype):
+                found = self._compiled(x, y)
+            loss = found[-1] if isinstance(found, tuple) else found
+            (loss / count).backward()
+            losses.append(loss.detach())
         clip_grad_norm_(self.parameters, self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return torch.stack(losses).mean()
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Callable
 
+import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,7 @@ def numpy_batch(data: np.ndarray, B: int, T: int, device) -> tuple[Tensor, Tenso
 
 def gpt2_parameters(device) -> list[torch.nn.Parameter]:
     """124 M fp32 parameters in 75 tensors: GPT-2 small without biases, with gradients."""
-    D, V, T = 768, 50257, 1024
+    D, V, T = (16, 257, 32) if harness.TINY else (768, 50257, 1024)
     layer = [(D,), (3 * D, D), (D, D), (D,), (4 * D, D), (D, 4 * D)]
     return random_parameters([(V, D), (T, D), *layer * 12, (D,)], device)
 

@@ -8,6 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import report_gpu
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 OURS, COPY, MATMUL = "fastlm", "copy", "matmul"  # the names of harness.py, which imports torch
@@ -90,6 +92,7 @@ def ratio(comparison: dict[str, Any], peer: str) -> str:
 def results_page(
     machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]],
     races: dict[str, dict[str, Any]],
+    gpu_runs: dict[str, dict[str, Any]] | None = None,
 ) -> str:
     lines = [
         "# Results",
@@ -105,6 +108,7 @@ def results_page(
     ]
     for name, race in races.items():
         lines += ["", f"## Quality over time: {race['machine']}", "", *race_table(name, race)]
+    lines += report_gpu.page(gpu_runs or {})
     for name, cases in machines.items():
         runs = sorted({run["file"]: run for run, _ in cases.values()}.items())
         numbers = {file: number for number, (file, _) in enumerate(runs, 1)}
@@ -202,13 +206,21 @@ def row_of(cells: tuple[str, ...]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def readme_table(machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]]) -> str:
-    """HEADLINES on the machine of the newest run."""
+def readme_table(
+    machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]],
+    gpu_runs: dict[str, dict[str, Any]] | None = None,
+) -> str:
+    """HEADLINES on the CPU of the newest run, and the GPU's if one has been measured."""
     cases: dict[Key, tuple[Run, dict[str, Any]]] = {}
     heading = "Not measured yet at this version:"
-    if machines:
+    on_cpus = {
+        name: found
+        for name, found in machines.items()
+        if all(comparison["device"] == run["cpu"] for run, comparison in found.values())
+    }
+    if on_cpus:
         name, cases = max(
-            machines.items(), key=lambda item: max(run["date"] for run, _ in item[1].values())
+            on_cpus.items(), key=lambda item: max(run["date"] for run, _ in item[1].values())
         )
         torches = {run["versions"]["torch"] for run, _ in cases.values()}
         dates = {run["date"][:10] for run, _ in cases.values()}
@@ -225,7 +237,7 @@ def readme_table(machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]]) -> 
             for allocator in ALLOCATORS
         ]
         lines.append(row_of((name, peer, *(ratio or "pending" for ratio in ratios))))
-    return "\n".join(lines)
+    return "\n".join([*lines, *report_gpu.readme_table(gpu_runs or {}, machines)])
 
 
 def put_between_markers(text: str, table: str) -> str:
@@ -237,10 +249,10 @@ def put_between_markers(text: str, table: str) -> str:
 
 
 def main() -> None:
-    machines = load()
-    (ROOT / "bench" / "RESULTS.md").write_text(results_page(machines, races()))
-    readme = ROOT / "README.md"
-    readme.write_text(put_between_markers(readme.read_text(), readme_table(machines)))
+    machines, gpu_runs = load(), report_gpu.load(RESULTS)
+    (ROOT / "bench" / "RESULTS.md").write_text(results_page(machines, races(), gpu_runs))
+    readme, table = ROOT / "README.md", readme_table(machines, gpu_runs)
+    readme.write_text(put_between_markers(readme.read_text(), table))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 from fastlm.kernels.collect import CODE, COLUMNS, SPLIT, StepOptions, TensorTable
+from interpreter import DEVICE, INTERPRETED
 from tolerance import assert_bitwise_equal
 from torch import Tensor
 
@@ -75,17 +76,17 @@ def assert_unchanged(rows: list[Row], before: list[Row]) -> None:
 def make_row(
     kind: str, n: int, *, step: int = 0, magnitudes: str = "usual", seed: int = 0, group: int = 0
 ) -> Row:
-    """A random row before step `step` + 1; "wide": numbers of every size, zeros and subnormals."""
+    """A random row before step `step` + 1; "wide": numbers of every size, zeros and subnormals.
+    The same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(low: float, high: float) -> Tensor:
-        x = torch.randn(n, generator=generator, dtype=torch.float64)
+        drawn = dict(generator=generator, dtype=torch.float64, device="cpu")
+        x = torch.randn(n, **drawn)
         if magnitudes == "wide":
-            x *= 10 ** (
-                torch.rand(n, generator=generator, dtype=torch.float64) * (high - low) + low
-            )
-            x[torch.rand(n, generator=generator) < 0.05] = 0
-        return x
+            x *= 10 ** (torch.rand(n, **drawn) * (high - low) + low)
+            x[torch.rand(n, generator=generator, device="cpu") < 0.05] = 0
+        return x.to(DEVICE)
 
     p_dtype, g_dtype = (DTYPES[name] for name in kind.split())
     state = torch.float64 if p_dtype == torch.float64 else torch.float32
@@ -116,8 +117,9 @@ def make_table(rows: list[Row]):
         [*map(pointer, of_row), row.p.numel(), *codes(row), row.group, 0]
         for row, of_row in zip(rows, tensors, strict=True)
     ]
-    values = torch.tensor(table, dtype=torch.int64).reshape(-1, COLUMNS)
-    return TensorTable(torch.device("cpu"), None, values, {})
+    values = torch.tensor(table, dtype=torch.int64, device="cpu").reshape(-1, COLUMNS)
+    device = rows[0].p.device if rows else torch.device(DEVICE)
+    return TensorTable(device, None, values, {})
 
 
 def oracle(row: Row, factor, lr, beta1, beta2, eps, weight_decay):
@@ -193,11 +195,13 @@ def assert_step(rows, before, factor=1.0, hyper=(HYPER,)):
 
 
 def exact_arithmetic(monkeypatch) -> None:
-    """Makes the interpreter compute as a device does where it does not.
+    """Makes the interpreter, where it runs, compute as a device does.
 
     Its fma rounds the product: here fp32 goes through fp64, which holds the product. Its conversion
     to bf16 truncates.
     """
+    if not INTERPRETED:
+        return
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

@@ -1,19 +1,15 @@
-"""linear_cross_entropy_loss over the Triton kernels, as on a GPU, in Triton's interpreter.
+"""linear_cross_entropy_loss over the Triton kernels, on a GPU or in Triton's interpreter.
 
-test_triton_cross_entropy.py runs this file, with TRITON_INTERPRET=1 and in a process of its own.
+test_triton_cross_entropy.py runs this file in a process of its own (tests/helpers/interpreter.py).
 """
 
 import contextlib
-import os
 import threading
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
 from fastlm.kernels import cross_entropy as triton_kernels
+from interpreter import DEVICE, INTERPRETED
 
 from fastlm import linear_cross_entropy_loss, linear_cross_entropy_plan
 from fastlm.ops import cross_entropy_cpp, linear_cross_entropy
@@ -26,23 +22,24 @@ OPTIONS = dict(label_smoothing=0.2, softcap=8.0, z_loss=0.02, ignore_index=0)
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_the_same_chunks_around_either_kernels(return_lse, reduction, memory_budget, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(12, 8, generator=generator)
-    weight = torch.randn(50, 8, generator=generator)
-    targets = torch.randint(50, (12,), generator=generator)
+    hidden = torch.randn(12, 8, generator=generator, device="cpu")
+    weight = torch.randn(50, 8, generator=generator, device="cpu")
+    targets = torch.randint(50, (12,), generator=generator, device="cpu")
     targets[::3] = OPTIONS["ignore_index"]
     plan = linear_cross_entropy_plan(hidden, weight, memory_budget=memory_budget)
     assert plan.chunks == (1 if memory_budget is None else 3)
     results = []
-    for kernels in (triton_kernels, cross_entropy_cpp):
-        monkeypatch.setattr(linear_cross_entropy, "row_kernels", lambda device, k=kernels: k)
-        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    for kernels, device in ((triton_kernels, DEVICE), (cross_entropy_cpp, "cpu")):
+        if INTERPRETED:  # else the device decides
+            monkeypatch.setattr(linear_cross_entropy, "row_kernels", lambda device, k=kernels: k)
+        leaves = [x.to(device, copy=True).requires_grad_() for x in (hidden, weight)]
         got = linear_cross_entropy_loss(
-            *leaves, targets, reduction=reduction, return_lse=return_lse,
+            *leaves, targets.to(device), reduction=reduction, return_lse=return_lse,
             memory_budget=memory_budget, **OPTIONS,
         )  # fmt: skip
-        loss, lse = got if return_lse else (got, torch.zeros(()))
-        (0.7 * loss.sum() + (lse * torch.arange(12)).sum()).backward()
-        results.append((loss, lse, *(leaf.grad for leaf in leaves)))
+        loss, lse = got if return_lse else (got, torch.zeros((), device=device))
+        (0.7 * loss.sum() + (lse * torch.arange(12, device=device)).sum()).backward()
+        results.append([x.cpu() for x in (loss, lse, *(leaf.grad for leaf in leaves))])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 

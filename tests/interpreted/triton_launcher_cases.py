@@ -1,20 +1,12 @@
-"""The launchers of kernels/cross_entropy.py on the CPU, in Triton's interpreter, against fp64.
+"""The launchers of kernels/cross_entropy.py against fp64, on a GPU or in Triton's interpreter.
 
-test_triton_cross_entropy.py runs this file, with TRITON_INTERPRET=1 and in a process of its own.
+test_triton_cross_entropy.py runs this file in a process of its own (tests/helpers/interpreter.py).
 N rows, V vocabulary.
 """
-
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import sampled
-from tolerance import assert_as_accurate, assert_bitwise_equal
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
 from fastlm.kernels import configs
 from fastlm.kernels.cross_entropy import (
     check_labels,
@@ -25,6 +17,8 @@ from fastlm.kernels.cross_entropy import (
     sum_rows,
 )
 from fastlm.kernels.cross_entropy_op import Options
+from interpreter import DEVICE, INTERPRETED, sampled
+from tolerance import assert_as_accurate, assert_bitwise_equal
 
 # NumPy, which the interpreter computes with, warns of what is meant: -inf - -inf in idle lanes.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -44,10 +38,10 @@ OPTIONS = {
 def make(N, V, dtype=torch.float32, *, seed=0, scale=3.0, options=OPTIONS["defaults"]):
     """Random logits (N, V) and targets (N,); every third row from the second is ignored."""
     generator = torch.Generator().manual_seed(seed)
-    logits = (scale * torch.randn(N, V, generator=generator)).to(dtype)
-    targets = torch.randint(V, (N,), generator=generator)
+    logits = (scale * torch.randn(N, V, generator=generator, device="cpu")).to(dtype)
+    targets = torch.randint(V, (N,), generator=generator, device="cpu")
     targets[1::3] = options.ignore_index
-    return logits, targets
+    return logits.to(DEVICE), targets.to(DEVICE)
 
 
 def by_torch(logits, targets, options, grad_losses, grad_lse, *, fp64):
@@ -92,7 +86,7 @@ def assert_right(actual, logits, targets, options, grad_losses, grad_lse):
     labels = torch.where(targets == options.ignore_index, 0, targets)[:, None]
     magnitude = magnitude.scatter_add(-1, labels, magnitude.sum(-1, keepdim=True) / 2)
     # NumPy's float32 exp, which the interpreter uses, is off by up to 3 units on some processors.
-    slack = 3.0 if logits.dtype == torch.float32 else 0.0
+    slack = 3.0 if INTERPRETED and logits.dtype == torch.float32 else 0.0
     assert_as_accurate(
         actual[2], torchs[2], true[2], magnitude=magnitude, slack=slack, what="gradient"
     )
@@ -103,7 +97,7 @@ def check(logits, targets, options=OPTIONS["defaults"], *, seed=1):
     N = len(targets)
     before = logits.clone()
     generator = torch.Generator().manual_seed(seed)
-    scale = torch.rand((), generator=generator) + 0.2
+    scale = torch.rand((), generator=generator, device="cpu").to(DEVICE) + 0.2
     losses, lse, saved, gradient = row_losses(
         logits, targets, options, all_lse=True, gradient_scale=scale
     )
@@ -119,7 +113,7 @@ def check(logits, targets, options=OPTIONS["defaults"], *, seed=1):
     assert_bitwise_equal(saved, lse)
     assert_bitwise_equal(logits, before, "logits")
 
-    grad_losses, grad_lse = torch.randn(2, N, generator=generator)
+    grad_losses, grad_lse = torch.randn(2, N, generator=generator, device="cpu").to(DEVICE)
     out = torch.empty_like(logits)
     row_gradients(logits, targets, saved, grad_losses, grad_lse, options, out)
     assert_right((losses, lse, out), logits, targets, options, grad_losses, grad_lse)
@@ -290,7 +284,7 @@ def test_no_rows():
 @pytest.mark.parametrize("N", [1, 5, 4095, 4096, 4097, 9000])
 def test_denominator_and_sum(N):
     generator = torch.Generator().manual_seed(N)
-    targets = torch.randint(50, (N,), generator=generator)
+    targets = torch.randint(50, (N,), generator=generator, device="cpu").to(DEVICE)
     targets[::2] = -100
     count = int((targets != -100).sum())
     assert denominator_scale(targets, 50, -100, None, True) == torch.tensor(1 / max(count, 1))
@@ -301,7 +295,7 @@ def test_denominator_and_sum(N):
         assert actual == torch.tensor(1 / items.item() if count else 1.0)
         assert denominator_scale(targets, 50, -100, items, False) == 1
     assert denominator_scale(torch.full_like(targets, -100), 50, -100, None, True) == 1
-    losses = torch.randn(N, generator=generator)
+    losses = torch.randn(N, generator=generator, device="cpu").to(DEVICE)
     scale = torch.tensor(0.3)
     total = sum_rows(losses, scale)
     assert total.shape == () and total.dtype == torch.float32
@@ -393,7 +387,8 @@ def test_offsets_past_32_bits():
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [1, 4096, 10007, 3 * 4096 + 8])
 def test_scale_in_place(n, dtype):
-    x = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, generator=generator, device="cpu").to(DEVICE, dtype)
     if n > 1:
         x[1] = torch.inf
     before = x.clone()
@@ -405,7 +400,7 @@ def test_scale_in_place(n, dtype):
         factor = torch.tensor(factor)
         expected = (x.to(wide) * factor.to(wide)).to(dtype)
         scale_in_place(x, factor)
-        if dtype == torch.bfloat16:  # which the interpreter truncates to
+        if dtype == torch.bfloat16 and INTERPRETED:  # it truncates to that
             assert_as_accurate(x, expected, expected.double())
         else:
             assert_bitwise_equal(x, expected)

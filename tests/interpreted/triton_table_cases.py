@@ -1,22 +1,19 @@
-"""How the optimizer's Triton kernels go over tables, in its interpreter: sums, launches, copies.
+"""How the optimizer's Triton kernels go over tables: sums, launches, copies.
 
-test_triton_adamw.py runs this file, with TRITON_INTERPRET=1 and in a process of its own.
+On a GPU or in Triton's interpreter. test_triton_adamw.py runs this file in a process of its own
+(tests/helpers/interpreter.py).
 """
 
-import os
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
 from fastlm.kernels import clip_grad_norm, configs, device_table
 from fastlm.kernels.adamw import step
 from fastlm.kernels.clip_grad_norm import scale_gradients, sum_squares
 from fastlm.kernels.collect import StepOptions
+from interpreter import DEVICE, INTERPRETED
 from optimizer_rows import (
     HYPER,
     KINDS,
@@ -31,6 +28,7 @@ from optimizer_rows import (
 )
 from tolerance import assert_bitwise_equal
 from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from fastlm.ops import clip_grad_norm as clip_ops
 
@@ -85,9 +83,10 @@ def test_overflow_is_no_bad_row():
 def test_launches(monkeypatch):
     """Four at most with the norm and two without, whatever the number of tensors."""
     launched = []
-    real = InterpretedFunction.run
+    kernel_class = InterpretedFunction if INTERPRETED else JITFunction
+    real = kernel_class.run
     monkeypatch.setattr(
-        InterpretedFunction,
+        kernel_class,
         "run",
         lambda self, *a, **k: (launched.append(self.fn.__name__), real(self, *a, **k))[1],
     )
@@ -155,22 +154,26 @@ def test_what_changes_is_sent_again():
 
 def test_copies_of_a_capture(monkeypatch):
     """Their sources stay as they are, and what steps outside of it read does, too."""
-    mirror = device_table.Mirror(torch.device("cpu"))
-    eager = mirror.on_device(torch.tensor([1, 2]))
+
+    def values(*numbers):
+        return torch.tensor(numbers, device="cpu")
+
+    mirror = device_table.Mirror(torch.device(DEVICE))
+    eager = mirror.on_device(values(1, 2))
     monkeypatch.setattr(device_table, "_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="run one step outside of it"):
-        mirror.on_device(torch.tensor([3, 4]))
-    mirror.spares = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
-    first = mirror.on_device(torch.tensor([3, 4]))
-    again = mirror.on_device(torch.tensor([3, 4]))
-    other = mirror.on_device(torch.tensor([5, 6]))
+        mirror.on_device(values(3, 4))
+    mirror.spares = [values(0, 0) for _ in range(2)]
+    first = mirror.on_device(values(3, 4))
+    again = mirror.on_device(values(3, 4))
+    other = mirror.on_device(values(5, 6))
     assert len({x.data_ptr() for x in (eager, first, again, other)}) == 4
     assert [x.tolist() for x in mirror.fixed] == [[3, 4], [5, 6]] and not mirror.spares
     assert all(any(x is y for y in device_table._captured) for x in mirror.fixed)
     with pytest.raises(RuntimeError, match="cannot capture the first step of an optimizer"):
         run([make_row("fp32 fp32", 3)])
     monkeypatch.undo()
-    assert mirror.on_device(torch.tensor([1, 2])) is eager and eager.tolist() == [1, 2]
+    assert mirror.on_device(values(1, 2)) is eager and eager.tolist() == [1, 2]
 
 
 def test_a_table_that_outlives_no_step(monkeypatch):
@@ -254,13 +257,14 @@ def test_spares_for_captures(monkeypatch):
     monkeypatch.setattr(device_table, "_send", lambda values, device: values.clone())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     mirror = device_table.Mirror(torch.device("cpu"))
-    mirror.on_device(torch.tensor([1, 2]))
+    mirror.on_device(torch.tensor([1, 2], device="cpu"))
+    mirror.prepare_captures()
     assert not mirror.spares
     mirror.device = torch.device("cuda")
     monkeypatch.setattr(device_table, "_capturing", lambda device: False)
     mirror.prepare_captures()
     assert [x.shape for x in mirror.spares] == [(2,)] * 4
-    mirror.on_device(torch.tensor([[1.0]]))
+    mirror.on_device(torch.tensor([[1.0]], device="cpu"))
     mirror.prepare_captures()
     assert [(x.shape, x.dtype) for x in mirror.spares] == [((1, 1), F32)] * 4
 

@@ -1,23 +1,23 @@
-"""The Triton kernels of AdamW and gradient clipping without a GPU, in Triton's interpreter."""
+"""The Triton kernels of AdamW and gradient clipping: on a GPU, without one in the interpreter."""
 
 import pytest
 
 pytest.importorskip("triton")
 
-from interpreter import run_interpreted
+from interpreter import run_interpreted, run_kernel_cases
 
-KERNELS = ("interpreted", "triton_adamw_cases.py", "triton_table_cases.py")
+KERNELS = ("triton_adamw_cases.py", "triton_table_cases.py")
 
 
-def test_kernels_in_the_interpreter():
-    passed, summary = run_interpreted(*KERNELS)
+def test_kernels():
+    passed, summary = run_kernel_cases(*KERNELS)
     assert passed >= 110 and "skipped" not in summary, summary
 
 
 @pytest.mark.exhaustive
-def test_more_of_the_kernels_in_the_interpreter():
+def test_more_of_the_kernels():
     """Both errors over 1,000 steps, split runs of 200, every pair of dtypes without clipping."""
-    passed, summary = run_interpreted(*KERNELS, marks="exhaustive")
+    passed, summary = run_kernel_cases(*KERNELS, marks="exhaustive")
     assert passed >= 16 and "skipped" not in summary, summary
 
 

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# What only an NVIDIA GPU can tell, each part in one command of at most nine minutes:
+#
+#     bench/gpu.sh PART OUT_DIR        PART: setup correctness kernels trainer presets
+#
+# OUT_DIR/gpu-NAME-DATE-PART.json has what was found, from the first step on; move it to
+# bench/results, and `make report` shows it. What did not end in time is said there. bench/gpu_steps.py has
+# the steps of each part.
+#
+# The machine needs torch, triton, numpy, pytest, pytest-benchmark, pytest-xdist, cmake, ninja,
+# pybind11, a C++ compiler and, for the sanitizer, CUDA's tools; no package index and no network.
+# What it lacks comes from .gpu, which git ignores and which must be taken along: before,
+# `make gpu-wheels NANOGPT=DIR` where there is an index. (QuACK is measured where it is installed.)
+#
+#     PYTHON=python3.12       the interpreter that has torch
+#     COMMIT=abc1234          what is measured, where there is no .git
+#     ROWS='fp8|muon'         of the trainer's rows those that match, when one call was too short
+#     MINUTES=9               of a part
+#     DEVICE=cpu              a rehearsal: every line, tiny shapes, the interpreter; no figures
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+python=${PYTHON:-python3}
+part=${1:-}
+out=${2:-}
+case $part in
+    setup | correctness | kernels | trainer | presets) ;;
+    *) echo "usage: bench/gpu.sh setup|correctness|kernels|trainer|presets OUT_DIR" >&2; exit 2 ;;
+esac
+if [ -z "$out" ]; then
+    echo "usage: bench/gpu.sh $part OUT_DIR: the second argument, a folder for the results, is missing" >&2
+    exit 2
+fi
+mkdir -p "$out" .gpu
+started=$SECONDS
+
+# Wheels that were taken along, unpacked where no other program sees them.
+export PYTHONPATH=$root:$root/.gpu/site${PYTHONPATH:+:$PYTHONPATH}
+if compgen -G '.gpu/wheels/*.whl' > /dev/null && [ .gpu/wheels -nt .gpu/site ]; then
+    rm -rf .gpu/site
+    "$python" -m pip install -q --no-index --no-deps --no-compile --target .gpu/site .gpu/wheels/*.whl
+    touch .gpu/site
+fi
+# An installation has kernels/ inside of fastlm; here a link stands for it.
+if ! "$python" -c 'import fastlm.kernels' 2> /dev/null; then
+    ln -sfn ../kernels fastlm/kernels
+fi
+# fastlm._C, unless it is there and of these sources.
+if ! "$python" -c 'from fastlm.extension import extension; extension()' 2> .gpu/extension.log; then
+    cmake -S . -B .gpu/build -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v "$python")" \
+        -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > .gpu/build.log
+    cmake --build .gpu/build --parallel >> .gpu/build.log
+    cmake --install .gpu/build --prefix . >> .gpu/build.log
+    "$python" -c 'from fastlm.extension import extension; extension()'
+fi
+echo "[gpu] setup: $((SECONDS - started)) s"
+
+if [ -d .gpu/nanoGPT ]; then
+    export NANOGPT=${NANOGPT:-$root/.gpu/nanoGPT}
+fi
+# What Inductor and Triton compile is kept beside the sources: a second call finds it.
+export TORCHINDUCTOR_CACHE_DIR=$root/.gpu/inductor TRITON_CACHE_DIR=$root/.gpu/triton
+export PYTHONUNBUFFERED=1
+exec "$python" bench/gpu_steps.py "$part" "$out" --started "$((SECONDS - started))"

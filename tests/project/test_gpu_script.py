@@ -1,0 +1,244 @@
+"""bench/gpu.sh without a GPU: what it would run is there, what it runs is kept, its rows' programs.
+
+`make test-all` rehearses every part in full, as DEVICE=cpu bench/gpu.sh PART OUT_DIR does.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_rows
+import gpu_steps
+import harness
+import pytest
+import torch
+from training_runs import write_prepared
+
+from fastlm.presets import PRESETS
+from fastlm.run.cli import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = [part for part in gpu_steps.PARTS if part != "setup"]
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [((), "usage"), (("everything", "out"), "usage"), (("kernels",), "second argument")],
+)
+def test_a_mistake_is_told(arguments, told):
+    run = subprocess.run(
+        ["bash", "bench/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 2 and told in run.stderr and not run.stdout
+
+
+@pytest.mark.parametrize("rehearsal", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_parts_commands_name_what_exists(part, rehearsal, monkeypatch):
+    monkeypatch.setattr(gpu_steps, "REHEARSAL", rehearsal)
+    monkeypatch.setattr(gpu_steps, "DEVICE", "cpu" if rehearsal else "cuda")
+    steps = gpu_steps.PARTS[part]()
+    assert len({step.name for step in steps}) == len(steps) >= 3
+    for step in steps:
+        words = [word for word in step.command if re.match(r"(tests|bench)/", word)]
+        assert words and all((ROOT / word).exists() for word in words), step
+        if "bench/gpu_rows.py" in step.command:
+            row = gpu_rows.arguments(step.command[2:])
+            if row.options:  # as the trainer's command line takes them
+                parse(["--preset", "gpt2-124m", "--device", "cpu", *shlex.split(row.options)])
+    if not rehearsal:
+        assert all(step.seconds <= 330 for step in steps)
+
+
+def test_rows_are_chosen(monkeypatch):
+    monkeypatch.setenv("ROWS", "^guard|profile of f")
+    assert [step.name for step in gpu_steps.trainer()] == ["guard off", "profile of fastlm"]
+
+
+def test_what_a_part_found_is_kept(tmp_path, monkeypatch):
+    """Of a step that fails, of one that is cut off, with all its children, and of those that never
+    began; the results are there from the first step on."""
+    results = tmp_path / "gpu-rehearsal-2026-01-02-setup.json"
+    row = {"name": "a", "tokens_per_second": 3.0}
+    comparisons = {"comparisons": [{"op": "adamw"}]}
+    written = "open(os.environ['STEP'] + '/{}', 'w').write({!r})"
+    slow = "subprocess.Popen(['sleep', '60']); print('so far', flush=True); "
+    slow += f"{written.format('bench-as-is.json', json.dumps(comparisons))}; time.sleep(60)"
+
+    def step(name, code, seconds=30.0, read=gpu_steps.of_program):
+        code = f"import json, os, subprocess, time; {code}"
+        return gpu_steps.Step(name, [sys.executable, "-c", code, "$STEP"], seconds, read)
+
+    steps = [
+        step("row", written.format("found.json", json.dumps({"rows": [row]}))),
+        step("tests", f"assert os.path.exists({str(results)!r}); print('FAILED tests/a.py::b - x')"
+             "; print('1 failed, 2 passed in 3s'); os._exit(1)", read=gpu_steps.of_pytest),
+        step("no last line", "", read=gpu_steps.of_pytest),
+        step("slow", slow, 1.5, gpu_steps.of_benches),
+        step("late", "print('never')"),
+    ]  # fmt: skip
+    monkeypatch.setitem(gpu_steps.PARTS, "setup", lambda: steps)
+    told = {"date": "2026-01-02 03:04:05", "gpu": None, "commit": "abc1234"}
+    monkeypatch.setattr(gpu_steps, "ask", lambda expression: dict(told))
+    clock = time.perf_counter
+    late = [False]
+    monkeypatch.setattr(gpu_steps.time, "perf_counter", lambda: clock() + (600 if late[0] else 0))
+    real = gpu_steps.run_step
+
+    def run_step(current, seconds):
+        found = real(current, seconds)
+        late[0] = current.name == "slow"
+        return found
+
+    monkeypatch.setattr(gpu_steps, "run_step", run_step)
+    assert gpu_steps.run_part("setup", tmp_path, minutes=9.0, used=3.0) == 1
+    found = json.loads(results.read_text())
+    assert found["rows"] == [row] and found["comparisons"] == comparisons["comparisons"]
+    assert found["commit"] == "abc1234" and found["part"] == "setup"
+    outcomes = {s["name"]: (s["exit_code"], s["cut_off"]) for s in found["steps"]}
+    assert outcomes == {
+        "row": (0, False), "tests": (1, False), "no last line": (0, False), "slow": (None, True),
+        "late": (None, True),
+    }  # fmt: skip
+    _, tests, empty, slow, late = found["steps"]
+    assert tests["tests"] == {"failed": 1, "passed": 2, "names": ["tests/a.py::b - x"]}
+    assert "IndexError" in empty["unreadable"]
+    assert slow["seconds"] < 20 and slow["tail"] == "so far\n" and late["seconds"] == 0
+
+
+def test_circumstances_are_asked_in_another_process(monkeypatch):
+    monkeypatch.setenv("COMMIT", "abc1234")
+    found = gpu_steps.ask("harness.circumstances(['bench/gpu.sh', 'kernels'])")
+    assert found["commit"] == "abc1234" and found["command"] == "bench/gpu.sh kernels"
+    assert found["versions"]["torch"] == torch.__version__
+
+
+# --- the rows' programs ---
+
+
+@pytest.fixture
+def rehearsed(tmp_path, monkeypatch, without_extras, one_thread):
+    """row(*arguments) in this process; the trainer runs in it, too."""
+    from fastlm.train import main as train
+
+    def run(command):
+        assert command[1:3] == ["-m", "fastlm.train"]
+        assert train(command[3:]) == 0
+
+    monkeypatch.setenv("DATA", str(write_prepared(tmp_path / "prepared")))
+    monkeypatch.setattr(gpu_rows, "REHEARSAL", True)
+    monkeypatch.setattr(gpu_rows, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu_rows, "run", run)
+    monkeypatch.setattr(gpu_rows, "matmul_ceiling", lambda *_, **__: 1e12)
+    monkeypatch.setattr(harness, "TINY", True)
+    monkeypatch.setattr("fastlm.run.finish.print_samples", lambda *_, **__: None)
+
+    def row(*arguments) -> dict:
+        out = tmp_path / "found.json"
+        gpu_rows.main([*arguments, "--out", str(out)])
+        (found,) = json.loads(out.read_text())["rows"]
+        return found
+
+    return row
+
+
+def test_the_row_of_a_run(rehearsed):
+    found = rehearsed("fastlm", "--name", "guard off", "--full", "--options=--guard off")
+    assert found["name"] == "guard off" and found["full"] and found["steps"] == 12
+    assert found["tokens"] == 12 * 128 and found["tokens_per_second"] > 0
+    assert 0 < found["loss"] < 7 and found["peak_memory_bytes"] > 0
+
+
+def test_the_row_of_a_demo_and_of_the_machine(rehearsed):
+    found = rehearsed("demo")
+    assert found["bits_per_byte"] > 0 and found["steps"] == 10
+    machine = rehearsed("machine")
+    assert machine["copy_bytes_per_second"] > 0 and machine["matmul_bfloat16_flops"] == 1e12
+
+
+class TheirGPT(torch.nn.Module):
+    """What is asked of nanoGPT's model."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.head = torch.nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+
+    def forward(self, x, y):
+        logits = self.head(self.embedding(x))
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def test_nanogpts_row_has_the_batches_of_ours(rehearsed, monkeypatch):
+    monkeypatch.setattr(gpu_rows, "nanogpt_folder", lambda: Path("somewhere"))
+    monkeypatch.setattr(gpu_rows, "nanogpt_model", lambda folder, cfg: TheirGPT(cfg))
+    asked, batch = {}, gpu_rows.TrainLoader.batch
+
+    def noted(loader, first):
+        asked[program].append(first)
+        return batch(loader, first)
+
+    monkeypatch.setattr(gpu_rows.TrainLoader, "batch", noted)
+    for program in ("nanogpt", "fastlm"):
+        asked[program] = []
+        found = rehearsed(program, "--full")
+        assert found["tokens"] == 12 * 128 and found["loss"] < 7
+        assert found["flops_per_token"] > 6 * 512 * 32
+    # Both warm up with the first of them; and fastlm evaluates once before and after.
+    assert asked["nanogpt"] == [0, 2, 0, 2, *range(0, 48, 2)]
+    assert set(asked["nanogpt"]) <= set(asked["fastlm"])
+    assert rehearsed("nanogpt", "--profile")["top_kernels"]["top"]
+
+
+def test_without_nanogpt_its_row_says_so(rehearsed, monkeypatch):
+    monkeypatch.setattr(gpu_rows, "nanogpt_folder", lambda: None)
+    with pytest.raises(SystemExit, match=r"no checkout of nanoGPT: .*\.gpu/nanoGPT"):
+        rehearsed("nanogpt")
+
+
+def test_the_kernels_with_the_most_time(monkeypatch):
+    monkeypatch.setattr(gpu_rows, "DEVICE", torch.device("cuda"))
+    events = [{"cat": "kernel", "name": f"k{i}", "dur": 1000.0 * i} for i in range(1, 13)]
+    events += [{"cat": "kernel", "name": "k12", "dur": 2000.0}, {"cat": "cpu_op", "name": "no"}]
+    events += [{"cat": "gpu_memset", "name": "Memset", "dur": 500.0}, {"name": "metadata"}]
+    found = gpu_rows.top_kernels({"traceEvents": events}, steps=2)
+    assert found["busy_ms"] == pytest.approx(40.25) and len(found["top"]) == 10
+    first = {"name": "k12", "ms": 7.0, "calls": 1.0, "share": pytest.approx(14 / 80.5)}
+    assert found["top"][0] == first
+
+
+def test_a_run_that_ends_too_early_is_not_killed(tmp_path):
+    assert gpu_rows.kill_behind([sys.executable, "-c", ""], tmp_path / "never") == 0
+    with pytest.raises(SystemExit, match="exit code 3 before never"):
+        gpu_rows.kill_behind([sys.executable, "-c", "exit(3)"], tmp_path / "never")
+    waits = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert gpu_rows.kill_behind(waits, ROOT / "README.md") == 1
+
+
+def test_settings_are_the_presets():
+    for found in (gpu_rows.SHORT, gpu_rows.FULL, gpu_rows.TINY):
+        known = {**PRESETS["gpt2-124m"], "tokens_per_step": None}
+        assert set(found) <= set(known)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("part", PARTS)
+def test_a_rehearsal_of_all_of_it(part, tmp_path):
+    """Twenty minutes on two cores: Inductor compiles for every bench."""
+    environment = {**os.environ, "DEVICE": "cpu", "OMP_NUM_THREADS": "1", "MINUTES": "30"}
+    environment["DATA"] = str(write_prepared(tmp_path / "prepared"))
+    environment["PYTHON"] = sys.executable
+    run = subprocess.run(
+        ["bash", "bench/gpu.sh", part, str(tmp_path)], cwd=ROOT, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    (path,) = tmp_path.glob(f"gpu-rehearsal-*-{part}.json")
+    without = {"nanoGPT", "nanoGPT, the preset's step", "profile of nanogpt"}
+    allowed = without if gpu_rows.nanogpt_folder() is None else set()
+    failed = {s["name"] for s in json.loads(path.read_text())["steps"] if s["exit_code"] != 0}
+    assert failed <= allowed, run.stdout[-6000:]
