@@ -47,6 +47,7 @@ from fastlm.ops.gather_batch import check_window_fits
 from fastlm.run.cli import Invocation, parse
 from fastlm.run.environment import environment
 from fastlm.run.estimate import Memory, Sizes, StepTime, memory_needed, step_time
+from fastlm.run.track import check_trackers
 from fastlm.step import create_model
 
 _PROGRAM = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nstd::vector<int> v(3);\n"
@@ -93,6 +94,7 @@ def examine(invocation: Invocation) -> list[str]:
     dtype = select_dtype(cfg.dtype, device)
     _tell_machine(cfg, device, dtype)
     cfg = attempt(lambda: with_data(cfg, invocation.origins)) or cfg
+    attempt(lambda: check_trackers(cfg.track))
     ceiling = _tell_rates(device, dtype)
     attempt(lambda: _tell_run(cfg.accumulated(1), device, ceiling, problems))
     return problems
