@@ -17,6 +17,7 @@ from fastlm.run.profiler import parse_span
 _POWERS = {"seed": 64, "num_layers": 14, "num_heads": 24, "d_model": 24, "d_ff": 24}
 _POWERS |= {"context_len": 31, "vocab_size": 31, "num_kv_heads": 24, "head_dim": 24}
 _STEP_TOKENS_POWER = 56
+TRACKERS = ("tensorboard", "wandb", "trackio", "csv")
 
 
 @dataclass
@@ -89,6 +90,8 @@ class TrainingConfig:
     """Steps between evaluations. 0: only after the last step."""
     eval_batches: int = 20
     """Fixed validation batches in each evaluation."""
+    sample_every: int = 0
+    """Steps between samples of text, in the log and the trackers. 0: only after the last step."""
     final_eval_tokens: int = 10_000_000
     """Validation targets of the last evaluation, in windows spread evenly over the data. 0: all, as
     --eval-only does by default."""
@@ -199,6 +202,8 @@ class TrainingConfig:
     say otherwise. The optimizer and the step start anew."""
     eval_only: bool = False
     """Evaluate the checkpoint of --resume or --init-from and stop."""
+    track: tuple[str, ...] = ()
+    """Shown beside the log by tensorboard, wandb, trackio or csv; several: --track csv,wandb."""
     overwrite: bool = False
     """Allow a target_dir that already holds checkpoints."""
     allow_data_change: bool = False
@@ -207,6 +212,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         self._check_ranges()
+        self.track = tuple(name for names in self.track for name in names.split(",") if name)
         if self.d_ff is None:
             self.d_ff = self.cal_d_ff(self.d_model)
         if self.ckpt_dir is None:
@@ -232,7 +238,7 @@ class TrainingConfig:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must be positive")
         not_negative = (
             "eval_every ckpt_every keep_last lr_min weight_decay grad_clip_norm warmup_iters seed "
-            "final_eval_tokens"
+            "final_eval_tokens sample_every"
         )
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
@@ -271,6 +277,9 @@ class TrainingConfig:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r}: it must be {', '.join(map(str, values))}"
                 )
+        for name in self.track:
+            if name not in TRACKERS:
+                raise ConfigError(f"track={shown(name)}: it must be of {', '.join(TRACKERS)}")
         if self.batch_size * self.grad_accum * self.context_len >= 2**_STEP_TOKENS_POWER:
             raise ConfigError(
                 f"batch_size={self.batch_size} * grad_accum={self.grad_accum} * "

@@ -53,6 +53,7 @@ from fastlm.run.output import (
 from fastlm.run.resume import Resumed, load_weights, read_for
 from fastlm.run.signals import StopSignals
 from fastlm.run.summary import Clock, describe
+from fastlm.run.track import check_trackers
 from fastlm.schedule import rate_jump
 from fastlm.step import TrainStep, create_model, create_optimizer, set_seed
 
@@ -146,6 +147,7 @@ def _train(
 ) -> nn.Module:
     begin = time.perf_counter()
     device = select_device(cfg.device)
+    check_trackers(cfg.track)
     if device.type == "cpu":
         keep_freed_memory()
     for dataset, what in ((data.train, "training"), (data.val, "validation")):
@@ -283,11 +285,8 @@ def _evaluate_only(
 ) -> nn.Module:
     """--eval-only: the loss over the validation data. Returns the model."""
     device = select_device(cfg.device)
-    check = partial(
-        check_dataset, data.val, "validation", context_len=cfg.context_len,
-        vocab_size=cfg.vocab_size,
-    )  # fmt: skip
-    world.decide(check)
+    sizes = dict(context_len=cfg.context_len, vocab_size=cfg.vocab_size)
+    world.decide(partial(check_dataset, data.val, "validation", **sizes))
     if not (resumed or cfg.init_from):
         raise ConfigError("--eval-only needs the checkpoint to evaluate: --resume or --init-from")
     model = create_model(cfg) if model is None else prepare_model(model, cfg)

@@ -172,6 +172,7 @@ def open_data(
     *,
     dtype: str | None = None,
     val_fraction: float = 0.05,
+    verify: bool = True,
 ) -> Data:
     """The training and validation tokens at `paths`.
 
@@ -179,6 +180,7 @@ def open_data(
         named train* and val* (.bin or .npy); or token files.
     val_paths: validation files. Without any, the last `val_fraction` of the training tokens is
         held out.
+    verify: compare a prepared directory's files with its manifest's digests, once.
     """
     if not paths:
         raise DataError("no data is given; name a directory or token files")
@@ -187,7 +189,7 @@ def open_data(
         if len(paths) > 1:
             raise DataError(f"--data {' '.join(paths)}: give one directory, or files")
         if os.path.exists(directory / MANIFEST_NAME):
-            return _open_prepared(directory, val_paths, dtype)
+            return _open_prepared(directory, val_paths, dtype, verify)
         try:
             found = sorted(p for p in directory.iterdir() if p.suffix in (".bin", ".npy"))
         except OSError as error:
@@ -215,7 +217,9 @@ def _open_files(paths: Sequence[str], dtype: str | None) -> TokenDataset:
     return TokenDataset([load_token_dataset(path, dtype=dtype) for path in paths], paths)
 
 
-def _open_prepared(directory: Path, val_paths: Sequence[str], dtype: str | None) -> Data:
+def _open_prepared(
+    directory: Path, val_paths: Sequence[str], dtype: str | None, verify: bool
+) -> Data:
     manifest = Manifest.load(directory)
     tokenizer = _read_tokenizer(directory, manifest)
     if data_fingerprint(tokenizer, manifest) != manifest.fingerprint:
@@ -233,7 +237,8 @@ def _open_prepared(directory: Path, val_paths: Sequence[str], dtype: str | None)
                     f"{directory / shard.file}: holds {len(segment)} tokens, its manifest says "
                     f"{shard.tokens}; copy it again, or prepare the data again"
                 )
-    verify_shards(directory, manifest)
+    if verify:
+        verify_shards(directory, manifest)
     tokenizer_json = tokenizer.decode("utf-8", "replace") if manifest.tokenizer else None
     if val_paths:
         # Other validation files: the manifest's byte count is not theirs.

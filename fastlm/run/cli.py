@@ -52,7 +52,13 @@ class Invocation:
     ignored: list[str] = field(default_factory=list)  # the preset's that the checkpoint's go before
 
 
-def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invocation:
+def parse(
+    argv: list[str] | None = None,
+    read: Reader = read_checkpoint,
+    *,
+    prog: str = "python -m fastlm.train",
+    description: str | None = None,  # default: that of CommandLine
+) -> Invocation:
     """Raises ConfigError or CheckpointError; flags that tyro rejects exit with code 2."""
     import tyro
 
@@ -97,7 +103,7 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
         origins.update(dict.fromkeys(layer, origin))
 
     default = CommandLine(**values, preset=preset)
-    parsed = tyro.cli(CommandLine, args=argv, default=default, prog="python -m fastlm.train")
+    parsed = tyro.cli(CommandLine, args=argv, default=default, prog=prog, description=description)
     flags = {_setting_name(token) for token in argv if token.startswith("--")} & set(names)
     origins.update(dict.fromkeys(flags, "command line"))
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastlm.checkpoint import checkpoint_payload, restore_model
 from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
-from fastlm.model import training_flops_per_token
+from fastlm.generate import sample_texts
 from fastlm.model_interface import model_class
 from fastlm.parallel.wrap import gathered_on_main
 from fastlm.run.commands import generate_command
@@ -56,7 +56,7 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
         whole=whole,
         compile_seconds=runner.compile_seconds,
         recompiles=graphs_compiled() - run.graphs if cfg.compile else 0,
-        flops_per_token=training_flops_per_token(runner.model, cfg.context_len),
+        flops_per_token=run.flops_per_token,
         final=final,
         peak_memory=run.memory,
         peaks=run.world.gather(run.memory.bytes),
@@ -64,12 +64,14 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
         rolled_back=runner.guard.rolled_back,
         bits_per_byte=in_bytes,
     )
-    run.log.attempt(
+    texts = run.log.attempt(
         "samples",
         lambda: print_samples(
             _whole_model(run, weights), data.tokenizer_json, cfg.seed, cfg.context_len
         ),
     )
+    if texts:
+        run.log.metrics("sample", step=run.completed, texts=texts)
     ceiling = run.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))
     run.log.metrics("summary", step=run.completed, **print_summary(figures, runner, ceiling))
     run.watch.complain(run.missing, final.loss)
@@ -78,6 +80,26 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
         command = generate_command(model_path, cfg, tokenizer=data.tokenizer_json is not None)
         print(f"[summary] try it      {command}", flush=True)
     return True
+
+
+def sample(run: Any, step: int) -> None:  # run: fastlm.loop.Run
+    """One sample behind `step`, of a new document; without a tokenizer, ids. It draws from a
+    generator of its own: training goes on as without it. Every rank calls it: a sharded model's
+    weights are spread over all of them."""
+    cfg, data = run.cfg, run.data
+    weights: dict[str, Any] = {}
+    if run.runner.is_sharded:
+        whole = checkpoint_payload(run.runner.model, None, run.completed)["model_state"]
+        weights["model_state"] = gathered_on_main(whole, run.world)
+
+    def write() -> None:
+        (text,) = sample_texts(
+            _whole_model(run, weights), data.tokenizer_json, num_samples=1, max_new_tokens=100,
+            seed=cfg.seed, context_len=cfg.context_len,
+        )  # fmt: skip
+        run.log.sample(step, text)
+
+    run.log.attempt("sample", write)
 
 
 def _whole_model(run: Any, weights: dict[str, Any]) -> nn.Module:

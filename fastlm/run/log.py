@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastlm.config import TrainingConfig
 from fastlm.run.output import LineFile, Missing, remove_half_written, replace_content
 from fastlm.run.plot import LivePlotter
+from fastlm.run.track import Trackers, beside_log
 
 
 def metrics_path(directory: str | Path, prefix: str = "train") -> Path:
     """metrics.jsonl; {prefix}_metrics.jsonl under another prefix than the default."""
-    name = "metrics.jsonl" if prefix == "train" else f"{prefix}_metrics.jsonl"
-    return Path(directory) / name
+    return beside_log(directory, prefix, "metrics.jsonl")
 
 
 def has_ended(directory: str | Path, prefix: str = "train") -> bool:
@@ -46,6 +47,8 @@ class RunLog:
         self.plotter = LivePlotter()
         self._evaluated: dict[int, float] = {}  # step -> validation loss
         self._draws, self._closed = True, False
+        self._trackers: Trackers | None = None
+        self._start_step, self._last_step = start_step, -1  # the last one logged before
         self._bar = None
         path = metrics_path(directory, prefix)
         self._metrics, self._log = (
@@ -71,8 +74,12 @@ class RunLog:
         path = self._metrics.path
         lines = _lines(path)
         rows = _parsed(lines)
+        if self._trackers is not None:
+            self._trackers.rewind(step)
         begins = [i for i, row in enumerate(rows) if row and (row["event"], row["step"]) == BEGIN]
         first = begins[-1] if begins else -1
+        logged = [row for row in rows[first + 1 :] if row and row["event"] in ("train", "val")]
+        self._last_step = max((row["step"] for row in logged), default=-1)
         kept = [
             i for i, row in enumerate(rows)
             if row is not None
@@ -100,6 +107,14 @@ class RunLog:
         if self._bar is not None:
             self._bar.n = step
 
+    def track(self, cfg: TrainingConfig, run_id: str) -> None:
+        """From now on the trackers of cfg.track get each row of the metrics, too."""
+        if cfg.track:
+            self._trackers = Trackers(
+                cfg, run_id, start_step=self._start_step, last_step=self._last_step,
+                say=self.say, missing=self.missing,
+            )  # fmt: skip
+
     def evaluation(self, step: int) -> float | None:
         """The validation loss behind `step` that an earlier piece of the run has logged."""
         return self._evaluated.get(step)
@@ -126,6 +141,7 @@ class RunLog:
         grad_norm: float,
         steps_per_second: float,
         tokens_per_second: float,
+        **values: Any,  # more for the metrics
     ) -> None:
         stamp = time.strftime("%H:%M:%S")
         self._line(
@@ -139,6 +155,7 @@ class RunLog:
             lr=lr,
             grad_norm=grad_norm,
             tokens_per_second=round(tokens_per_second, 1),
+            **values,
         )
         if math.isfinite(loss):
             self.plotter.log_train(step, loss, lr)
@@ -166,6 +183,12 @@ class RunLog:
             self.plotter.log_eval(step, val_loss)
         self.say(line)
 
+    def sample(self, step: int, text: str) -> None:
+        """A text that the model has written behind `step`: on one line of the log."""
+        self._line(f"[SAMPLE] step {step:06d} {json.dumps(text, ensure_ascii=False)}")
+        self.metrics("sample", step=step, texts=[text])
+        self.say(f"[sample] step {step}:\n{text.strip()}\n")
+
     def checkpoint(self, path: Path) -> None:
         line = f"[CKPT] Saved to {path}"
         self._line(line)
@@ -182,8 +205,10 @@ class RunLog:
 
         JSON has no NaN and no infinity: they become null.
         """
-        row = {"event": event, "time": round(time.time(), 3), **values}
-        self._metrics.write(json.dumps(_finite(row), allow_nan=False))
+        row = _finite({"event": event, "time": round(time.time(), 3), **values})
+        self._metrics.write(json.dumps(row, allow_nan=False))
+        if self._trackers is not None:
+            self._trackers.row(row)
 
     def attempt(self, what: str, action: Callable[[], Any]) -> Any:
         """The action's result; None, and a line that says why, if it fails. For what a run can do
@@ -209,6 +234,8 @@ class RunLog:
 
     def flush(self) -> None:
         """The last call: what could not be written until now is missing."""
+        if self._trackers is not None:
+            self._trackers.close()
         self._log.close()
         self._metrics.close()
 

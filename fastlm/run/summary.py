@@ -157,14 +157,15 @@ def measured_ceiling(runner: TrainStep) -> float | None:
 
 def print_samples(
     model: nn.Module, tokenizer: str | None, seed: int, context_len: int | None = None
-) -> None:
-    """Five samples, the first five: none is chosen."""
+) -> list[str]:
+    """Five samples, the first five: none is chosen. Returns them; without a tokenizer, none."""
     if tokenizer is None:
         print("[sample] none: the data has no tokenizer to turn ids into text")
-        return
+        return []
     texts = sample_texts(model, tokenizer, num_samples=5, seed=seed, context_len=context_len)
     for index, text in enumerate(texts):
         print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
+    return texts
 
 
 def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None) -> dict:

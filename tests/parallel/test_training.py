@@ -72,9 +72,14 @@ def test_losses_and_samples_are_those_of_one_process(alone, size, parallel, batc
     directory, target = alone.parent, f"{parallel}-{size}-{batch_size}"
     run(
         size, directory, target, HIDE, parallel=parallel, batch_size=batch_size,
-        eval_batches=-(-30 // batch_size), **STEPS,
+        eval_batches=-(-30 // batch_size), sample_every=10, track="csv", **STEPS,
     )  # fmt: skip
     assert_samples_in_order(directory, size, batch_size, STEPS["total_steps"])
+    # Rank 0 alone writes and tracks; a sharded model's weights come from all.
+    sampled = [row["step"] for row in metrics(directory / target, "sample")]
+    assert sampled == [10, 20]
+    lines = (directory / target / "logs" / "train.csv").read_text().splitlines()
+    assert sum(line.split(",")[4] != "" for line in lines[1:]) == len(losses(directory / target))
     if 30 % batch_size:  # other validation windows
         assert_close_losses(directory / target, alone)
     else:
