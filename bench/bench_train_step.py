@@ -1,7 +1,7 @@
 """A whole training step: batch, forward, backward, clipping, update.
 
 Models: that of the notebook's worked example (6 layers, D 512, V 10000, 16 x 256 tokens), that of
-the default run, the preset "demo" (4 layers, D 256, V 4096, 8 x 256 tokens), and GPT-2's size (on
+the default run, the preset "demo" (4 layers, D 128, V 4096, 8 x 256 tokens), and GPT-2's size (on
 a CPU 4 x 1024 tokens, and with --slow only: half a minute a round). The notebook's loop and the
 composition (peer_model.py) train the same model as ours; nanoGPT trains its own, of the same
 layers, width and heads.
