@@ -92,7 +92,8 @@ def bench_train_step(benchmark, device, allocator, request, preset, vocab_size):
         note=str(dtype).removeprefix("torch.") + (f"; {nanogpt_peer.ABSENT}" if not folder else ""),
     )
     if device.type == "cpu":
-        loader.batch = torch.profiler.record_function("data")(loader.batch)
+        data = step.step_loader  # what the step waits for; another thread reads
+        data.batches = torch.profiler.record_function("data")(data.batches)
         comparison.split_ms = split_of_step(lambda: step.run(1, lr=LR), steps=1 if is_slow else 3)
 
 

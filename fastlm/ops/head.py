@@ -277,7 +277,10 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     The scale is a power of two, so that dividing by it rounds nothing, and the largest magnitude
     becomes 224 to 448, the largest number of the type.
     """
-    largest = x.detach().abs().amax().float() if x.numel() else fp32((), x.device).zero_()
+    x = x.detach()
+    largest = fp32((), x.device).zero_()  # of no numbers
+    if x.numel():
+        largest = torch.linalg.vector_norm(x, torch.inf).float()
     _, exponent = torch.frexp(largest / torch.finfo(torch.float8_e4m3fn).max)
     least = -15 if x.dtype == torch.float16 else -126  # whose inverse is a number, too
     scale = torch.ldexp(torch.ones_like(largest), exponent.clamp_min(least))
