@@ -25,6 +25,14 @@ def has_ended(directory: str | Path, prefix: str = "train") -> bool:
     return bool(rows) and rows[-1] is not None and rows[-1].get("event") == "summary"
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of the last run in a file of metrics, each with an event and a step, which may be
+    None; [] without one. Damaged lines are left out."""
+    rows = [row for row in _parsed(_lines(path)) if row is not None]
+    begins = [i for i, row in enumerate(rows) if (row["event"], row["step"]) == BEGIN]
+    return rows[begins[-1] if begins else 0 :]
+
+
 class RunLog:
     """Writes `{prefix}.log`, the metrics and `{prefix}_loss_curve.png` in one directory.
 
@@ -59,11 +67,16 @@ class RunLog:
             self.rewind(start_step)
         elif path.is_file():  # of a run that was killed before its first checkpoint
             self.attempt("new file of metrics", lambda: path.replace(f"{path}_abandoned"))
-        if sys.stderr is not None and sys.stderr.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total_steps, initial=start_step, desc="train", unit="step", smoothing=0.05
+                total=total_steps,
+                initial=start_step,
+                smoothing=0.05,
+                dynamic_ncols=True,
+                bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}ETA {remaining}",
+                file=sys.stdout,
             )
         self._line(f"=== Training started at {time.ctime()} ===")
 
@@ -162,8 +175,8 @@ class RunLog:
         if self._draws:
             self._draws = self.attempt("live curve", lambda: self.plotter.draw() or True) is True
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss={avg_loss:.4f}, lr={lr:.2e}, {tokens_per_second:,.0f} tok/s", refresh=False
+            self._bar.set_description_str(
+                f"loss {avg_loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tok/s, ", refresh=False
             )
             return
         left = (self.total_steps - step - 1) / steps_per_second if steps_per_second else 0.0

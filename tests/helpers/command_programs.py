@@ -93,7 +93,7 @@ def train_slowly_from_3(argv: list[str]) -> int:
 
 def train_onto(argv: list[str]) -> int:
     """In a process of its own: trains with stdout or stderr (argv[0]) on a full disk, on a pipe
-    that nobody reads ("pipe"), or closed from the start (argv[1])."""
+    that nobody reads ("pipe"), a terminal's path, or closed from the start (argv[1])."""
     import sys
 
     from fastlm.train import main
@@ -105,7 +105,9 @@ def train_onto(argv: list[str]) -> int:
         os.close(descriptor)
         setattr(sys, stream, None)  # as Python does at its start
     else:
-        if kind == "full":
+        if kind.startswith("/dev/"):
+            handle = os.open(kind, os.O_WRONLY | os.O_NOCTTY)
+        elif kind == "full":
             handle = os.open("/dev/full", os.O_WRONLY)
         else:
             reader, handle = os.pipe()
