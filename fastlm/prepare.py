@@ -15,16 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastlm.data.chat import CHATML, template_of
 from fastlm.data.encoding import batches, encode_all, useful_processes
 from fastlm.data.fingerprint import VERIFIED_NAME, data_fingerprint
-from fastlm.data.manifest import Manifest, Shard, Split, readable
+from fastlm.data.manifest import Manifest, Split, readable
 from fastlm.data.progress import progress
 from fastlm.data.shards import ShardWriter
 from fastlm.data.split import TRAIN, VAL, Place, SplitPiece, SplitRule, Survey, read_split, survey
@@ -56,7 +57,7 @@ TOKENIZER_SAMPLE_BYTES = 256 << 20
 _LONG_WORD = re.compile(r"\S{1024}(?=\S)")
 
 _OWN_FILE = re.compile(
-    rf"manifest\.json|tokenizer\.json|(train|val)_\d+\.bin|{re.escape(VERIFIED_NAME)}(\.\d+)?"
+    rf"manifest\.json|tokenizer\.json|(train|val)(_ignored)?_\d+\.bin|{re.escape(VERIFIED_NAME)}(\.\d+)?"
 )
 
 
@@ -66,6 +67,7 @@ def prepare(
     *,
     vocab_size: int | None = None,
     tokenizer: str | Path | None = None,
+    chat: bool = False,
     val_fraction: float = 0.05,
     shard_tokens: int = SHARD_TOKENS,
     processes: int | None = 1,
@@ -78,6 +80,8 @@ def prepare(
     vocab_size: of the byte-level BPE tokenizer to train (default 10,000); or
     tokenizer: the tokenizer to use: "gpt2", a JSON file of the `tokenizers` library, or a directory
         that holds one (load_tokenizer).
+    chat: the records are conversations, in which the assistant's messages alone are targets of the
+        loss (fastlm/data/chat.py).
     val_fraction: of the documents, or of the only document, to hold out. In (0, 1).
     shard_tokens: tokens in a shard file.
     processes: that encode. None: one for each core, if the text is large. They are spawned: a
@@ -106,6 +110,9 @@ def prepare(
     encoder = load_tokenizer(tokenizer) if tokenizer is not None else None
     if encoder is not None:
         end_of_text_id(encoder, tokenizer)  # before any reading
+    if chat:
+        template = CHATML if encoder is None else template_of(encoder, tokenizer)
+        files = [replace(file, template=template) for file in files]
     asked = encoder.to_str() if encoder is not None else vocab_size
     key = _key(files, [asked, val_fraction, shard_tokens])
     with staging_directory(out, _OWN_FILE, overwrite, key) as staging:
@@ -117,6 +124,8 @@ def prepare(
                 with progress("reading", size, log) as on_bytes:
                     found = journal.survey = survey(files, on_bytes)
             journal.save_if_due()
+            if chat and found.with_text < 2:
+                raise DataError("one conversation cannot be held out from itself; give more")
             rule = SplitRule.choose(found, val_fraction)
             path = staging / TOKENIZER_NAME
             if encoder is None and journal.has_tokenizer:
@@ -147,7 +156,7 @@ def prepare(
             if processes is None:
                 processes = useful_processes(found.bytes - journal.bytes)
             _encode(read_split(files, rule, journal.place), encoder, manifest, journal,
-                    processes, shard_tokens, found.bytes, log)  # fmt: skip
+                    processes, shard_tokens, found.bytes, log, chat=chat)  # fmt: skip
         except (KeyboardInterrupt, SystemExit):
             if read_progress(staging):
                 log("stopped; the same command goes on from here")
@@ -174,7 +183,8 @@ def _key(files: Sequence[TextFile], settings: list[Any]) -> str:
         except OSError:  # reported when it is read
             continue
         path = os.path.realpath(file.path)
-        read.append([file.name, path, file.text_key, status.st_size, status.st_mtime_ns])
+        how = [file.text_key, file.template]
+        read.append([file.name, path, how, status.st_size, status.st_mtime_ns])
     what = json.dumps([1, metadata.version("tokenizers"), read, settings])
     return hashlib.sha256(what.encode()).hexdigest()
 
@@ -191,9 +201,9 @@ class _Journal:
         self.place = Place(*found.get("place", ()))
         self.splits = {TRAIN: Split(), VAL: Split()}
         for name, split in found.get("splits", {}).items():
-            shards = [Shard(**shard) for shard in split.pop("shards")]
-            self.splits[name] = Split(**split, shards=shards)
+            self.splits[name] = Split.of(split)
         self.writers: dict[str, ShardWriter] = {}
+        self.ignored: dict[str, ShardWriter] = {}  # of conversations, which tokens are no targets
 
     @property
     def bytes(self) -> int:
@@ -205,6 +215,8 @@ class _Journal:
             return
         for name, writer in self.writers.items():
             self.splits[name].shards = writer.state()
+        for name, writer in self.ignored.items():
+            self.splits[name].ignored = writer.state()
         said = {
             "survey": asdict(self.survey) if self.survey else None,
             "has_tokenizer": self.has_tokenizer,
@@ -215,10 +227,32 @@ class _Journal:
         save_progress(self._staging, self._key, said)
         self._saved = time.monotonic()
 
-    def open_writers(self, stack: ExitStack, dtype: str, shard_tokens: int) -> None:
+    def open_writers(self, stack: ExitStack, dtype: str, shard_tokens: int, *, chat: bool) -> None:
         for name, split in self.splits.items():
             writer = ShardWriter(self._staging, name, dtype, shard_tokens, split.shards)
             self.writers[name] = stack.enter_context(writer)
+            if chat:
+                writer = ShardWriter(
+                    self._staging, f"{name}_ignored", "uint8", shard_tokens, split.ignored
+                )
+                self.ignored[name] = stack.enter_context(writer)
+
+    def write(self, piece: SplitPiece, ids: np.ndarray) -> None:
+        """ids: (n,) uint32, of the piece, and the end of the text behind the last."""
+        split = self.splits[piece.split]
+        self.writers[piece.split].write(ids)
+        if self.ignored:
+            ignored = np.full(len(ids), piece.ignored, dtype=np.uint8)
+            if piece.last:
+                ignored[-1] = 1  # the end of the text is nobody's to say
+            self.ignored[piece.split].write(ignored)
+        split.tokens += len(ids)
+
+    def take_shards(self) -> None:
+        """When the writers are closed: the splits get what they have written."""
+        for name, split in self.splits.items():
+            split.shards = self.writers[name].shards
+            split.ignored = self.ignored[name].shards if self.ignored else []
 
 
 def _trained(
@@ -230,7 +264,9 @@ def _trained(
 ) -> "Tokenizer":
     with progress("training the tokenizer", found.bytes, log) as on_bytes:
         pieces = (piece for _, piece in read_split(files, rule))
-        encoder = train_tokenizer(_training_texts(pieces, found.bytes, on_bytes), vocab_size)
+        texts = _training_texts(pieces, found.bytes, on_bytes)
+        template = files[0].template
+        encoder = train_tokenizer(texts, vocab_size, template.special if template else ())
     if found.bytes > TOKENIZER_SAMPLE_BYTES:
         log(f"note: from an even sample of {TOKENIZER_SAMPLE_BYTES / 1e6:,.0f} MB")
     if encoder.get_vocab_size() < vocab_size:
@@ -247,7 +283,8 @@ def _training_texts(
     fraction = min(1.0, TOKENIZER_SAMPLE_BYTES / total_bytes)
     for index, piece in enumerate(pieces):
         on_bytes(len(piece.text.encode()))
-        if piece.split == TRAIN and int((index + 1) * fraction) > int(index * fraction):
+        is_sampled = int((index + 1) * fraction) > int(index * fraction)
+        if is_sampled and piece.split == TRAIN and not piece.special:
             yield _LONG_WORD.sub(r"\g<0>\n", piece.text)
 
 
@@ -260,32 +297,30 @@ def _encode(
     shard_tokens: int,
     total_bytes: int,
     log: Callable[[str], object],
+    *,
+    chat: bool,
 ) -> None:
     """Writes the ids of all `pieces`, those behind the journal's place, and counts them there.
 
     Whether decoding gives the text back is looked at in one piece of each batch.
     """
+    end_of_text = np.array([manifest.end_of_text], dtype=np.uint32)
     with progress("encoding", total_bytes, log) as on_bytes, ExitStack() as stack:
         if journal.bytes:
             log(f"going on: {journal.bytes / total_bytes:.0%} is encoded already")
             on_bytes(journal.bytes)
-        journal.open_writers(stack, manifest.dtype, shard_tokens)
+        journal.open_writers(stack, manifest.dtype, shard_tokens, chat=chat)
         for batch, encoded in encode_all(encoder, batches(pieces), processes):
             for piece, ids in zip(batch.pieces, encoded.ids, strict=True):
                 size, split = len(piece.text.encode()), journal.splits[piece.split]
-                writer = journal.writers[piece.split]
-                writer.write(ids)
-                if piece.last:
-                    writer.write(np.array([manifest.end_of_text], dtype=np.uint32))
-                split.tokens += len(ids) + piece.last
+                journal.write(piece, np.append(ids, end_of_text) if piece.last else ids)
                 split.bytes += size
                 split.documents += piece.last
                 on_bytes(size)
             journal.exact = journal.exact and encoded.exact
             journal.place = batch.place
             journal.save_if_due()
-    for name, writer in journal.writers.items():
-        journal.splits[name].shards = writer.shards
+    journal.take_shards()
 
 
 def _log_summary(manifest: Manifest, val_fraction: float, log: Callable[[str], object]) -> None:
@@ -309,7 +344,8 @@ def _command(
     out: Path,
     vocab_size: int | None = None,
     tokenizer: str | None = None,
-    text_key: str = "text",
+    chat: bool = False,
+    text_key: str | None = None,
     val_fraction: float = 0.05,
     shard_tokens: int = SHARD_TOKENS,
     processes: int | None = None,
@@ -326,17 +362,21 @@ def _command(
         out: The directory to write.
         vocab_size: Size of the byte-level BPE tokenizer to train. Default: 10000.
         tokenizer: Use this tokenizer, train none: gpt2, a tokenizer.json, or a directory with one.
-        text_key: Field of a record, or column, that holds the text.
+        chat: Records are conversations: lists of {"role": ..., "content": ...}. The assistant's
+            messages alone are targets of the loss.
+        text_key: Field of a record, or column, that holds the text. Default: text; with --chat,
+            messages.
         val_fraction: Fraction of the documents to hold out for validation.
         shard_tokens: Tokens in one shard file.
         processes: Processes that encode. Default: one for each core, if the text is large.
         overwrite: Replace a prepared directory.
     """
     prepare(
-        find_text_files(inputs, text_key),
+        find_text_files(inputs, text_key or ("messages" if chat else "text")),
         out,
         vocab_size=vocab_size,
         tokenizer=tokenizer,
+        chat=chat,
         val_fraction=val_fraction,
         shard_tokens=shard_tokens,
         processes=processes,

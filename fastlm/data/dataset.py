@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlm.data.sampler import WindowSampler
 from fastlm.errors import DataError
 from fastlm.ops.gather_batch import TokenSource, gather_batch, token_segments
 
@@ -51,6 +52,8 @@ class TokenDataset:
                     f"and {array.dtype}"
                 )
         self.segments = [np.ascontiguousarray(array) for array in segments]
+        # uint8 tokens, as many: 1 where a token of this dataset is no target of the loss
+        self.ignored: TokenDataset | None = None
         self.paths = [str(path) for path in paths]
         self._offsets = [index(offset) for offset in offsets] or [0] * len(segments)
         self._ends = list(accumulate(len(array) for array in segments))
@@ -90,9 +93,20 @@ class TokenDataset:
     def gather(
         self, starts: np.ndarray, context_len: int, device: torch.device | str
     ) -> tuple[Tensor, Tensor]:
-        """gather_batch of these tokens: (x, y), int64, (B, T) each, of the windows at `starts`."""
+        """gather_batch of these tokens: (x, y), int64, (B, T) each, of the windows at `starts`.
+
+        y is -100 for a token that is no target.
+        """
         self.check_files()
-        return gather_batch(self.segments, starts, context_len, device)
+        x, y = gather_batch(self.segments, starts, context_len, device)
+        if self.ignored is not None:
+            _, ignored = self.ignored.gather(starts, context_len, device)
+            y = y.masked_fill_(ignored != 0, -100)
+        return x, y
+
+    def sampler(self, context_len: int, seed: int) -> WindowSampler:
+        """What chooses the windows of training samples."""
+        return WindowSampler(len(self), context_len, seed)
 
     def slice(self, begin: int, end: int) -> "TokenDataset":
         """The tokens [begin, end), without a copy."""
@@ -101,7 +115,30 @@ class TokenDataset:
             first = max(0, begin - start)
             pieces.append(array[first : max(0, end - start)])
             offsets.append(offset + first)
-        return TokenDataset(pieces, self.paths, offsets)
+        part = TokenDataset(pieces, self.paths, offsets)
+        if self.ignored is not None:
+            part.ignored = self.ignored.slice(begin, end)
+        return part
+
+    def has_targets(self) -> bool:
+        """Is any token a target? Reads all of `ignored`."""
+        return self.ignored is None or any(not array.all() for array in self.ignored.segments)
+
+
+def joined(datasets: Sequence[TokenDataset]) -> TokenDataset:
+    """All of them, end to end."""
+    segments = [array for dataset in datasets for array in dataset.segments]
+    offsets = [offset for dataset in datasets for offset in dataset._offsets]
+    paths = [path for dataset in datasets for path in dataset.paths]
+    whole = TokenDataset(segments, paths if len(paths) == len(segments) else [], offsets)
+    if any(dataset.ignored for dataset in datasets):
+        # Memory of zeros that are only read is one page, whatever its size.
+        parts = [
+            dataset.ignored or TokenDataset([np.zeros(len(dataset), np.uint8)])
+            for dataset in datasets
+        ]
+        whole.ignored = joined(parts)
+    return whole
 
 
 def _mapping(array: np.ndarray) -> mmap.mmap | None:

@@ -48,10 +48,19 @@ def batches(pieces: Iterable[tuple[Place, SplitPiece]]) -> Iterator[Batch]:
         yield Batch(place, batch)
 
 
-def encode(encoder: "Tokenizer", texts: list[str]) -> Encoded:
-    """Raises DataError for a text that the tokenizer has no tokens for."""
+def encode(encoder: "Tokenizer", texts: list[str], special: list[int]) -> Encoded:
+    """special: which of the texts may hold special tokens; in others their text is plain text.
+
+    Raises DataError for a text that the tokenizer has no tokens for.
+    """
     encoded = encode_batch(encoder, texts)
     exact = encoder.decode(encoded[0], skip_special_tokens=False) == texts[0]
+    if special:
+        encoder.encode_special_tokens = False
+        marks = encode_batch(encoder, [texts[index] for index in special])
+        encoder.encode_special_tokens = True
+        for index, ids in zip(special, marks, strict=True):
+            encoded[index] = ids
     return Encoded([np.array(ids, dtype=np.uint32) for ids in encoded], exact)
 
 
@@ -74,7 +83,7 @@ def encode_all(
     """
     if processes == 1:
         for batch in todo:
-            yield batch, encode(encoder, _texts(batch.pieces))
+            yield batch, encode(encoder, *_texts(batch.pieces))
         return
     # Not forked: the threads that this process has run are not there in a copy of it.
     context = multiprocessing.get_context("spawn")
@@ -82,7 +91,7 @@ def encode_all(
     try:
         waiting: deque[tuple[Batch, Future]] = deque()
         for batch in todo:
-            waiting.append((batch, pool.submit(_encode_in_worker, _texts(batch.pieces))))
+            waiting.append((batch, pool.submit(_encode_in_worker, *_texts(batch.pieces))))
             if len(waiting) == 2 * processes:
                 batch, future = waiting.popleft()
                 yield batch, future.result()
@@ -97,8 +106,9 @@ def encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _texts(pieces: Sequence[SplitPiece]) -> list[str]:
-    return [piece.text for piece in pieces]
+def _texts(pieces: Sequence[SplitPiece]) -> tuple[list[str], list[int]]:
+    special = [index for index, piece in enumerate(pieces) if piece.special]
+    return [piece.text for piece in pieces], special
 
 
 _worker_encoder: "Tokenizer | None" = None
@@ -118,6 +128,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(texts: list[str]) -> Encoded:
+def _encode_in_worker(texts: list[str], special: list[int]) -> Encoded:
     assert _worker_encoder is not None
-    return encode(_worker_encoder, texts)
+    return encode(_worker_encoder, texts, special)

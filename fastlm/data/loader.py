@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastlm.data.dataset import TokenDataset, as_dataset
-from fastlm.data.sampler import WindowSampler
 from fastlm.ops.gather_batch import TokenSource, check_window_fits
 
 
@@ -29,7 +28,7 @@ class TrainLoader:
         self.dataset = as_dataset(data)
         self.batch_size, self.context_len = batch_size, context_len
         self.device = torch.device(device)
-        self.sampler = WindowSampler(len(self.dataset), context_len, seed)
+        self.sampler = self.dataset.sampler(context_len, seed)
 
     def batch(self, first: int) -> tuple[Tensor, Tensor]:
         """(x, y), int64, (B, T) each: the samples first, first + 1, … of the sampler."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastlm.data.chat import conversation
 from fastlm.data.compression import COMPRESSED, inner_suffix, opened, optional
 from fastlm.data.text import Piece, TextFile, cut_document, read_pieces
 from fastlm.errors import DataError, shown
@@ -26,10 +27,15 @@ def read_documents(file: TextFile, on_bytes: OnBytes = lambda _: None) -> Iterat
         values = read_jsonl(file, on_bytes)
     elif suffix in (".parquet", ".arrow"):
         values = read_table(file, on_bytes)
+    elif file.template:
+        raise DataError(f"{file.path}: --chat reads .jsonl, .parquet and .arrow files")
     else:
         yield from read_pieces(file.path, on_bytes)
         return
     for index, (where, value) in enumerate(values):
+        if file.template:
+            yield from conversation(index, value, where, file.template)
+            continue
         if value is not None and not isinstance(value, str):
             raise DataError(
                 f"{where}: {file.text_key!r} is {shown(value)}, no text; --text-key names another "

@@ -36,7 +36,7 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         if self.shards and not self.shards[-1].sha256:
             self._go_on()
-        for path in directory.glob(f"{prefix}_*.bin"):  # begun after that state
+        for path in directory.glob(f"{prefix}_[0-9]*.bin"):  # begun after that state
             if path.name not in {shard.file for shard in self.shards}:
                 path.unlink()
 

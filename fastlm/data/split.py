@@ -18,6 +18,8 @@ class SplitPiece(NamedTuple):
     split: str  # TRAIN or VAL
     text: str
     last: bool  # the document ends with this piece
+    special: bool = False  # as in Piece
+    ignored: bool = False
 
 
 def document_hash(name: str, document: int) -> int:
@@ -132,7 +134,7 @@ def _split_file(file: TextFile, rule: SplitRule) -> Iterator[SplitPiece]:
         if piece.document != document:
             document = piece.document
             split = VAL if document_hash(file.name, document) < rule.threshold else TRAIN
-        yield SplitPiece(split, piece.text, piece.last)
+        yield SplitPiece(split, *piece[1:])
 
 
 def _cut_in_two(piece: Piece, following: Iterator[Piece], cut: int) -> Iterator[SplitPiece]:

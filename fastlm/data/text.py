@@ -31,17 +31,29 @@ _SEARCHED = (".txt", ".jsonl", ".parquet")
 _SAVED_DATASET, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # of datasets.save_to_disk
 
 
+class ChatTemplate(NamedTuple):
+    """The text around a message. Special tokens in it are encoded as such."""
+
+    header: str  # {role} stands for the role
+    end: str  # of the message: the assistant's is a target
+    behind: str  # what separates the message from the next
+    special: tuple[str, ...]  # tokens
+
+
 @dataclass(frozen=True)
 class TextFile:
     path: Path
     name: str  # what identifies the file on every machine: its path below the common root, with "/"
     text_key: str = "text"  # where a record of it has its text
+    template: ChatTemplate | None = None  # of the messages, if its records are conversations
 
 
 class Piece(NamedTuple):
     document: int  # index of the document within its file
     text: str  # at most PIECE_CHARACTERS characters; "" only if the document is empty
     last: bool  # the document ends with this piece
+    special: bool = False  # the text of special tokens in it is meant as these tokens
+    ignored: bool = False  # its tokens are no targets of the loss
 
 
 def find_text_files(inputs: Iterable[str | Path], text_key: str = "text") -> list[TextFile]:

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens; `<|endoftext|>` has id 0.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, special: Iterable[str] = ()
+) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens; `<|endoftext|>` has id 0, and the
+    `special` tokens those that follow.
 
     Fewer if `texts` do not repeat enough pairs. The same texts give the same tokenizer.
     """
@@ -36,7 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         # A pair seen once would become a token that is never trained on again.
         min_frequency=2,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *special],
         # All 256 bytes: no text is unknown, whatever the training documents held.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
