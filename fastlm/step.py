@@ -174,6 +174,8 @@ class TrainStep:
             for micro in range(self.grad_accum)
         ]
         batches = [self.loader.batch(sample) for sample in samples]
+        for sample in samples:
+            self.loader.will_need(sample + self.samples)  # the next step's
         targets = world.sum(torch.stack([(y != IGNORED).sum() for _, y in batches]).sum())
         loss = torch.zeros((), device=self.device)
         for micro, (sample, (x, y)) in enumerate(zip(samples, batches, strict=True)):

@@ -35,6 +35,10 @@ class TrainLoader:
         starts = self.sampler.starts(first, self.batch_size)
         return self.dataset.gather(starts, self.context_len, self.device)
 
+    def will_need(self, first: int) -> None:
+        """batch(first) comes soon: the system may read it from the disk."""
+        self.dataset.will_need(self.sampler.starts(first, self.batch_size), self.context_len)
+
 
 def spread_batches(
     data: TokenSource | TokenDataset, batch_size: int, context_len: int, num_batches: int, device
@@ -44,6 +48,7 @@ def spread_batches(
     check_window_fits(len(dataset), context_len)
     last = len(dataset) - context_len - 1
     starts = np.linspace(0, last, num_batches * batch_size).round().astype(np.int64)
+    dataset.will_need(starts, context_len)
     for rows in np.split(starts, num_batches):
         yield dataset.gather(rows, context_len, device)
 
