@@ -26,10 +26,11 @@ class TrainingConfig:
 
     # === Data / batching ===
     data: tuple[str, ...] = ()
-    """A prepared directory (python -m fastlm.prepare), or token files (.bin, .npy). Default: the
-    Python standard library's own source."""
+    """A prepared directory (python -m fastlm.prepare), or token files (.bin, .npy). A mixture:
+    PATH:WEIGHT for each. Default: the Python standard library's own source."""
     val_data: tuple[str, ...] = ()
-    """Validation token files. Default: the manifest's, else the end of the training tokens."""
+    """Validation token files; several sets, each logged: NAME=PATH each. Default: the manifest's,
+    else the end of the training tokens."""
     data_dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
     """Dtype of raw .bin files without a manifest (default uint16)."""
     batch_size: int = 32
@@ -42,6 +43,9 @@ class TrainingConfig:
     """Tokens in a step, on all processes together: sets grad_accum."""
     prefetch: bool = True
     """Read the next step's batches while a step runs."""
+    doc_mask: bool = False
+    """Attention restarts at each document: no token sees the documents before its own in a window.
+    By PyTorch's attention with a mask, which takes more time and memory."""
     vocab_size: int = 10000
     """Token ids lie below it. Taken from the data's manifest if there is one."""
 

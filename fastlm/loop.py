@@ -369,15 +369,18 @@ class Run:
         return self.stop.interruptible(summed) if self.world.size == 1 else summed
 
     def _validate(self, step: int) -> None:
-        """The mean loss on the fixed batches. Left between two of them at a signal; the resumed run
-        does it then."""
+        """The mean loss on the fixed batches of each validation set, and the mean of the sets. Left
+        between two batches at a signal; the resumed run does it then."""
         self.clock.pause()
         cfg, runner = self.cfg, self.runner
-        batches = spread_batches(
-            self.data.val, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
-        )
+        losses = {}
         with contextlib.suppress(Stopped), evaluating(runner.model):
-            val_loss = mean_loss(self.summed, batches, self.world)
+            for name, dataset in (self.data.val_sets or {"": self.data.val}).items():
+                batches = spread_batches(
+                    dataset, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
+                )
+                losses[name] = mean_loss(self.summed, batches, self.world)
+            val_loss = sum(losses.values()) / len(losses)
             self.saver.evaluated(val_loss)
-            self.log.val(step, val_loss)
+            self.log.val(step, val_loss, losses if self.data.val_sets else {})
         self.clock.start()

@@ -127,6 +127,7 @@ class Attention(nn.Module):
         cos: Tensor,  # (T, d/2) fp32, or one for each sequence: (B, 1, T, d/2)
         sin: Tensor,  # as cos
         cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        mask: Tensor | None = None,  # (B, 1, T, T) bool, of document_mask
     ) -> Tensor:  # (B, T, D)
         dropout_p = self.dropout if self.training else 0.0
 
@@ -137,11 +138,15 @@ class Attention(nn.Module):
         if self.qk_norm:  # before the rotation, which changes no length
             q, k = self.q_norm(q), self.k_norm(k)
         rope = (cos, sin)
-        if cache is not None or cos.dim() > 2:
+        if cache is not None or cos.dim() > 2 or mask is not None:
             q, k, rope = apply_rope(q, cos, sin), apply_rope(k, cos, sin), None
         if cache is not None:
             k, v = cache(k, v)
-        y = causal_attention(q, k, v, rope=rope, dropout_p=dropout_p)
+        if mask is None:
+            y = causal_attention(q, k, v, rope=rope, dropout_p=dropout_p)
+        else:
+            groups = {"enable_gqa": True} if q.shape[-3] != k.shape[-3] else {}
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **groups)
         return self.output_proj(y.transpose(-3, -2).flatten(-2))
 
 
@@ -172,8 +177,8 @@ class Block(nn.Module):
         self.ffn = SwiGLU(config.d_model, config.d_ff)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None) -> Tensor:
-        x = x + self.drop(self.attn(self.ln1(x), cos, sin, cache))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, mask=None) -> Tensor:
+        x = x + self.drop(self.attn(self.ln1(x), cos, sin, cache, mask))
         return x + self.drop(self.ffn(self.ln2(x)))
 
 
@@ -205,6 +210,8 @@ class TransformerLM(nn.Module):
         )
         self.max_seq_len = max_seq_len
         self.activation_checkpointing = config.activation_checkpointing
+        # The token that ends a document: set, no query sees the documents before its own.
+        self.document_end: int | None = None
         device = torch.get_default_device()
         with torch.device("meta"):  # layers draw weights of their own, which would be in vain
             self.token_embeddings = nn.Embedding(vocab_size, d_model)
@@ -293,18 +300,31 @@ class TransformerLM(nn.Module):
             raise ValueError(f"{end} positions: this model was built for {self.max_seq_len}")
         # In fp32 also in a model of another dtype.
         cos, sin = self.rope_cos[begin:end].float(), self.rope_sin[begin:end].float()
+        ends = self.document_end
+        mask = document_mask(tokens, ends) if ends is not None and cache is None else None
         x = self.token_embeddings(tokens)
         x = self.drop(x.to(compute_dtype(x)) if self.residual_follows_autocast else x)
         for index, layer in enumerate(self.layers):
             if cache is not None:
                 x = layer(x, cos, sin, partial(cache.extend, index, max_seq_len=self.max_seq_len))
             elif self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, None, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin)
+                x = layer(x, cos, sin, None, mask)
         if cache is not None:
             cache.length = end
         return self.ln_final(x)
+
+
+def document_mask(tokens: Tensor, document_end: int) -> Tensor:  # (B, T) ids
+    """Which keys a query sees: (B, 1, T, T) bool, those of its own document up to itself.
+
+    The token that ends a document belongs to it.
+    """
+    ends = (tokens == document_end).long()
+    document = ends.cumsum(-1) - ends
+    same = document.unsqueeze(-1) == document.unsqueeze(-2)
+    return same.tril().unsqueeze(-3)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastlm.checkpoint import load_checkpoint, restore_optimizer, restore_scaler
 from fastlm.config import TrainingConfig
+from fastlm.data.files import Data
 from fastlm.data.loader import TrainLoader
 from fastlm.data.sampler import mixed
 from fastlm.data.step_loader import StepLoader
@@ -25,7 +26,7 @@ from fastlm.hardware import select_device, select_dtype, synchronize
 from fastlm.kernels.collect import is_dtensor
 from fastlm.model import TransformerLM
 from fastlm.model_config import ModelConfig
-from fastlm.model_interface import hidden_matrices
+from fastlm.model_interface import hidden_matrices, model_class
 from fastlm.model_loss import ModelLoss
 from fastlm.muon import Muon
 from fastlm.optim import AdamW
@@ -96,6 +97,27 @@ def create_model(cfg: TrainingConfig, *, meta: bool = False) -> TransformerLM:
     with torch.device("meta") if meta else contextlib.nullcontext():
         model = TransformerLM.from_config(ModelConfig.of_settings(vars(cfg)))
     return model if meta else model.to(select_device(cfg.device))
+
+
+def restart_at_documents(model: nn.Module, data: Data, cfg: TrainingConfig) -> None:
+    """cfg.doc_mask: the model's attention ends where the data's documents do.
+
+    Raises ConfigError for data that does not say which token ends one, and for models of others.
+    """
+    if not cfg.doc_mask:
+        return
+    if model_class(model) is not None:
+        raise ConfigError(
+            f"doc_mask=True: {type(model).__name__} is no TransformerLM; mask the attention in it, "
+            f"and leave doc_mask out"
+        )
+    end = data.manifest.end_of_text if data.manifest else None
+    if end is None:
+        raise ConfigError(
+            "doc_mask=True: the data has no manifest that says which token ends a document; "
+            "prepare it with python -m fastlm.prepare"
+        )
+    model.document_end = end
 
 
 class TrainStep:

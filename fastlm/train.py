@@ -24,11 +24,16 @@ from torch import nn
 
 from fastlm import __version__
 from fastlm.config import TrainingConfig
-from fastlm.data.dataset import as_dataset
-from fastlm.data.files import Data, check_dataset, open_data
+from fastlm.data.files import Data, open_data
 from fastlm.data.loader import TrainLoader
 from fastlm.errors import CheckpointError, ConfigError, UserError, run_command, shown
-from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
+from fastlm.evaluate import (
+    bits_per_byte,
+    describe_sets,
+    evaluating,
+    loss_over_sets,
+    mean_of_sets,
+)
 from fastlm.hardware import (
     back_heap_with_huge_pages,
     is_out_of_memory,
@@ -55,7 +60,13 @@ from fastlm.run.signals import StopSignals
 from fastlm.run.summary import Clock, describe
 from fastlm.run.track import check_trackers
 from fastlm.schedule import rate_jump
-from fastlm.step import TrainStep, create_model, create_optimizer, set_seed
+from fastlm.step import (
+    TrainStep,
+    create_model,
+    create_optimizer,
+    restart_at_documents,
+    set_seed,
+)
 
 
 def train_loop(
@@ -63,7 +74,8 @@ def train_loop(
 ) -> nn.Module:
     """Trains a TransformerLM under `cfg` and returns it; writes checkpoints, log and loss curve.
 
-    train_data, val_data: (n,) token ids, NumPy arrays or memory maps (load_token_dataset).
+    train_data, val_data: (n,) token ids, NumPy arrays or memory maps (load_token_dataset); val_data
+    may be a dict of several sets by name, each logged.
     model: trained instead, and returned: any nn.Module from (B, T) ids to (B, T, V) logits. With a
     method hidden(x), (B, T, D), and an nn.Linear lm_head, the head and the loss are one op, which
     saves the memory for the logits. It is moved to cfg.device; vocab_size and context_len are
@@ -80,7 +92,7 @@ def train_loop(
     model that is returned answers no longer by itself: load its weights from …_model.pt.
     """
     with surviving_output(), World.start(cfg.device) as world, rank_0_tells(world):
-        data = Data(as_dataset(train_data), as_dataset(val_data))
+        data = Data.of(train_data, val_data)
         _check_alike(data, cfg, world)
         return train(data, cfg, world=world, model=model)
 
@@ -150,11 +162,7 @@ def _train(
     check_trackers(cfg.track)
     if device.type == "cpu":
         keep_freed_memory()
-    for dataset, what in ((data.train, "training"), (data.val, "validation")):
-        check = partial(
-            check_dataset, dataset, what, context_len=cfg.context_len, vocab_size=cfg.vocab_size
-        )
-        world.decide(check)  # it reads all ids, once
+    world.decide(partial(data.check, cfg.context_len, cfg.vocab_size))  # it reads all ids, once
 
     set_seed(cfg.seed)
     is_own = model is not None
@@ -163,6 +171,7 @@ def _train(
         prepare_model(model, cfg)
     else:  # a sharded one gets memory when each rank knows its part
         model = create_model(cfg, meta=is_sharded)
+    restart_at_documents(model, data, cfg)
     if world.size == 1:
         load_weights(model, cfg, resumed, world, tokenizer=data.tokenizer_json)
     start_step = resumed.step if resumed else 0
@@ -285,26 +294,28 @@ def _evaluate_only(
 ) -> nn.Module:
     """--eval-only: the loss over the validation data. Returns the model."""
     device = select_device(cfg.device)
-    sizes = dict(context_len=cfg.context_len, vocab_size=cfg.vocab_size)
-    world.decide(partial(check_dataset, data.val, "validation", **sizes))
+    world.decide(partial(data.check, cfg.context_len, cfg.vocab_size, training=False))
     if not (resumed or cfg.init_from):
         raise ConfigError("--eval-only needs the checkpoint to evaluate: --resume or --init-from")
     model = create_model(cfg) if model is None else prepare_model(model, cfg)
+    restart_at_documents(model, data, cfg)
     load_weights(model, cfg, resumed, world, tokenizer=data.tokenizer_json)
     if resumed:
         resumed.free()
     loss_of = ModelLoss(model, device, _with_scope(cfg, model, by_block=True))
     with evaluating(model):
-        found = loss_over_all(
+        sets = loss_over_sets(
             loss_of.summed,
-            data.val,
+            data,
             cfg.batch_size,
             cfg.context_len,
             device,
             max_targets=cfg.final_eval_tokens,
             world=world,
         )
-    known = data.val_bytes
+    for name, said in describe_sets(sets, data).items():
+        print(f"[VAL] {name}: {said}")
+    found, known = mean_of_sets(sets), data.val_bytes
     bpb = f", {bits_per_byte(found.loss, found.of_targets, known):.4f} bits/byte" if known else ""
     print(f"[VAL] val_loss {found.loss:.4f}{bpb} {found.extent}")
     return model

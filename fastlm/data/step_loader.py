@@ -56,6 +56,8 @@ class StepLoader:
 
     def _gather(self, firsts: Sequence[int]) -> tuple[Batches, torch.Event | None]:
         """In the thread."""
+        for first in firsts:  # what no cache holds is then read at once, not window by window
+            self.loader.will_need(first)
         if self._stream is None:
             return [self.loader.batch(first) for first in firsts], None
         with torch.cuda.stream(self._stream):  # and on its device

@@ -6,7 +6,13 @@ from typing import Any
 from torch import nn
 
 from fastlm.checkpoint import checkpoint_payload, restore_model
-from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
+from fastlm.evaluate import (
+    bits_per_byte,
+    describe_sets,
+    evaluating,
+    loss_over_sets,
+    mean_of_sets,
+)
 from fastlm.generate import sample_texts
 from fastlm.model_interface import model_class
 from fastlm.parallel.wrap import gathered_on_main
@@ -30,9 +36,9 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     run.stop.promise = "the run's end can be had by --resume"
     try:
         with evaluating(runner.model):
-            final = loss_over_all(
+            found = loss_over_sets(
                 run.summed,
-                data.val,
+                data,
                 cfg.batch_size,
                 cfg.context_len,
                 runner.device,
@@ -42,7 +48,7 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     except Stopped:
         return False
     run.memory.sample()
-    known = data.val_bytes
+    final, known = mean_of_sets(found), data.val_bytes
     in_bytes = bits_per_byte(final.loss, final.of_targets, known) if known else None
     whole = clock.knows_all
     figures = RunFigures(
@@ -73,7 +79,11 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     if texts:
         run.log.metrics("sample", step=run.completed, texts=texts)
     ceiling = run.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))
-    run.log.metrics("summary", step=run.completed, **print_summary(figures, runner, ceiling))
+    summary = print_summary(figures, runner, ceiling)
+    for name, said in describe_sets(found, data).items():
+        print(f"[summary] validation  {name}: {said}")
+        summary[f"val_loss/{name}"] = found[name].loss
+    run.log.metrics("summary", step=run.completed, **summary)
     run.watch.complain(run.missing, final.loss)
     print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
     if model_path.exists() and model_class(runner.model) is None:

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +188,14 @@ class RunLog:
             flush=True,
         )
 
-    def val(self, step: int, val_loss: float) -> None:
+    def val(self, step: int, val_loss: float, of_sets: Mapping[str, float]) -> None:
+        """of_sets: the losses of named validation sets, whose mean val_loss is."""
         line = f"[VAL] step {step:06d} val_loss {val_loss:.4f}"
+        if of_sets:
+            line += f" ({', '.join(f'{name} {loss:.4f}' for name, loss in of_sets.items())})"
         self._line(line)
-        self.metrics("val", step=step, val_loss=val_loss)
+        named = {f"val_loss/{name}": loss for name, loss in of_sets.items()}
+        self.metrics("val", step=step, val_loss=val_loss, **named)
         if math.isfinite(val_loss):
             self.plotter.log_eval(step, val_loss)
         self.say(line)

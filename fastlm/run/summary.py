@@ -10,6 +10,7 @@ from torch import nn
 
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
+from fastlm.data.mixture import Mixture
 from fastlm.evaluate import Evaluation
 from fastlm.generate import sample_texts
 from fastlm.hardware import PeakMemory, device_name, matmul_ceiling, synchronize
@@ -86,6 +87,9 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
         f"[run] data: {len(data.train):,} training and {len(data.val):,} validation tokens, "
         f"fingerprint {data.fingerprint[:16]}"
     )
+    if isinstance(data.train, Mixture):
+        shares = (f"{s.weight:.1%} {s.name}" for s in data.train.sources)
+        print(f"[run] samples: {', '.join(shares)}")
     print(
         f"[run] on {runner.device} ({device_name(runner.device)}), torch {torch.__version__}, "
         f"{precision(runner)}, {compiled}{kernels}"
@@ -222,7 +226,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
     in_bytes = (
         f", {figures.bits_per_byte:.4f} bits/byte"
         if figures.bits_per_byte is not None
-        else " (bits/byte unknown: the data has no manifest)"
+        else " (bits/byte unknown: the data has no manifest, or several validation sets)"
     )
     print(
         f"[summary] validation  loss {figures.final.loss:.4f} nats/token{in_bytes}, "

@@ -1,7 +1,8 @@
 """The row kernels of cross-entropy where their loops begin and end.
 
 On a GPU or in Triton's interpreter. test_triton_cross_entropy.py runs this file in a process of its
-own (tests/helpers/interpreter.py). Blocks are small here: rows of hundreds of elements go through several.
+own (tests/helpers/interpreter.py). Blocks are small here: rows of hundreds of elements go through
+several.
 """
 
 import pytest

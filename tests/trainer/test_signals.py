@@ -126,7 +126,7 @@ def test_a_stop_in_the_last_evaluation_leaves_the_end_to_the_resumed_run(
         signal.raise_signal(signal.SIGTERM)
         return mean_loss(loss, [(torch.zeros(1, 4, dtype=torch.long),) * 2]), 1
 
-    monkeypatch.setattr("fastlm.run.finish.loss_over_all", stopping)
+    monkeypatch.setattr("fastlm.run.finish.loss_over_sets", stopping)
     with pytest.raises(SystemExit):
         run_tiny(tmp_path, eval_every=2, **ACCUMULATED)
     assert metrics(tmp_path, "summary") == []
