@@ -212,9 +212,11 @@ def run_step(step: Step, seconds: float) -> dict[str, Any]:
         try:
             output, _ = process.communicate(timeout=max(1.0, seconds))
             cut_off = False
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)  # its children, too
             output, _ = process.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             cut_off = True
         told = {
             "name": step.name,
@@ -284,6 +286,7 @@ def main() -> int:
     parser.add_argument("--started", type=float, default=0.0, help="seconds that are gone")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # no step stays
     return run_part(args.part, args.out, float(os.environ.get("MINUTES", "9")), args.started)
 
 
