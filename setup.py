@@ -6,8 +6,10 @@ level, and a top-level import package `kernels` would overwrite Hugging Face's.
 
 from setuptools import setup
 
+_PARTS = ("", ".data", ".integrations", ".ops", ".parallel", ".run", ".kernels")
+
 setup(
     cmake_source_dir=".",
-    packages=[f"fastlm{part}" for part in ("", ".data", ".ops", ".parallel", ".run", ".kernels")],
+    packages=[f"fastlm{part}" for part in _PARTS],
     package_dir={"fastlm.kernels": "kernels"},
 )

@@ -1,7 +1,7 @@
 """A whole training step: batch, forward, backward, clipping, update.
 
 Models: that of the notebook's worked example (6 layers, D 512, V 10000, 16 x 256 tokens), that of
-the default run, the preset "demo" (4 layers, D 256, V 4096, 8 x 256 tokens), and GPT-2's size (on
+the default run, the preset "demo" (4 layers, D 128, V 4096, 8 x 256 tokens), and GPT-2's size (on
 a CPU 4 x 1024 tokens, and with --slow only: half a minute a round). The notebook's loop and the
 composition (peer_model.py) train the same model as ours; nanoGPT trains its own, of the same
 layers, width and heads.
@@ -92,7 +92,8 @@ def bench_train_step(benchmark, device, allocator, request, preset, vocab_size):
         note=str(dtype).removeprefix("torch.") + (f"; {nanogpt_peer.ABSENT}" if not folder else ""),
     )
     if device.type == "cpu":
-        loader.batch = torch.profiler.record_function("data")(loader.batch)
+        data = step.step_loader  # what the step waits for; another thread reads
+        data.batches = torch.profiler.record_function("data")(data.batches)
         comparison.split_ms = split_of_step(lambda: step.run(1, lr=LR), steps=1 if is_slow else 3)
 
 

@@ -8,7 +8,8 @@ loop, with autocast where that is faster and the fused AdamW. Same token files, 
 width, context and allocator. The clock runs in training steps only: compilation comes before it,
 evaluations stop it. Both are evaluated on the same windows, at the end on every held-out token.
 
-Several --minutes: a run of each length, for a learning rate falls until a run's end.
+Several --minutes: a run of each length, for a learning rate falls until a run's end. Several
+--nanogpt-lr: all of that with each.
 """
 
 import argparse
@@ -50,7 +51,8 @@ def run_ours(minutes: float, data: Path, options: list[str]) -> dict:
         subprocess.run(command, check=True)
         (path,) = Path(directory).rglob("metrics.jsonl")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {"trainer": "fastlm", "minutes": minutes, "options": options, **points_of(rows)}
+    run = {"trainer": "fastlm", "rate": "", "minutes": minutes, "options": options}
+    return run | points_of(rows)
 
 
 def points_of(rows: list[dict]) -> dict:
@@ -115,6 +117,7 @@ def run_nanogpt(minutes: float, data: Data, folder: Path, lr: float, batch_size:
         final = loss_over_all(summed, data.val, batch_size, cfg.context_len, CPU)
     return {
         "trainer": "nanoGPT",
+        "rate": f", lr {lr:g}",
         "minutes": minutes,
         "options": [f"lr {lr:g}", f"batch size {batch_size}", str(dtype)],
         "curve": curve,
@@ -145,13 +148,14 @@ def draw(runs: list[dict], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(6, 4), dpi=200, layout="tight")
     axes = figure.add_subplot()
-    colors = {"fastlm": "#1f77b4", "nanoGPT": "#ff7f0e"}
-    for name, group in itertools.groupby(runs, key=lambda run: run["trainer"]):
+    colors = iter(("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"))
+    for name, group in itertools.groupby(runs, key=lambda run: run["trainer"] + run["rate"]):
+        color = next(colors)
         for number, run in enumerate(group):
             points = [*run["curve"], (run["seconds"], run["bits_per_byte"])]
             label = None if number else f"{name}, {run['tokens_per_second']:,.0f} tokens/s"
-            axes.plot(*zip(*points, strict=True), color=colors[name], label=label, lw=1)
-            axes.plot(*points[-1], color=colors[name], marker="o", ms=4)
+            axes.plot(*zip(*points, strict=True), color=color, label=label, lw=1)
+            axes.plot(*points[-1], color=color, marker="o", ms=4)
             axes.annotate(f"{points[-1][1]:.3f}", points[-1], fontsize=7, va="bottom")
     axes.set(xlabel="seconds in training steps", ylabel="held-out bits per byte")
     axes.set_title(title, fontsize=8)
@@ -167,7 +171,8 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, default=folder, required=not folder, metavar="DIR")
     parser.add_argument("--data", type=Path, help="a prepared directory (default: the demo's)")
     parser.add_argument("--out", type=Path, metavar="PREFIX")
-    parser.add_argument("--nanogpt-lr", type=float, default=1e-3, help="its own for small models")
+    rates = dict(type=float, nargs="+", metavar="LR")
+    parser.add_argument("--nanogpt-lr", **rates, default=[1e-3], help="its own for small models")
     parser.add_argument("--nanogpt-batch-size", type=int, default=PRESETS["demo"]["batch_size"])
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:split])
@@ -176,15 +181,19 @@ def main() -> None:
         parser.error(f"--data {directory}: bits per byte need a prepared directory")
     runs = [run_ours(minutes, directory, sys.argv[split + 1 :]) for minutes in args.minutes]
     keep_freed_memory()  # the trainer does it, too
-    options = args.nanogpt, args.nanogpt_lr, args.nanogpt_batch_size
-    runs += [run_nanogpt(minutes, data, *options) for minutes in args.minutes]
+    runs += [
+        run_nanogpt(minutes, data, args.nanogpt, lr, args.nanogpt_batch_size)
+        for lr in args.nanogpt_lr
+        for minutes in args.minutes
+    ]
     for run in runs:
         run["curve"] = [
             (seconds, bits_per_byte(loss, len(data.val) - 1, data.val_bytes))
             for seconds, loss in run["curve"]
         ]
         print(
-            f"{run['trainer']:8} {run['minutes']:g} min: {run['bits_per_byte']:.4f} bits/byte, "
+            f"{run['trainer']}{run['rate']}, {run['minutes']:g} min: "
+            f"{run['bits_per_byte']:.4f} bits/byte, "
             f"{run['tokens_per_second']:,.0f} tokens/s, {run['steps']} steps in "
             f"{run['seconds']:.1f} s, compiled before that in {run['compile_seconds']:.1f} s"
         )

@@ -27,6 +27,7 @@ from fastlm.errors import (
 from fastlm.evaluate import evaluate_model_loss, validate
 from fastlm.hardware import keep_freed_memory, select_device
 from fastlm.model import TransformerLM, count_parameters
+from fastlm.model_config import ModelConfig
 from fastlm.ops.causal_attention import causal_attention
 from fastlm.ops.cross_entropy import check_labels, cross_entropy_loss
 from fastlm.ops.dispatch import active_implementation
@@ -37,6 +38,7 @@ from fastlm.ops.linear_cross_entropy import (
     linear_cross_entropy_plan,
 )
 from fastlm.optim import AdamW, clip_gradients
+from fastlm.pretrained import from_pretrained
 from fastlm.run.plot import LivePlotter, plot_lr_schedule
 from fastlm.schedule import (
     cosine_lr_schedule,
@@ -61,6 +63,7 @@ __all__ = [
     "ExtensionError",
     "LinearCrossEntropyPlan",
     "LivePlotter",
+    "ModelConfig",
     "OutputError",
     "TokenDataset",
     "TrainingConfig",
@@ -75,6 +78,7 @@ __all__ = [
     "create_model_and_optimizer",
     "cross_entropy_loss",
     "evaluate_model_loss",
+    "from_pretrained",
     "gather_batch",
     "get_batch",
     "get_cosine_schedule_with_warmup",

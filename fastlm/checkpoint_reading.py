@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from fastlm.checkpoint_file import digest_holds, inflates
 from fastlm.errors import CheckpointError
 from fastlm.foreign_state import first_line, shape_of, shortened
+from fastlm.huggingface import is_model_directory, read_model_directory
 from fastlm.parallel.commit import is_sharded, read_header
 from fastlm.parallel.together import Group, rank_in, together
 
@@ -37,13 +38,15 @@ def holds_optimizer_state(payload: Mapping[str, Any]) -> bool:
 def read_checkpoint(src: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
     """The checkpoint's content on the CPU, its digest checked (other programs' files have none).
 
-    Raises CheckpointError for a file that is missing, damaged, none, or compressed, which could
-    fill the memory from a few bytes.
+    Of a model directory of transformers, too (huggingface.py). Raises CheckpointError for a file
+    that is missing, damaged, none, or compressed, which could fill the memory from a few bytes.
     """
     if isinstance(src, str | os.PathLike) and is_sharded(src):
         from fastlm.parallel.sharded import read_sharded  # takes a second
 
         return read_sharded(src)
+    if isinstance(src, str | os.PathLike) and is_model_directory(src):
+        return read_model_directory(src)
     _check_file(src)
     return _loaded(src)
 
@@ -78,6 +81,8 @@ def peek(path: Path) -> dict[str, Any]:
 
 def mapped_checkpoint(src: str | os.PathLike, group: Group) -> dict[str, Any]:
     """The content of a file that the processes of `group` map and one has checked."""
+    if is_model_directory(src):
+        return together(group, lambda: read_model_directory(src))
     together(group, lambda: _check_file(src) if rank_in(group) == 0 else None)
     return together(group, lambda: _loaded(src, mmap=True))
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastlm.errors import ConfigError, shown
-from fastlm.model import check_heads, default_d_ff
+from fastlm.model_config import ModelConfig, default_d_ff
 from fastlm.run.profiler import parse_span
 
 # Integers lie below 2 to these powers, so that no tensor's size overflows 64 bits and building the
 # layers does not take for ever before memory runs out.
 _POWERS = {"seed": 64, "num_layers": 14, "num_heads": 24, "d_model": 24, "d_ff": 24}
-_POWERS |= {"context_len": 31, "vocab_size": 31}
+_POWERS |= {"context_len": 31, "vocab_size": 31, "num_kv_heads": 24, "head_dim": 24}
 _STEP_TOKENS_POWER = 56
+TRACKERS = ("tensorboard", "wandb", "trackio", "csv")
 
 
 @dataclass
@@ -25,10 +26,11 @@ class TrainingConfig:
 
     # === Data / batching ===
     data: tuple[str, ...] = ()
-    """A prepared directory (python -m fastlm.prepare), or token files (.bin, .npy). Default: the
-    Python standard library's own source."""
+    """A prepared directory (python -m fastlm.prepare), or token files (.bin, .npy). A mixture:
+    PATH:WEIGHT for each. Default: the Python standard library's own source."""
     val_data: tuple[str, ...] = ()
-    """Validation token files. Default: the manifest's, else the end of the training tokens."""
+    """Validation token files; several sets, each logged: NAME=PATH each. Default: the manifest's,
+    else the end of the training tokens."""
     data_dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
     """Dtype of raw .bin files without a manifest (default uint16)."""
     batch_size: int = 32
@@ -39,6 +41,11 @@ class TrainingConfig:
     """Micro-batches of each process in a step."""
     tokens_per_step: int | None = None
     """Tokens in a step, on all processes together: sets grad_accum."""
+    prefetch: bool = True
+    """Read the next step's batches while a step runs."""
+    doc_mask: bool = False
+    """Attention restarts at each document: no token sees the documents before its own in a window.
+    By PyTorch's attention with a mask, which takes more time and memory."""
     vocab_size: int = 10000
     """Token ids lie below it. Taken from the data's manifest if there is one."""
 
@@ -46,19 +53,32 @@ class TrainingConfig:
     num_layers: int = 12
     """Transformer blocks."""
     num_heads: int = 16
-    """Attention heads; d_model must be divisible by it."""
+    """Attention heads; without head_dim, d_model must be divisible by it."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values, which num_heads / num_kv_heads heads share. Default: num_heads."""
+    head_dim: int | None = None
+    """Width of a head, even. Default: d_model / num_heads."""
     d_model: int = 1024
     """Width of the residual stream."""
     d_ff: int | None = None
     """Width of the feed-forward layer. Default: 8/3 of d_model, rounded up to a multiple of 64."""
     rope_theta: float = 10000.0
     """Base of the rotary positions' wavelengths."""
+    rope_scaling: tuple[float, float, float, int] | None = None
+    """Llama 3's scaling of the rotary positions: factor, low_freq_factor, high_freq_factor, and the
+    context_len before it."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    qkv_bias: bool = False
+    """Biases of the projections to queries, keys and values."""
     tie_embeddings: bool = False
     """One matrix for the embedding and the output head."""
     dropout: float = 0.0
     """On the embedding, the attention weights and the residual branches."""
     qk_norm: bool = False
     """Normalise queries and keys: steadier at high learning rates."""
+    qk_norm_weight: bool = False
+    """With qk_norm: a trained weight for each place in a head."""
 
     # === Training steps ===
     total_steps: int = 10_000
@@ -74,6 +94,8 @@ class TrainingConfig:
     """Steps between evaluations. 0: only after the last step."""
     eval_batches: int = 20
     """Fixed validation batches in each evaluation."""
+    sample_every: int = 0
+    """Steps between samples of text, in the log and the trackers. 0: only after the last step."""
     final_eval_tokens: int = 10_000_000
     """Validation targets of the last evaluation, in windows spread evenly over the data. 0: all, as
     --eval-only does by default."""
@@ -124,8 +146,23 @@ class TrainingConfig:
     """auto, cpu, cuda, cuda:0, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the matmuls; weights stay float32. auto: bfloat16 if it is faster there."""
+    tf32: bool = True
+    """On CUDA with dtype float32: matmuls on tensor cores, which read 10 bits of mantissa."""
+    residual_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the residual stream. auto: bfloat16 on CUDA if the matmuls' is, else float32."""
+    attention: Literal["auto", "cudnn", "flash", "fa3"] = "auto"
+    """Attention's kernel on CUDA. auto: torch's choice; fa3: FlashAttention 3, whose package
+    flash_attn_interface must be installed."""
+    joint_projections: bool = False
+    """One matmul for queries, keys and values, and one for the feed-forward's w1 and w3. Weights
+    and checkpoints stay as they are. For --compile on a GPU; CPUs are slower with it."""
+    fp8_head: bool = False
+    """In training, compute logits from float8 numbers, on NVIDIA GPUs from Ada and Hopper on:
+    faster, and less exact. Evaluations do not."""
     compile: bool = False
     """torch.compile the training and the evaluation step."""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """max-autotune-no-cudagraphs: time several kernels for each matmul while compiling."""
     compile_scope: Literal["model", "block"] | None = None
     """What is compiled as a whole: the model, or each of its blocks, which share what is compiled.
     block: compiling takes as long for many blocks as for one; steps may be a little slower, but
@@ -164,9 +201,13 @@ class TrainingConfig:
     ckpt_path_to_resume: str | None = None
     """Checkpoint to continue from, optimizer, step and all. On the command line also: --resume."""
     init_from: str | None = None
-    """Checkpoint whose weights the model starts with; the optimizer and the step start anew."""
+    """What the model starts with: a checkpoint's weights, or a directory of Hugging Face's
+    transformers (config.json, safetensors). On the command line its architecture, too, unless flags
+    say otherwise. The optimizer and the step start anew."""
     eval_only: bool = False
     """Evaluate the checkpoint of --resume or --init-from and stop."""
+    track: tuple[str, ...] = ()
+    """Shown beside the log by tensorboard, wandb, trackio or csv; several: --track csv,wandb."""
     overwrite: bool = False
     """Allow a target_dir that already holds checkpoints."""
     allow_data_change: bool = False
@@ -175,6 +216,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         self._check_ranges()
+        self.track = tuple(name for names in self.track for name in names.split(",") if name)
         if self.d_ff is None:
             self.d_ff = self.cal_d_ff(self.d_model)
         if self.ckpt_dir is None:
@@ -193,14 +235,14 @@ class TrainingConfig:
         self._check_ranges()
         positive = (
             "batch_size context_len grad_accum vocab_size num_layers num_heads d_model d_ff "
-            "total_steps log_every eval_batches lr_max muon_lr eps rope_theta"
+            "total_steps log_every eval_batches lr_max muon_lr eps rope_theta norm_eps"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must be positive")
         not_negative = (
             "eval_every ckpt_every keep_last lr_min weight_decay grad_clip_norm warmup_iters seed "
-            "final_eval_tokens"
+            "final_eval_tokens sample_every"
         )
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
@@ -217,6 +259,11 @@ class TrainingConfig:
                 "optimizer='muon' with parallel='fsdp': Muon needs whole matrices; use "
                 "--parallel ddp, or --optimizer adamw"
             )
+        if self.fp8_head and (self.vocab_size % 16 or self.d_model % 16):
+            raise ConfigError(
+                f"fp8_head with vocab_size={self.vocab_size}, d_model={self.d_model}: both must be "
+                f"multiples of 16; a larger vocab_size pads it"
+            )
         if self.lr_min > self.lr_max:
             raise ConfigError(f"lr_min={self.lr_min}: it must not be above lr_max={self.lr_max}")
         for name, values in (
@@ -224,6 +271,9 @@ class TrainingConfig:
             ("schedule", ("cosine", "wsd")),
             ("guard", ("skip", "rollback", "off")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("residual_dtype", ("auto", "float32", "bfloat16")),
+            ("attention", ("auto", "cudnn", "flash", "fa3")),
+            ("compile_mode", ("default", "max-autotune-no-cudagraphs")),
             ("compile_scope", (None, "model", "block")),
             ("parallel", ("ddp", "fsdp")),
         ):
@@ -231,6 +281,9 @@ class TrainingConfig:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r}: it must be {', '.join(map(str, values))}"
                 )
+        for name in self.track:
+            if name not in TRACKERS:
+                raise ConfigError(f"track={shown(name)}: it must be of {', '.join(TRACKERS)}")
         if self.batch_size * self.grad_accum * self.context_len >= 2**_STEP_TOKENS_POWER:
             raise ConfigError(
                 f"batch_size={self.batch_size} * grad_accum={self.grad_accum} * "
@@ -255,7 +308,7 @@ class TrainingConfig:
                     f"{self.total_steps - 1}"
                 )
         try:
-            check_heads(self.d_model, self.num_heads)
+            ModelConfig.of_settings(vars(self))
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

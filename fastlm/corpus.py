@@ -24,6 +24,7 @@ from fastlm.data.text import TextFile
 from fastlm.errors import DataError, OutputError
 from fastlm.prepare import data_fingerprint, prepare
 
+VOCAB_SIZE = 4096  # of its tokenizer
 VAL_FRACTION = 0.05
 # Goes into the cache's key: count up when the same files would be prepared in another way.
 RECIPE = 1
@@ -41,7 +42,7 @@ MIN_BYTES = 1_000_000
 _USE_DATA = "prepare text of your own with python -m fastlm.prepare and pass it with --data DIR"
 
 
-def default_corpus(vocab_size: int = 4096, *, log: Callable[[str], object] = print) -> Path:
+def default_corpus(vocab_size: int = VOCAB_SIZE, *, log: Callable[[str], object] = print) -> Path:
     """A directory with the standard library as token files: from the cache, or prepared now.
 
     The cache is `$XDG_CACHE_HOME/fastlm` or `~/.cache/fastlm`. Its key covers the files' names and

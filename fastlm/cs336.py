@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from fastlm.checkpoint import load_checkpoint, save_checkpoint
 from fastlm.model import Attention, Block, RMSNorm, SwiGLU, TransformerLM, apply_rope, rope_tables
+from fastlm.model_config import ModelConfig
 from fastlm.ops.cross_entropy import cross_entropy_loss
 from fastlm.ops.gather_batch import get_batch
 from fastlm.optim import AdamW, clip_gradients
@@ -139,7 +140,8 @@ def _attention(
 ) -> Tensor:
     names = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "output_proj.weight")
     parameters = dict(zip(names, weights, strict=True))
-    return functional_call(Attention(d_model, num_heads, 0.0), parameters, (x, cos, sin))
+    attention = Attention(ModelConfig(1, d_model, num_heads, 1, x.shape[-2]))
+    return functional_call(attention, parameters, (x, cos, sin))
 
 
 def run_transformer_block(
@@ -153,7 +155,7 @@ def run_transformer_block(
 ) -> Tensor:
     cos, sin = rope_tables(max_seq_len, d_model // num_heads, theta)
     T = in_features.shape[-2]
-    block = Block(d_model, num_heads, d_ff, dropout=0.0)
+    block = Block(ModelConfig(1, d_model, num_heads, 1, max_seq_len, d_ff))
     return functional_call(block, dict(weights), (in_features, cos[:T], sin[:T]))
 
 

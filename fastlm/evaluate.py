@@ -5,7 +5,7 @@ Nothing here draws a random number, so evaluating changes nothing of the trainin
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.config import TrainingConfig
+from fastlm.data.files import Data
 from fastlm.data.loader import all_batches, spread_batches
 from fastlm.data.progress import progress
 from fastlm.hardware import autocast, select_device, select_dtype
@@ -158,6 +159,47 @@ def loss_over_all(
     ) as on_targets:
         total, targets = _loss_sum(loss, batches, world, on_targets)
     return Evaluation(total / targets, targets, of_targets)
+
+
+def loss_over_sets(
+    loss: LossFunction,
+    data: Data,
+    batch_size: int,
+    context_len: int,
+    device: torch.device,
+    *,
+    max_targets: int = 0,
+    world: World = ALONE,
+) -> dict[str, Evaluation]:
+    """loss_over_all of each validation set by name; of the only one under ''. Named sets share
+    `max_targets` evenly."""
+    sets = data.val_sets or {"": data.val}
+    most = -(-max_targets // len(sets))
+    return {
+        name: loss_over_all(
+            loss, dataset, batch_size, context_len, device, max_targets=most, world=world
+        )
+        for name, dataset in sets.items()
+    }
+
+
+def mean_of_sets(found: Mapping[str, Evaluation]) -> Evaluation:
+    """The validation loss of several sets: the mean of theirs, each counting the same."""
+    return Evaluation(
+        sum(one.loss for one in found.values()) / len(found),
+        sum(one.targets for one in found.values()),
+        sum(one.of_targets for one in found.values()),
+    )
+
+
+def describe_sets(found: Mapping[str, Evaluation], data: Data) -> dict[str, str]:
+    """What to say of each named set: its loss, bits/byte where its text is known, the extent."""
+    said = {}
+    for name in data.val_sets:
+        one, size = found[name], data.val_set_bytes.get(name)
+        bpb = f", {bits_per_byte(one.loss, one.of_targets, size):.4f} bits/byte" if size else ""
+        said[name] = f"loss {one.loss:.4f} nats/token{bpb}, {one.extent}"
+    return said
 
 
 def bits_per_byte(mean_nats: float, targets: int, num_bytes: int) -> float:

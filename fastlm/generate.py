@@ -7,21 +7,19 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fastlm.checkpoint import newest_readable, read_checkpoint, restore_model
 from fastlm.data.text import END_OF_TEXT
 from fastlm.data.tokenizer import encode_batch, encoding_plain_text
-from fastlm.errors import CheckpointError, ConfigError, run_command
+from fastlm.errors import ConfigError, run_command
 from fastlm.evaluate import evaluating
 from fastlm.hardware import select_device
 from fastlm.model import KVCache, TransformerLM
-from fastlm.model_interface import check_model_class, model_class
-from fastlm.parallel.commit import is_sharded
+from fastlm.model_interface import model_class
+from fastlm.pretrained import load_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -196,38 +194,12 @@ def encode_prompt(tokenizer: "Tokenizer", prompt: str) -> list[int]:
     return first
 
 
-def load_model(
-    ckpt: str | Path, device: torch.device | str
-) -> tuple[TransformerLM, dict[str, Any]]:
-    """(model in eval mode, checkpoint content) of a checkpoint of the trainer, or a run."""
-    path = Path(ckpt)
-    if path.is_dir() and not is_sharded(path):
-        directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        path, payload = newest_readable(directory)
-    else:
-        payload = read_checkpoint(path)
-    check_model_class(payload, path)
-    config = payload.get("config")
-    sizes = ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "rope_theta")
-    needed = {*sizes, "context_len", "tie_embeddings"}
-    if not isinstance(config, dict) or not needed <= config.keys():  # nanoGPT's has other names
-        raise CheckpointError(f"{path}: holds no model config; it was not written by fastlm.train")
-    model = TransformerLM(
-        **{name: config[name] for name in sizes},
-        max_seq_len=config["context_len"],
-        tie_embeddings=config["tie_embeddings"],
-        qk_norm=config.get("qk_norm", False),  # older checkpoints have none
-    )
-    restore_model(model, payload)
-    return model.to(device).eval(), payload
-
-
 @dataclass
 class GenerateArguments:
     """Sample text from a checkpoint of fastlm.train."""
 
     ckpt: str
-    """A checkpoint, or a run's directory (its newest checkpoint)."""
+    """A checkpoint, a run's directory (its newest checkpoint), or a directory of transformers."""
     prompt: str = ""
     """Text to continue. Empty: a new document."""
     max_new_tokens: int = 200

@@ -85,6 +85,13 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, in use or not. 0: a device that shares the machine's."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def _cpu_info(field: str) -> str:
     """A field of Linux's /proc/cpuinfo for the first core; "" if there is none."""
     try:
@@ -179,6 +186,15 @@ def back_heap_with_huge_pages() -> int:
     return asked
 
 
+def _compilers() -> list[str]:
+    return [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler that torch.compile would take."""
+    return next((name for name in _compilers() if shutil.which(name)), None)
+
+
 def check_compiler(device: torch.device) -> None:
     """Raises CompileError, saying what to install, if torch.compile cannot work on `device`."""
     if device.type == "mps":
@@ -191,11 +207,10 @@ def check_compiler(device: torch.device) -> None:
                 f"--compile needs Triton on a GPU and it cannot be imported ({error}); install it "
                 f"(pip install triton), or drop --compile"
             ) from error
-    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    if not any(shutil.which(compiler) for compiler in compilers):
+    if cxx_compiler() is None:
         raise CompileError(
-            f"--compile needs a C++ compiler and none was found ({', '.join(compilers)}); install "
-            f"one (Debian, Ubuntu: apt-get install g++), or drop --compile"
+            f"--compile needs a C++ compiler and none was found ({', '.join(_compilers())}); "
+            f"install one (Debian, Ubuntu: apt-get install g++), or drop --compile"
         )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
@@ -250,6 +265,49 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, seconds: float =
     return best
 
 
+def copy_rate(device: torch.device, *, seconds: float = 0.3) -> float:
+    """Bytes per second, read and written, of a copy far larger than any cache, measured now."""
+    count = (256 << 20) if device.type == "cuda" else (32 << 20)
+    source = torch.zeros(count, device=device)
+    target = torch.zeros(count, device=device)
+    calls, best, deadline = 1 if device.type == "cpu" else 10, 0.0, time.perf_counter() + seconds
+    while True:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            target.copy_(source)
+        synchronize(device)
+        elapsed = time.perf_counter() - start
+        best = max(best, calls * 2 * source.nbytes / elapsed)
+        if time.perf_counter() > deadline:
+            return best
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a process may still have on `device`; None: not known.
+
+    On Linux what the kernel calls available, and no more than its control group (a container's
+    limit) has left.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, now = (Path("/sys/fs/cgroup", name).read_text().strip() for name in (limit, used))
+            free.append(int(most) - int(now))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return min(free, default=None)
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done all that was queued."""
     if device.type == "cuda":
@@ -275,14 +333,15 @@ class PeakMemory:
     def sample(self) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
-        elif (now := _anonymous_bytes()) is not None:
+        elif (now := allocated_bytes()) is not None:
             self.what = "allocated by the process"
             self.bytes = max(now, self.bytes or 0)
         else:
             self.bytes = _peak_of_process()
 
 
-def _anonymous_bytes() -> int | None:
+def allocated_bytes() -> int | None:
+    """What this process has allocated in the host's memory; None where Linux does not tell."""
     try:
         status = Path("/proc/self/status").read_bytes()
     except OSError:

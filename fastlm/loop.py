@@ -23,20 +23,21 @@ from fastlm.data.sampler import SAMPLER_VERSION
 from fastlm.errors import DivergedError
 from fastlm.evaluate import LossFunction, evaluating, mean_loss
 from fastlm.hardware import PeakMemory
+from fastlm.model import training_flops_per_token
 from fastlm.model_interface import model_class
 from fastlm.ops.cross_entropy import check_labels
 from fastlm.parallel.world import World
 from fastlm.run.commands import resume_command
 from fastlm.run.directory import RunDirectory
 from fastlm.run.environment import environment
-from fastlm.run.finish import finish
+from fastlm.run.finish import finish, sample
 from fastlm.run.guard import GuardWatch
 from fastlm.run.log import NoLog, RunLog
 from fastlm.run.output import Missing
 from fastlm.run.profiler import StepProfiler, parse_span
 from fastlm.run.saver import Saver, writer_for
 from fastlm.run.signals import Stopped, StopSignals
-from fastlm.run.summary import Clock
+from fastlm.run.summary import Clock, measured_ceiling
 from fastlm.schedule import learning_rate
 from fastlm.step import TrainStep, graphs_compiled
 
@@ -76,6 +77,14 @@ class Run:
             resuming=bool(cfg.ckpt_path_to_resume),
             start_step=start_step, total_steps=cfg.total_steps,
         )  # fmt: skip
+        self.log.track(cfg, directory.run_id)
+        self.flops_per_token = training_flops_per_token(runner.model, cfg.context_len)
+        # It takes two seconds, which only who watches the MFU waits for.
+        self.ceiling: float | None = (
+            self.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))
+            if cfg.track
+            else None
+        )
         self.log.metrics("start", step=start_step, config=asdict(cfg), data=data.fingerprint)
         resumed = None if cfg.ckpt_path_to_resume is None else Path(cfg.ckpt_path_to_resume)
         self.saver = Saver(
@@ -152,6 +161,7 @@ class Run:
         # One process leaves a step at a micro-batch; several agree behind the step.
         alone = self.world.size == 1
         leaves = (lambda: self.stop.requested) if alone else (lambda: False)
+        self.runner.step_loader.waited = 0.0  # what the warm-up has waited does not count
         self.clock.start()
         while self.completed < cfg.total_steps:
             step, lr = self.completed, learning_rate(self.completed, cfg)
@@ -180,6 +190,11 @@ class Run:
                 break
             if self._is_evaluated(step):
                 self._validate(step)
+            every = cfg.sample_every
+            if every > 0 and step > 0 and step % every == 0 and not last:
+                self.clock.pause()
+                sample(self, step)
+                self.clock.start()
         self.clock.pause()
 
     def _wishes(self) -> tuple[int, int, int]:
@@ -226,6 +241,12 @@ class Run:
         check_labels()
         seconds = self.clock.seconds - self._window_begin
         norm = self.runner.optimizer.last_grad_norm
+        tokens_per_second = self._window_steps * self.runner.tokens / seconds
+        self.memory.sample()
+        known = {}
+        if self.ceiling is not None:
+            flops = tokens_per_second * self.flops_per_token
+            known["mfu"] = round(flops / self.ceiling / self.world.size, 4)
         self.log.train(
             step,
             loss=float(loss),
@@ -233,10 +254,13 @@ class Run:
             lr=lr,
             grad_norm=float("nan") if norm is None else float(norm),
             steps_per_second=self._window_steps / seconds,
-            tokens_per_second=self._window_steps * self.runner.tokens / seconds,
+            tokens_per_second=tokens_per_second,
+            tokens=self.samples_seen * self.cfg.context_len,
+            seconds=round(self.clock.all_seconds, 3),  # in steps
+            memory_bytes=self.memory.bytes,
+            **known,
         )
         self._begin_window()
-        self.memory.sample()
 
     def _begin_window(self) -> None:
         self._window_loss.zero_()
@@ -345,15 +369,18 @@ class Run:
         return self.stop.interruptible(summed) if self.world.size == 1 else summed
 
     def _validate(self, step: int) -> None:
-        """The mean loss on the fixed batches. Left between two of them at a signal; the resumed run
-        does it then."""
+        """The mean loss on the fixed batches of each validation set, and the mean of the sets. Left
+        between two batches at a signal; the resumed run does it then."""
         self.clock.pause()
         cfg, runner = self.cfg, self.runner
-        batches = spread_batches(
-            self.data.val, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
-        )
+        losses = {}
         with contextlib.suppress(Stopped), evaluating(runner.model):
-            val_loss = mean_loss(self.summed, batches, self.world)
+            for name, dataset in (self.data.val_sets or {"": self.data.val}).items():
+                batches = spread_batches(
+                    dataset, cfg.batch_size, cfg.context_len, cfg.eval_batches, runner.device
+                )
+                losses[name] = mean_loss(self.summed, batches, self.world)
+            val_loss = sum(losses.values()) / len(losses)
             self.saver.evaluated(val_loss)
-            self.log.val(step, val_loss)
+            self.log.val(step, val_loss, losses if self.data.val_sets else {})
         self.clock.start()

@@ -1,12 +1,15 @@
-"""TransformerLM: a pre-norm decoder with RMSNorm, RoPE and SwiGLU, no biases.
+"""TransformerLM: a pre-norm decoder with RMSNorm, RoPE and SwiGLU.
 
-Parameter names and mathematics are those of the CS336 assignment-1 model, so its state dicts load.
-Shapes: B batch, T positions, D model width, H heads, d = D / H, F feed-forward width, V vocabulary.
+Parameter names and mathematics are those of the CS336 assignment-1 model, so its state dicts load;
+ModelConfig's further fields make it a model of the Llama family (model_config.py).
+Shapes: B batch, T positions, D model width, H heads, H_kv heads of keys and values, d head width,
+F feed-forward width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlm.kernels.collect import is_dtensor
+from fastlm.model_config import ModelConfig
 from fastlm.ops.causal_attention import apply_rope, causal_attention
+from fastlm.ops.dispatch import compute_dtype
 
 
 class RMSNorm(nn.Module):
@@ -31,10 +36,25 @@ class RMSNorm(nn.Module):
         return (wide * scale * self.weight).to(x.dtype)
 
 
-def rope_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of position * theta^(-2i/d), fp32, (max_seq_len, d/2) each (arXiv:2104.09864)."""
+def rope_tables(
+    max_seq_len: int,
+    head_dim: int,
+    theta: float,
+    scaling: tuple[float, float, float, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of position * theta^(-2i/d), fp32, (max_seq_len, d/2) each (arXiv:2104.09864).
+
+    scaling: ModelConfig.rope_scaling. What turns high_freq_factor times or more within the length
+    before keeps its frequency; low_freq_factor times or less, it turns `factor` times slower;
+    between them both are mixed.
+    """
     wide = dict(dtype=torch.float64, device="cpu")  # not every device has float64
     frequencies = theta ** (-torch.arange(0, head_dim, 2, **wide) / head_dim)
+    if scaling is not None:
+        factor, low, high, length_before = scaling
+        turns = frequencies * length_before / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = torch.outer(torch.arange(max_seq_len, **wide), frequencies)
     return angles.cos().float(), angles.sin().float()
 
@@ -46,14 +66,14 @@ def _unit_rms(x: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, in generation: (B, H, max_seq_len, d) each."""
+    """Keys and values of the positions seen so far: (B, H_kv, max_seq_len, d) each."""
 
     def __init__(self):
         self.length = 0  # positions filled in every layer
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
-        """Appends k, v: (B, H, T, d) and returns those of all positions: (B, H, length + T, d)."""
+        """Appends k, v: (B, H_kv, T, d); returns all positions': (B, H_kv, length + T, d)."""
         if layer not in self._layers:
             shape = (*k.shape[:-2], max_seq_len, k.shape[-1])
             self._layers[layer] = (k.new_empty(shape), v.new_empty(shape))
@@ -65,21 +85,41 @@ class KVCache:
         return filled[0], filled[1]
 
 
+def _products(x: Tensor, layers: Sequence[nn.Linear], joint: bool) -> Sequence[Tensor]:
+    """Each layer's output for x: (..., D). joint: by one matmul with their weights end to end,
+    which are joined at each call, so that parameters and their state stay as they are."""
+    if not joint:
+        return [layer(x) for layer in layers]
+    dtype = compute_dtype(x)  # cast before they are joined: compiled, that is one pass
+    weight = torch.cat([layer.weight.to(dtype) for layer in layers])
+    bias = None
+    if layers[0].bias is not None:
+        bias = torch.cat([layer.bias.to(dtype) for layer in layers])
+    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention with rotary positions.
 
     By causal_attention; with dropout of the attention weights, in training, by PyTorch's SDPA.
-
-    qk_norm: each head's query and key are divided by their root mean square (arXiv:2010.04245).
     """
 
-    def __init__(self, d_model: int, num_heads: int, dropout: float, qk_norm: bool = False):
+    joint = False  # one matmul for queries, keys and values
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.num_heads, self.dropout, self.qk_norm = num_heads, dropout, qk_norm
-        self.q_proj = nn.Linear(d_model, d_model, bias=False)
-        self.k_proj = nn.Linear(d_model, d_model, bias=False)
-        self.v_proj = nn.Linear(d_model, d_model, bias=False)
-        self.output_proj = nn.Linear(d_model, d_model, bias=False)
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.dropout, self.qk_norm = config.dropout, config.qk_norm
+        width, kv_width = (n * self.head_dim for n in (config.num_heads, config.num_kv_heads))
+        self.q_proj = nn.Linear(config.d_model, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.output_proj = nn.Linear(width, config.d_model, bias=False)
+        if config.qk_norm_weight:
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+        else:
+            self.q_norm = self.k_norm = _unit_rms
 
     def forward(
         self,
@@ -87,26 +127,33 @@ class Attention(nn.Module):
         cos: Tensor,  # (T, d/2) fp32, or one for each sequence: (B, 1, T, d/2)
         sin: Tensor,  # as cos
         cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        mask: Tensor | None = None,  # (B, 1, T, T) bool, of document_mask
     ) -> Tensor:  # (B, T, D)
         dropout_p = self.dropout if self.training else 0.0
 
-        def heads(y: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, d)
-            return y.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
+        def heads(y: Tensor) -> Tensor:  # (B, T, H * d) -> (B, H, T, d), or H_kv in place of H
+            return y.unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
 
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = map(heads, _products(x, (self.q_proj, self.k_proj, self.v_proj), self.joint))
         if self.qk_norm:  # before the rotation, which changes no length
-            q, k = _unit_rms(q), _unit_rms(k)
+            q, k = self.q_norm(q), self.k_norm(k)
         rope = (cos, sin)
-        if cache is not None or cos.dim() > 2:
+        if cache is not None or cos.dim() > 2 or mask is not None:
             q, k, rope = apply_rope(q, cos, sin), apply_rope(k, cos, sin), None
         if cache is not None:
             k, v = cache(k, v)
-        y = causal_attention(q, k, v, rope=rope, dropout_p=dropout_p)
+        if mask is None:
+            y = causal_attention(q, k, v, rope=rope, dropout_p=dropout_p)
+        else:
+            groups = {"enable_gqa": True} if q.shape[-3] != k.shape[-3] else {}
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **groups)
         return self.output_proj(y.transpose(-3, -2).flatten(-2))
 
 
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) (arXiv:2002.05202)."""
+
+    joint = False  # one matmul for w1 and w3
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -115,36 +162,36 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(d_model, d_ff, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, value = _products(x, (self.w1, self.w3), self.joint)
+        return self.w2(F.silu(gate) * value)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(
-        self, d_model: int, num_heads: int, d_ff: int, dropout: float, qk_norm: bool = False
-    ):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.ln1 = RMSNorm(d_model)
-        self.attn = Attention(d_model, num_heads, dropout, qk_norm)
-        self.ln2 = RMSNorm(d_model)
-        self.ffn = SwiGLU(d_model, d_ff)
-        self.drop = nn.Dropout(dropout)
+        self.ln1 = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config)
+        self.ln2 = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = SwiGLU(config.d_model, config.d_ff)
+        self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None) -> Tensor:
-        x = x + self.drop(self.attn(self.ln1(x), cos, sin, cache))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, mask=None) -> Tensor:
+        x = x + self.drop(self.attn(self.ln1(x), cos, sin, cache, mask))
         return x + self.drop(self.ffn(self.ln2(x)))
 
 
 class TransformerLM(nn.Module):
     """Token ids (B, T) to logits (B, T, V).
 
-    d_ff: default 8/3 * d_model rounded up to a multiple of 64. dropout: on the embedding, the
-    attention weights and both residual branches, in training mode only. qk_norm: queries and keys
-    of unit root mean square, which high learning rates want. activation_checkpointing: recompute
-    each block in backward instead of keeping its activations.
+    options: ModelConfig's further fields, as tie_embeddings, dropout, num_kv_heads or qk_norm;
+    from_config takes all of them as an object, and `config` is that object.
     Raises ValueError if d_model is not divisible by num_heads or the head is of odd width.
     """
+
+    # Under autocast the residual stream has the matmuls' dtype, too. Else it is float32.
+    residual_follows_autocast = False
 
     def __init__(
         self,
@@ -155,35 +202,36 @@ class TransformerLM(nn.Module):
         max_seq_len: int,
         d_ff: int | None = None,
         rope_theta: float = 10000.0,
-        *,
-        tie_embeddings: bool = False,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        activation_checkpointing: bool = False,
+        **options: Any,
     ):
         super().__init__()
-        check_heads(d_model, num_heads)
-        d_ff = default_d_ff(d_model) if d_ff is None else d_ff
+        config = self.config = ModelConfig(
+            vocab_size, d_model, num_heads, num_layers, max_seq_len, d_ff, rope_theta, **options
+        )
         self.max_seq_len = max_seq_len
-        self.rope_theta = rope_theta
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing = config.activation_checkpointing
+        # The token that ends a document: set, no query sees the documents before its own.
+        self.document_end: int | None = None
         device = torch.get_default_device()
         with torch.device("meta"):  # layers draw weights of their own, which would be in vain
             self.token_embeddings = nn.Embedding(vocab_size, d_model)
-            self.drop = nn.Dropout(dropout)
-            self.layers = nn.ModuleList(
-                Block(d_model, num_heads, d_ff, dropout, qk_norm) for _ in range(num_layers)
-            )
-            self.ln_final = RMSNorm(d_model)
+            self.drop = nn.Dropout(config.dropout)
+            self.layers = nn.ModuleList(Block(config) for _ in range(num_layers))
+            self.ln_final = RMSNorm(d_model, config.norm_eps)
             self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
-            table = torch.empty(max_seq_len, d_model // num_heads // 2, dtype=torch.float32)
+            table = torch.empty(max_seq_len, config.head_dim // 2, dtype=torch.float32)
             self.register_buffer("rope_cos", table, persistent=False)
             self.register_buffer("rope_sin", torch.empty_like(table), persistent=False)
-        if tie_embeddings:
+        if config.tie_embeddings:
             self.lm_head.weight = self.token_embeddings.weight
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights()
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> "TransformerLM":
+        """A new model of this architecture, its weights drawn as the constructor draws them."""
+        return cls(**vars(config))
 
     def init_weights(self) -> None:
         """Draws all weights from torch's CPU generator, and computes the rotary tables.
@@ -214,6 +262,8 @@ class TransformerLM(nn.Module):
                 if name.endswith(("output_proj", "w2")):
                     std /= math.sqrt(2 * len(self.layers))
                 _draw_normal(module.weight, std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         _draw_normal(embedding, 1 / math.sqrt(embedding.shape[1]) if head is embedding else 1.0)
         self.init_rope()
 
@@ -222,8 +272,10 @@ class TransformerLM(nn.Module):
 
         Between to_empty and load_state_dict this is enough; no weight need be drawn.
         """
-        head_dim = 2 * self.rope_cos.shape[1]
-        tables = rope_tables(self.max_seq_len, head_dim, self.rope_theta)
+        config = self.config
+        tables = rope_tables(
+            self.max_seq_len, config.head_dim, config.rope_theta, config.rope_scaling
+        )
         for buffer, table in zip((self.rope_cos, self.rope_sin), tables, strict=True):
             buffer.copy_(table)
 
@@ -248,17 +300,31 @@ class TransformerLM(nn.Module):
             raise ValueError(f"{end} positions: this model was built for {self.max_seq_len}")
         # In fp32 also in a model of another dtype.
         cos, sin = self.rope_cos[begin:end].float(), self.rope_sin[begin:end].float()
-        x = self.drop(self.token_embeddings(tokens))
+        ends = self.document_end
+        mask = document_mask(tokens, ends) if ends is not None and cache is None else None
+        x = self.token_embeddings(tokens)
+        x = self.drop(x.to(compute_dtype(x)) if self.residual_follows_autocast else x)
         for index, layer in enumerate(self.layers):
             if cache is not None:
                 x = layer(x, cos, sin, partial(cache.extend, index, max_seq_len=self.max_seq_len))
             elif self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, None, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin)
+                x = layer(x, cos, sin, None, mask)
         if cache is not None:
             cache.length = end
         return self.ln_final(x)
+
+
+def document_mask(tokens: Tensor, document_end: int) -> Tensor:  # (B, T) ids
+    """Which keys a query sees: (B, 1, T, T) bool, those of its own document up to itself.
+
+    The token that ends a document belongs to it.
+    """
+    ends = (tokens == document_end).long()
+    document = ends.cumsum(-1) - ends
+    same = document.unsqueeze(-1) == document.unsqueeze(-2)
+    return same.tril().unsqueeze(-3)
 
 
 @torch.no_grad()
@@ -275,40 +341,26 @@ def _draw_normal(parameter: Tensor, std: float) -> None:
     parameter.copy_(values)
 
 
-def check_heads(d_model: int, num_heads: int) -> None:
-    """Raises ValueError if the heads' width is not whole and even (RoPE rotates pairs)."""
-    if num_heads < 1 or d_model % num_heads:
-        raise ValueError(f"d_model={d_model} is not divisible by num_heads={num_heads}")
-    if d_model // num_heads % 2:
-        raise ValueError(
-            f"d_model={d_model} over num_heads={num_heads} gives heads of {d_model // num_heads}; "
-            f"RoPE rotates pairs and needs an even width"
-        )
-
-
-def default_d_ff(d_model: int) -> int:
-    """8/3 * d_model, rounded up to a multiple of 64."""
-    return -(-int(8 / 3 * d_model) // 64) * 64
-
-
 def count_parameters(model: nn.Module) -> int:
     """Trainable parameters; shared ones count once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def training_flops_per_token(model: nn.Module, context_len: int) -> int:
-    """FLOPs of forward and backward per token: 6 * matmul weights + 6 * layers * T * D.
+    """FLOPs of forward and backward per token: 6 * matmul weights + 6 * layers * T * H * d.
 
     Two per weight and token forward, twice that backward; the second term is causal attention,
-    4 * T * D a layer and token forward, halved by the mask. The embedding lookup is no matmul; the
-    output head is, tied or not. (Kaplan et al., arXiv:2001.08361, Table 1, with the causal half.)
+    4 * T * H * d a layer and token forward, halved by the mask. The embedding lookup is no matmul;
+    the output head is, tied or not. (Kaplan et al., arXiv:2001.08361, Table 1, with the causal
+    half.)
 
     Of another model than TransformerLM: 6 * the parameters that are not only looked up in an
     nn.Embedding. Its attention is not known and left out, so the model FLOPs and the MFU are low.
     """
     if isinstance(model, TransformerLM):
         weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-        return 6 * weights + 6 * len(model.layers) * context_len * model.lm_head.in_features
+        width = model.config.num_heads * model.config.head_dim
+        return 6 * weights + 6 * len(model.layers) * context_len * width
     modules = list(model.modules())
     looked_up = {m.weight for m in modules if isinstance(m, nn.Embedding)}
     looked_up -= {m.weight for m in modules if isinstance(m, nn.Linear)}  # tied
@@ -318,5 +370,5 @@ def training_flops_per_token(model: nn.Module, context_len: int) -> int:
 def flop_formula(model: nn.Module) -> str:
     """What training_flops_per_token has counted, in words."""
     if isinstance(model, TransformerLM):
-        return "6 * matmul weights + 6 * layers * context_len * d_model"
+        return "6 * matmul weights + 6 * layers * context_len * num_heads * head_dim"
     return "6 * parameters outside embeddings; attention not counted"

@@ -11,6 +11,7 @@ forward: (B, T) token ids to (B, T, V) logits, V at least the vocabulary. All el
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ from fastlm.evaluate import evaluating
 from fastlm.foreign_state import first_line
 from fastlm.hardware import autocast, is_out_of_memory, select_device, select_dtype
 from fastlm.model import TransformerLM
+from fastlm.model_config import ModelConfig
 
 # Settings of TransformerLM that a caller would miss in a model of his own.
-_OF_OUR_MODEL = dict.fromkeys(("tie_embeddings", "qk_norm", "activation_checkpointing"), False) | {
-    "dropout": 0.0
-}
+_OF_OUR_MODEL = (
+    "num_kv_heads", "head_dim", "rope_scaling", "norm_eps", "qkv_bias", "qk_norm", "qk_norm_weight",
+    "tie_embeddings", "dropout", "activation_checkpointing", "joint_projections", "residual_dtype",
+)  # fmt: skip
 
 
 def prepare_model(model: nn.Module, cfg: TrainingConfig) -> nn.Module:
@@ -49,8 +52,8 @@ def prepare_model(model: nn.Module, cfg: TrainingConfig) -> nn.Module:
     if model_class(model) is None:
         _check_settings(model, cfg)
     else:
-        for name, default in _OF_OUR_MODEL.items():
-            if getattr(cfg, name) != default:
+        for name in _OF_OUR_MODEL:
+            if getattr(cfg, name) != getattr(TrainingConfig, name):
                 raise ConfigError(
                     f"{name}={getattr(cfg, name)}: it is a setting of TransformerLM and does "
                     f"nothing for a model of your own; set it there, and leave it out here"
@@ -95,8 +98,9 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in inside.values() if p.ndim == 2 and p.requires_grad and id(p) not in tables]
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compiles each of the model's blocks in place: names in its state dict do not change.
+def compile_blocks(model: nn.Module, mode: str | None = None) -> None:
+    """Compiles each of the model's blocks in place, in torch.compile's `mode`: names in its state
+    dict do not change.
 
     Blocks of one kind share their graphs, so compiling takes as long for 48 as for 2. Call it
     before the blocks are sharded. Raises ConfigError for a model without an nn.ModuleList.
@@ -108,7 +112,7 @@ def compile_blocks(model: nn.Module) -> None:
             f"could be compiled one by one; use compile_scope='model'"
         )
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, mode=mode)
 
 
 def describe_model(model: nn.Module) -> str:
@@ -116,10 +120,11 @@ def describe_model(model: nn.Module) -> str:
     if model_class(model) is not None:
         head = "head and loss in one" if has_fused_head(model) else "loss over its logits"
         return f"{model_class(model)}, {head}"
-    vocab_size, d_model = model.token_embeddings.weight.shape
+    c = model.config
+    shared = f" ({c.num_kv_heads} of keys)" if c.num_kv_heads != c.num_heads else ""
     return (
-        f"{len(model.layers)} layers, d_model {d_model}, {model.layers[0].attn.num_heads} heads, "
-        f"vocabulary {vocab_size}"
+        f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads{shared}, "
+        f"vocabulary {c.vocab_size}"
     )
 
 
@@ -144,24 +149,12 @@ def check_model_class(payload: dict[str, Any], path: Any, model: nn.Module | Non
 
 
 def _check_settings(model: TransformerLM, cfg: TrainingConfig) -> None:
-    vocab_size, d_model = model.token_embeddings.weight.shape
-    layer = model.layers[0]
-    described = {
-        "vocab_size": vocab_size,
-        "d_model": d_model,
-        "num_layers": len(model.layers),
-        "num_heads": layer.attn.num_heads,
-        "d_ff": layer.ffn.w1.out_features,
-        "context_len": model.max_seq_len,
-        "rope_theta": model.rope_theta,
-        "tie_embeddings": model.lm_head.weight is model.token_embeddings.weight,
-        "dropout": model.drop.p,
-        "qk_norm": layer.attn.qk_norm,
-        "activation_checkpointing": model.activation_checkpointing,
-    }
+    is_tied = model.lm_head.weight is model.token_embeddings.weight  # its owner may have changed it
+    described = replace(model.config, tie_embeddings=is_tied).settings()
+    asked = ModelConfig.of_settings(vars(cfg)).settings()
     for name, value in described.items():
-        if getattr(cfg, name) != value:
-            raise ConfigError(f"{name}={getattr(cfg, name)}: the model handed over has {value}")
+        if asked[name] != value:
+            raise ConfigError(f"{name}={asked[name]}: the model handed over has {value}")
 
 
 def _check_forward(model: nn.Module, cfg: TrainingConfig, device: torch.device) -> None:
@@ -182,6 +175,11 @@ def _check_forward(model: nn.Module, cfg: TrainingConfig, device: torch.device) 
                 f"could not be labels; enlarge its head, or lower vocab_size"
             )
         if not has_fused_head(model):
+            if cfg.fp8_head:
+                raise ConfigError(
+                    "fp8_head: the model has no hidden() and nn.Linear lm_head, by which head and "
+                    "loss are one op; add them, or leave it out"
+                )
             return
         hidden = _called("hidden", model.hidden, x)
         _check_output("hidden", hidden, (B, T), model.lm_head.in_features, "D")

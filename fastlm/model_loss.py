@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastlm.config import TrainingConfig
 from fastlm.hardware import autocast, check_compiler, select_dtype
+from fastlm.model import TransformerLM
 from fastlm.model_interface import compile_blocks, has_fused_head
 from fastlm.ops.cross_entropy import cross_entropy_loss
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy_loss
@@ -24,15 +25,22 @@ class ModelLoss(nn.Module):
         super().__init__()
         self.model, self.device = model, device
         self.dtype = select_dtype(cfg.dtype, device)
-        self.is_fused = has_fused_head(model)
+        self.is_fused, self.fp8_head = has_fused_head(model), cfg.fp8_head
+        if isinstance(model, TransformerLM):
+            narrow = device.type == "cuda" and self.dtype == torch.bfloat16
+            narrow = narrow if cfg.residual_dtype == "auto" else cfg.residual_dtype == "bfloat16"
+            model.residual_follows_autocast = narrow
+            for layer in model.layers:
+                layer.attn.joint = layer.ffn.joint = cfg.joint_projections
         self._output = self._model_output
         if cfg.compile:
             check_compiler(device)
+            mode = None if cfg.compile_mode == "default" else cfg.compile_mode
             # Shapes are fixed: a graph for each mode, and no recompilation for a changed size.
             if cfg.compile_scope == "block":
-                compile_blocks(model)
+                compile_blocks(model, mode)
             else:
-                self._output = torch.compile(self._model_output, dynamic=False)
+                self._output = torch.compile(self._model_output, dynamic=False, mode=mode)
 
     def forward(
         self, x: Tensor, y: Tensor, num_items: Tensor | int | None = None, *, summed: bool = False
@@ -47,8 +55,8 @@ class ModelLoss(nn.Module):
         output = self._output(x)
         if not self.is_fused:
             return cross_entropy_loss(output, y, **options)
-        head = self.model.lm_head
-        return linear_cross_entropy_loss(output, head.weight, y, bias=head.bias, **options)
+        head, fp8 = self.model.lm_head, self.fp8_head and self.model.training
+        return linear_cross_entropy_loss(output, head.weight, y, bias=head.bias, fp8=fp8, **options)
 
     def summed(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y: (B, T) -> sum of the targets' losses in nats, fp32."""

@@ -232,18 +232,25 @@ def _update_matrices(
 ) -> None:
     """The formula at the file's top, for many matrices at once. Nothing waits for the device."""
     momentum, lr = group["momentum"], group["lr"]
+    keep = momentum
     rows, columns = params[0].shape
-    old = torch.stack(buffers)
-    grads = torch.stack([p.grad for p in params]).to(old.dtype).mul_(factor)
-    new = old.lerp(grads, 1 - momentum)
-    update = orthogonalized(grads.lerp_(new, momentum), dtype).to(old.dtype)
-    weights = torch.stack(list(params)).to(old.dtype)
-    after = weights * (1 - lr * group["weight_decay"])
-    after -= update.mul_(lr * math.sqrt(max(1, rows / columns)))
-    if skip is not None:
-        new, after = torch.where(skip, old, new), torch.where(skip, weights, after)
-    torch._foreach_copy_(list(buffers), list(new.unbind()))
-    torch._foreach_copy_(list(params), list(after.unbind()))
+    grads = torch.stack([p.grad for p in params]).to(buffers[0].dtype)
+    grads.mul_(factor * (1 - momentum))
+    if skip is not None:  # then the momentum stays, and the rate is 0
+        grads.masked_fill_(skip, 0)
+        moves = (~skip).double()
+        keep, lr = 1 - moves * (1 - momentum), moves * lr
+    torch._foreach_mul_(buffers, keep)
+    torch._foreach_add_(buffers, list(grads.unbind()))
+    update = orthogonalized(grads.add_(torch.stack(buffers), alpha=momentum), dtype)
+    update = update.to(grads.dtype) * (lr * math.sqrt(max(1, rows / columns)))
+    decay = 1 - lr * group["weight_decay"]
+    if params[0].dtype == grads.dtype:
+        torch._foreach_mul_(params, decay)
+        torch._foreach_sub_(params, list(update.unbind()))
+    else:  # rounded once
+        for p, change in zip(params, update.unbind(), strict=True):
+            p.copy_(p.to(grads.dtype) * decay - change)
 
 
 def _clipping(

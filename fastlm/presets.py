@@ -3,13 +3,14 @@
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # 5.3 M parameters, about 4 minutes of training on two AMX cores; the default.
+    # 1.9 M parameters, four minutes of training; the default. What two cores can compute in that
+    # time is better spent on more tokens than on a wider model (bench/LOG.md, 2026-11-26).
     "demo": dict(
         batch_size=8,
         context_len=256,
         num_layers=4,
-        num_heads=4,
-        d_model=256,
+        num_heads=2,
+        d_model=128,
         train_minutes=4.0,
         log_every=20,
         eval_every=200,
@@ -55,9 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # GPT-2 124M's size and schedule (about 0.5 M tokens a step), with this model's architecture.
     "gpt2-124m": dict(
-        batch_size=16,
+        batch_size=16,  # see LARGER_BATCHES
         context_len=1024,
-        grad_accum=32,
+        tokens_per_step=524_288,
         vocab_size=50304,
         num_layers=12,
         num_heads=12,
@@ -72,3 +73,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         tie_embeddings=True,
     ),
 }
+
+# Windows in a micro-batch where the device's memory, in GiB, is at least so much: longer kernels,
+# and gradients are added up less often. By the memory that the device has, not by what is free: a
+# command means the same on the same machine every time. 64 windows of gpt2-124m take about 25 GiB
+# compiled and 50 not (counted, bench/LOG.md 2026-11-26).
+LARGER_BATCHES = {"gpt2-124m": (72, 64)}
+
+
+def preset_settings(name: str, memory_bytes: int = 0) -> dict[str, Any]:
+    """The settings of preset `name` on a device with so much memory. KeyError: there is none."""
+    settings = PRESETS[name]
+    gib, batch_size = LARGER_BATCHES.get(name, (0, 0))
+    if batch_size and memory_bytes >= gib << 30:
+        return {**settings, "batch_size": batch_size}
+    return settings

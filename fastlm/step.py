@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from fastlm.checkpoint import load_checkpoint, restore_optimizer, restore_scaler
 from fastlm.config import TrainingConfig
+from fastlm.data.files import Data
 from fastlm.data.loader import TrainLoader
 from fastlm.data.sampler import mixed
+from fastlm.data.step_loader import StepLoader
 from fastlm.errors import CompileError, ConfigError
 from fastlm.evaluate import evaluating
 from fastlm.hardware import select_device, select_dtype, synchronize
 from fastlm.kernels.collect import is_dtensor
 from fastlm.model import TransformerLM
-from fastlm.model_interface import hidden_matrices
+from fastlm.model_config import ModelConfig
+from fastlm.model_interface import hidden_matrices, model_class
 from fastlm.model_loss import ModelLoss
 from fastlm.muon import Muon
 from fastlm.optim import AdamW
@@ -92,20 +95,29 @@ def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
 def create_model(cfg: TrainingConfig, *, meta: bool = False) -> TransformerLM:
     """A new model of cfg's size on cfg.device; or, without memory, on the meta device."""
     with torch.device("meta") if meta else contextlib.nullcontext():
-        model = TransformerLM(
-            vocab_size=cfg.vocab_size,
-            d_model=cfg.d_model,
-            num_heads=cfg.num_heads,
-            num_layers=cfg.num_layers,
-            max_seq_len=cfg.context_len,
-            d_ff=cfg.d_ff,
-            rope_theta=cfg.rope_theta,
-            tie_embeddings=cfg.tie_embeddings,
-            dropout=cfg.dropout,
-            qk_norm=cfg.qk_norm,
-            activation_checkpointing=cfg.activation_checkpointing,
-        )
+        model = TransformerLM.from_config(ModelConfig.of_settings(vars(cfg)))
     return model if meta else model.to(select_device(cfg.device))
+
+
+def restart_at_documents(model: nn.Module, data: Data, cfg: TrainingConfig) -> None:
+    """cfg.doc_mask: the model's attention ends where the data's documents do.
+
+    Raises ConfigError for data that does not say which token ends one, and for models of others.
+    """
+    if not cfg.doc_mask:
+        return
+    if model_class(model) is not None:
+        raise ConfigError(
+            f"doc_mask=True: {type(model).__name__} is no TransformerLM; mask the attention in it, "
+            f"and leave doc_mask out"
+        )
+    end = data.manifest.end_of_text if data.manifest else None
+    if end is None:
+        raise ConfigError(
+            "doc_mask=True: the data has no manifest that says which token ends a document; "
+            "prepare it with python -m fastlm.prepare"
+        )
+    model.document_end = end
 
 
 class TrainStep:
@@ -122,6 +134,7 @@ class TrainStep:
     ):
         self.loss, self.wrapped, self.optimizer = loss, wrapped or loss, optimizer
         self.loader, self.world = loader, world
+        self.step_loader = StepLoader(loader, ahead=cfg.prefetch)
         self.model, self.dtype, self.device = loss.model, loss.dtype, loader.device
         self.grad_accum, self.seed = cfg.grad_accum, cfg.seed
         # In a step, on all ranks.
@@ -151,7 +164,8 @@ class TrainStep:
             first_sample + (micro * world.size + world.rank) * batch_size
             for micro in range(self.grad_accum)
         ]
-        batches = [self.loader.batch(sample) for sample in samples]
+        following = [sample + self.samples for sample in samples]
+        batches = self.step_loader.batches(samples, following)
         targets = world.sum(torch.stack([(y != IGNORED).sum() for _, y in batches]).sum())
         loss = torch.zeros((), device=self.device)
         for micro, (sample, (x, y)) in enumerate(zip(samples, batches, strict=True)):

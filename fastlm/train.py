@@ -24,11 +24,16 @@ from torch import nn
 
 from fastlm import __version__
 from fastlm.config import TrainingConfig
-from fastlm.data.dataset import as_dataset
-from fastlm.data.files import Data, check_dataset, open_data
+from fastlm.data.files import Data, open_data
 from fastlm.data.loader import TrainLoader
 from fastlm.errors import CheckpointError, ConfigError, UserError, run_command, shown
-from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
+from fastlm.evaluate import (
+    bits_per_byte,
+    describe_sets,
+    evaluating,
+    loss_over_sets,
+    mean_of_sets,
+)
 from fastlm.hardware import (
     back_heap_with_huge_pages,
     is_out_of_memory,
@@ -40,8 +45,9 @@ from fastlm.model_interface import blocks_of, prepare_model
 from fastlm.model_loss import ModelLoss
 from fastlm.parallel.world import ALONE, World, end_process
 from fastlm.parallel.wrap import wrap
+from fastlm.run.backends import backends
 from fastlm.run.directory import RunDirectory
-from fastlm.run.environment import deterministic_algorithms, differences, environment
+from fastlm.run.environment import differences, environment
 from fastlm.run.log import has_ended
 from fastlm.run.output import (
     fill_closed_descriptors,
@@ -52,8 +58,15 @@ from fastlm.run.output import (
 from fastlm.run.resume import Resumed, load_weights, read_for
 from fastlm.run.signals import StopSignals
 from fastlm.run.summary import Clock, describe
+from fastlm.run.track import check_trackers
 from fastlm.schedule import rate_jump
-from fastlm.step import TrainStep, create_model, create_optimizer, set_seed
+from fastlm.step import (
+    TrainStep,
+    create_model,
+    create_optimizer,
+    restart_at_documents,
+    set_seed,
+)
 
 
 def train_loop(
@@ -61,7 +74,8 @@ def train_loop(
 ) -> nn.Module:
     """Trains a TransformerLM under `cfg` and returns it; writes checkpoints, log and loss curve.
 
-    train_data, val_data: (n,) token ids, NumPy arrays or memory maps (load_token_dataset).
+    train_data, val_data: (n,) token ids, NumPy arrays or memory maps (load_token_dataset); val_data
+    may be a dict of several sets by name, each logged.
     model: trained instead, and returned: any nn.Module from (B, T) ids to (B, T, V) logits. With a
     method hidden(x), (B, T, D), and an nn.Linear lm_head, the head and the loss are one op, which
     saves the memory for the logits. It is moved to cfg.device; vocab_size and context_len are
@@ -78,7 +92,7 @@ def train_loop(
     model that is returned answers no longer by itself: load its weights from …_model.pt.
     """
     with surviving_output(), World.start(cfg.device) as world, rank_0_tells(world):
-        data = Data(as_dataset(train_data), as_dataset(val_data))
+        data = Data.of(train_data, val_data)
         _check_alike(data, cfg, world)
         return train(data, cfg, world=world, model=model)
 
@@ -122,7 +136,7 @@ def train(
             f"device={cfg.device!r}: several processes find each other on {world.device.type} "
             f"before they read a file of settings; give --device on the command line"
         )
-    with deterministic_algorithms(cfg.deterministic):
+    with backends(cfg, own_model=model is not None):
         if cfg.ckpt_path_to_resume and cfg.init_from:
             raise ConfigError(
                 "--resume continues a run and --init-from starts one: give one of them"
@@ -145,13 +159,10 @@ def _train(
 ) -> nn.Module:
     begin = time.perf_counter()
     device = select_device(cfg.device)
+    check_trackers(cfg.track)
     if device.type == "cpu":
         keep_freed_memory()
-    for dataset, what in ((data.train, "training"), (data.val, "validation")):
-        check = partial(
-            check_dataset, dataset, what, context_len=cfg.context_len, vocab_size=cfg.vocab_size
-        )
-        world.decide(check)  # it reads all ids, once
+    world.decide(partial(data.check, cfg.context_len, cfg.vocab_size))  # it reads all ids, once
 
     set_seed(cfg.seed)
     is_own = model is not None
@@ -160,8 +171,9 @@ def _train(
         prepare_model(model, cfg)
     else:  # a sharded one gets memory when each rank knows its part
         model = create_model(cfg, meta=is_sharded)
+    restart_at_documents(model, data, cfg)
     if world.size == 1:
-        load_weights(model, cfg, resumed, world)
+        load_weights(model, cfg, resumed, world, tokenizer=data.tokenizer_json)
     start_step = resumed.step if resumed else 0
     if resumed:
         world.together(lambda: resumed.check(data, cfg))
@@ -197,13 +209,15 @@ def _train(
             loads = resumed or cfg.init_from
             model.init_rope() if loads else model.init_weights()
         if world.size > 1:
-            load_weights(model, cfg, resumed, world, restored_later=True)
+            load_weights(
+                model, cfg, resumed, world, restored_later=True, tokenizer=data.tokenizer_json
+            )
         runner = TrainStep(loss, create_optimizer(model, cfg), loader, cfg, world, wrapped)
         describe(data, cfg, model, runner)
         if cfg.compile:
             print("[compile] compiling the training and the evaluation step ...", flush=True)
         runner.warm_up()
-        _leave_if_asked(stop, world)
+        stop.leave_together(world)
         if device.type == "cpu":
             back_heap_with_huge_pages()  # now that the heap has grown to what a step needs
         if cfg.compile:
@@ -250,20 +264,13 @@ def _restore_state(runner: TrainStep, resumed: Resumed, *, compiled: bool) -> No
     print(f"[resume] at step {resumed.step}")
 
 
-def _leave_if_asked(stop: StopSignals, world: World) -> None:
-    """A signal to one process ends them all."""
-    (signal,) = world.vote(stop.received or 0).wait()
-    stop.received = signal or None
-    stop.leave()
-
-
 def _calibrated(
     cfg: TrainingConfig, runner: TrainStep, stop: StopSignals, world: World
 ) -> TrainingConfig:
     """`cfg` with the number of steps that take cfg.train_minutes on this machine."""
     mine = runner.seconds_per_step(stop=lambda: stop.requested)
     seconds = world.decide(lambda: mine)
-    _leave_if_asked(stop, world)
+    stop.leave_together(world)
     steps = max(10, round(cfg.train_minutes * 60 / seconds / 10) * 10)
     print(
         f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about "
@@ -287,29 +294,28 @@ def _evaluate_only(
 ) -> nn.Module:
     """--eval-only: the loss over the validation data. Returns the model."""
     device = select_device(cfg.device)
-    check = partial(
-        check_dataset, data.val, "validation", context_len=cfg.context_len,
-        vocab_size=cfg.vocab_size,
-    )  # fmt: skip
-    world.decide(check)
+    world.decide(partial(data.check, cfg.context_len, cfg.vocab_size, training=False))
     if not (resumed or cfg.init_from):
         raise ConfigError("--eval-only needs the checkpoint to evaluate: --resume or --init-from")
     model = create_model(cfg) if model is None else prepare_model(model, cfg)
-    load_weights(model, cfg, resumed, world)
+    restart_at_documents(model, data, cfg)
+    load_weights(model, cfg, resumed, world, tokenizer=data.tokenizer_json)
     if resumed:
         resumed.free()
     loss_of = ModelLoss(model, device, _with_scope(cfg, model, by_block=True))
     with evaluating(model):
-        found = loss_over_all(
+        sets = loss_over_sets(
             loss_of.summed,
-            data.val,
+            data,
             cfg.batch_size,
             cfg.context_len,
             device,
             max_targets=cfg.final_eval_tokens,
             world=world,
         )
-    known = data.val_bytes
+    for name, said in describe_sets(sets, data).items():
+        print(f"[VAL] {name}: {said}")
+    found, known = mean_of_sets(sets), data.val_bytes
     bpb = f", {bits_per_byte(found.loss, found.of_targets, known):.4f} bits/byte" if known else ""
     print(f"[VAL] val_loss {found.loss:.4f}{bpb} {found.extent}")
     return model
@@ -339,9 +345,12 @@ def _opened(
     # Asked for, or a resumed run's: it may be padded.
     if origins["vocab_size"].startswith(("command line", "file", "checkpoint")):
         if cfg.vocab_size < vocab_size:
+            fix = "leave it out, or pad it to a larger number"
+            if origins["vocab_size"].endswith("--init-from"):
+                fix = f"prepare the data with the tokenizer of {cfg.init_from}"
             raise ConfigError(
                 f"vocab_size={cfg.vocab_size} is less than the {vocab_size} of the data's "
-                f"tokenizer; leave it out, or pad it to a larger number"
+                f"tokenizer; {fix}"
             )
         return data, cfg
     return data, replace(cfg, vocab_size=vocab_size)

@@ -127,14 +127,17 @@ def _step_chunk(
     lr = tl.load(constants + _LR).to(T)
     unbias = tl.load(constants + _UNBIAS).to(T)
     eps = tl.load(constants + _EPS).to(T)
+    # Of all this the next forward reads the parameters alone: what a cache holds of them may stay.
     for offset in range(0, size, BLOCK):
         at = offset + tl.arange(0, BLOCK)
         p = tables.load(params, at, size, FULL)
         if P.is_int16():
-            bits = (p.to(tl.int32) << 16) + tables.load(remainders, at, size, FULL).to(tl.int32)
+            rest = tables.load(remainders, at, size, FULL, True)
+            bits = (p.to(tl.int32) << 16) + rest.to(tl.int32)
             p = bits.to(tl.float32, bitcast=True)
-        p, g = p.to(T), tables.load(gradients, at, size, FULL).to(T)
-        m, v = tables.load(averages, at, size, FULL), tables.load(squares, at, size, FULL)
+        p, g = p.to(T), tables.load(gradients, at, size, FULL, True).to(T)
+        m = tables.load(averages, at, size, FULL, True)
+        v = tables.load(squares, at, size, FULL, True)
 
         m = tl.fma(m, beta1, tl.fma(g, c1, m * beta1_tail))
         v = tl.fma(v, beta2, tl.fma(g * c2, g * c, v * beta2_tail))
@@ -144,12 +147,12 @@ def _step_chunk(
             u = tl.div_rn(m, tl.fma(tl.sqrt_rn(v), unbias, eps))
         p = tl.fma(p, decay, tl.fma(u, -lr, p * decay_tail))
 
-        tables.store(averages, at, size, m, FULL)
-        tables.store(squares, at, size, v, FULL)
+        tables.store(averages, at, size, m, FULL, True)
+        tables.store(squares, at, size, v, FULL, True)
         if P.is_int16():
             # Any other NaN, rounded to 16 bits, could become a number.
             bits = tl.where(p == p, p.to(tl.int32, bitcast=True), 0x7FC00000)
-            tables.store(remainders, at, size, bits, FULL)
+            tables.store(remainders, at, size, bits, FULL, True)
             p = (bits + 0x8000) >> 16
         tables.store(params, at, size, p, FULL)
 

@@ -171,8 +171,11 @@ def collect_step(groups: Sequence[dict], state: Any, split: bool, caches: dict) 
     return found
 
 
-def collect_gradients(params: Iterable[Tensor]) -> Collected:
-    """Tables of the parameters' gradients alone, each once, to be summed and scaled in place."""
+def collect_gradients(params: Iterable[Tensor], caches: dict | None = None) -> Collected:
+    """Tables of the parameters' gradients alone, each once, to be summed and scaled in place.
+
+    `caches` gives each table its cache, as in collect_step.
+    """
     found, seen = Collected(), set()
     for param in params:
         found.rows_of(param)
@@ -185,7 +188,7 @@ def collect_gradients(params: Iterable[Tensor]) -> Collected:
         addresses = found.addresses("a parameter", None, target, None, None, None, None)
         code = CODE[target.dtype]
         found.rows_of(grad).append([*addresses, target.numel(), code, code, 0, 0])
-    found.make_tables({})
+    found.make_tables({} if caches is None else caches)
     return found
 
 

@@ -11,69 +11,93 @@ class RowConfig:
     """How one program works through one row of logits."""
 
     block: int  # elements taken at once, a power of two
-    num_warps: int  # of 32 threads, or of 64 on ROCm
+    threads: int
     one_read: bool  # the row fits one block: it stays in registers and is read from memory once
-    lanes: int  # else: running maxima and sums in the first pass, a divisor of block
+    rocm: bool
+
+    @property
+    def num_warps(self) -> int:
+        # The same number of threads in wavefronts of 64 (gfx9).
+        return max(self.threads // (64 if self.rocm else 32), 1)
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """For a kernel's constexpr parameters."""
+        lanes = self.num_warps * (64 if self.rocm else 32)
+        return {"BLOCK": self.block, "LANES": lanes, "ONE_READ": self.one_read}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """For Triton's launcher."""
+        # Two programs an SM, so that one computes while the other waits for memory: a bound that
+        # the compiler keeps to without spills. 1,024 threads have 64 registers in any case.
+        bounded = not self.rocm and self.threads in (256, 512)
+        bound = {"maxnreg": 32768 // self.threads} if bounded else {}
+        return {"num_warps": self.num_warps, **bound}
+
+    @property
+    def launch(self) -> dict[str, int | bool]:
+        return {**self.constants, **self.options}
 
 
-# What decides is registers: the fp32 values of a block live at once, and of 1024 threads each has
-# 64 registers, of 512 128. tests/ops/test_triton_compile.py compiles every line for every target
-# and refuses spills. A thread should have 32 to 64 bytes on the way: about 32 KB an SM are what
-# hides the latency of an H100's memory. No GPU has measured any of these yet.
+# What decides is registers: of 1024 threads each has 64, of two programs of 512, too.
+# tests/ops/test_triton_compile.py compiles every line for every target, refuses spills, and counts
+# registers, programs an SM and instructions an element. A thread should have 32 to 64 bytes on the
+# way: about 32 KB an SM are what hides the latency of an H100's memory. No GPU has measured any of
+# these yet.
 #
-# Two passes: the second one starts from the end of the row, which L2 read last, and finds what L2
-# still holds. So few rows should be in flight: that is why the threads are many.
+# Two passes: the second one starts from the end of the row and finds what the caches still hold: of
+# rows up to 64 KB, two an SM, L1 of an H100 (256 KB) all. So few rows should be in flight beyond
+# that: the largest take all threads of an SM.
 #
-# (bytes per element, kind of rows) -> (largest V or None for any, block, threads, lanes or None for
-# one read); threads, because a warp has 32 or 64 of them.
+# (bytes per element, kind of rows) -> (largest V or None for any, block, threads, one read?)
 _ROWS = {
     (2, "plain"): (
-        (512, 512, 32, None),  # one warp, no barrier; 16 elements a thread, two 128-bit loads
-        (2048, 2048, 128, None),  # the same 16; small blocks, so that many rows are in flight
-        (4096, 4096, 256, None),  # the same
-        (8192, 8192, 256, None),  # 32 elements: half as many threads meet at the barriers
-        (16384, 16384, 512, None),  # the same, at 60 to 104 registers
-        (32768, 32768, 1024, None),  # 32 elements in 64 registers; 64 elements spill everywhere
-        # 64 registers (sm_90) are two rows an SM: at V = 50304 27 MB, which an L2 of 50 MB holds.
-        (65536, 8192, 512, 4096),
+        (512, 512, 32, True),  # one warp, no barrier; 16 elements a thread, two 128-bit loads
+        (2048, 2048, 64, True),  # 32 elements: half of the threads' part in the reductions
+        (4096, 4096, 128, True),
+        (8192, 8192, 256, True),
+        (16384, 16384, 512, True),  # in 64 registers
+        # Two rows an SM: at V = 50304 27 MB, which an L2 of 50 MB holds.
+        (65536, 8192, 512, False),
         # One row an SM: at V = 128256 34 MB, where two would be more than that L2.
-        (None, 16384, 1024, 8192),
+        (None, 16384, 1024, False),
     ),
-    # The softcap's derivative needs tanh beside exp: twice the registers, half the block. The
-    # small lines are fewer: models with a softcap have vocabularies of 50 000 and more.
+    # The softcap's tanh is half of the work. The small lines are fewer: models with a softcap have
+    # vocabularies of 50 000 and more.
     (2, "softcap"): (
-        (1024, 1024, 64, None),
-        (4096, 4096, 256, None),
-        (16384, 16384, 512, None),  # 32 elements in 128 registers; at 64, 32768 would spill
-        # 8 elements: 16 in one of 1024 threads spill, and in one of 512 with Triton 3.6.
-        (None, 8192, 1024, 8192),
+        (1024, 1024, 64, True),
+        (4096, 4096, 256, True),
+        (8192, 8192, 256, True),
+        (65536, 4096, 512, False),  # 8192 spill two on sm_100
+        (None, 8192, 1024, False),
     ),
     # Rows that do not start or end at multiples of 16 bytes (V = 50257) move element by element,
     # each with an address and a predicate of its own: smaller blocks.
     (2, "unaligned"): (
-        (1024, 1024, 64, None),
-        (4096, 4096, 256, None),
-        (16384, 16384, 512, None),  # 32768 spills on gfx942 and sm_100
-        (None, 8192, 1024, 8192),
+        (1024, 1024, 64, True),
+        (4096, 4096, 256, True),
+        (65536, 4096, 512, False),
+        (None, 8192, 1024, False),
     ),
     (4, "plain"): (
-        (512, 512, 64, None),  # 8 elements a thread are two 128-bit loads
-        (2048, 2048, 256, None),  # the same
-        (8192, 8192, 512, None),  # 16 elements
-        (16384, 16384, 1024, None),  # 16 in 64 registers; 32 spill
-        (None, 8192, 1024, 8192),  # one row an SM: at V = 50304 27 MB, at 128256 68 MB
+        (512, 512, 64, True),  # 8 elements a thread are two 128-bit loads
+        (2048, 2048, 256, True),  # the same
+        (8192, 8192, 512, True),  # 16 elements
+        (32768, 8192, 512, False),  # two rows an SM: 34 MB
+        (None, 8192, 1024, False),  # one row an SM: at V = 50304 27 MB, at 128256 68 MB
     ),
     (4, "softcap"): (
-        (1024, 1024, 128, None),
-        (4096, 4096, 256, None),
-        (16384, 16384, 1024, None),
-        (None, 8192, 1024, 8192),
+        (1024, 1024, 128, True),
+        (4096, 4096, 256, True),
+        (32768, 4096, 512, False),
+        (None, 8192, 1024, False),
     ),
     (4, "unaligned"): (
-        (1024, 1024, 64, None),  # 128 threads spill a register on sm_80
-        (4096, 4096, 256, None),
-        (8192, 8192, 512, None),  # 16384 spill one on sm_90
-        (None, 4096, 512, 4096),  # 8192 in 1024 threads spill two on sm_80
+        (1024, 1024, 64, True),
+        (4096, 4096, 256, True),
+        (32768, 4096, 512, False),
+        (None, 4096, 1024, False),
     ),
 }
 
@@ -83,10 +107,9 @@ def row_configs(
 ) -> list[tuple[int | None, RowConfig]]:
     """Every (largest V or None, configuration) for such rows, shortest first."""
     kind = "unaligned" if not aligned else "softcap" if softcap else "plain"
-    warp = 64 if rocm else 32  # the same number of threads in wavefronts of 64 (gfx9)
     return [
-        (largest, RowConfig(block, max(threads // warp, 1), lanes is None, lanes or block))
-        for largest, block, threads, lanes in _ROWS[itemsize, kind]
+        (largest, RowConfig(block, threads, one_read, rocm))
+        for largest, block, threads, one_read in _ROWS[itemsize, kind]
     ]
 
 

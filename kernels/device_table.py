@@ -51,17 +51,23 @@ def pointer_to(address, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load(pointer, at, size, FULL: tl.constexpr):
-    return tl.load(pointer + at) if FULL else tl.load(pointer + at, mask=at < size, other=0.0)
+def load(pointer, at, size, FULL: tl.constexpr, STREAM: tl.constexpr = False):
+    """STREAM, here and in store: nothing soon reads it again, caches may forget it first."""
+    POLICY: tl.constexpr = "evict_first" if STREAM else ""
+    if FULL:
+        return tl.load(pointer + at, eviction_policy=POLICY)
+    else:
+        return tl.load(pointer + at, mask=at < size, other=0.0, eviction_policy=POLICY)
 
 
 @triton.jit
-def store(pointer, at, size, x, FULL: tl.constexpr):
+def store(pointer, at, size, x, FULL: tl.constexpr, STREAM: tl.constexpr = False):
     x = x.to(pointer.dtype.element_ty)
+    MODIFIER: tl.constexpr = ".cs" if STREAM else ""
     if FULL:
-        tl.store(pointer + at, x)
+        tl.store(pointer + at, x, cache_modifier=MODIFIER)
     else:
-        tl.store(pointer + at, x, mask=at < size)
+        tl.store(pointer + at, x, mask=at < size, cache_modifier=MODIFIER)
 
 
 def _capturing(device: torch.device) -> bool:

@@ -4,18 +4,21 @@ Formats: .npy; raw little-endian .bin (nanoGPT); .bin with the 1 KiB header of l
 modded-nanogpt, told apart by its magic number (20240520 or 20240801).
 """
 
+import hashlib
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastlm.data.dataset import TOKEN_DTYPES, TokenDataset
+from fastlm.data.dataset import TOKEN_DTYPES, TokenDataset, as_dataset, joined
 from fastlm.data.fingerprint import data_fingerprint, sampled_sha256, verify_shards
 from fastlm.data.manifest import MANIFEST_NAME, Manifest, readable
+from fastlm.data.mixture import Mixture, short_names, split_names, split_weights
 from fastlm.errors import DataError
 from fastlm.extension import extension
 from fastlm.ops.gather_batch import check_window_fits
@@ -26,6 +29,7 @@ _NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+OpenVal = Callable[[str | None], TokenDataset]  # dtype of raw files -> validation data
 _HEADER_MAGIC = {20240520: "uint16", 20240801: "uint32"}  # magic number -> dtype of the tokens
 
 
@@ -33,22 +37,54 @@ _HEADER_MAGIC = {20240520: "uint16", 20240801: "uint32"}  # magic number -> dtyp
 class Data:
     """What a training run reads."""
 
-    train: TokenDataset
-    val: TokenDataset
+    train: TokenDataset  # a Mixture, if of several sources
+    val: TokenDataset  # all validation sets, end to end
     manifest: Manifest | None = None
     tokenizer_json: str | None = None  # in the format of the `tokenizers` library
     val_bytes: int | None = None  # UTF-8 bytes of the validation text, if it is the manifest's
+    val_sets: dict[str, TokenDataset] = field(default_factory=dict)  # {}: there is one, no name
+    val_set_bytes: dict[str, int | None] = field(default_factory=dict)  # as val_bytes
+
+    @classmethod
+    def of(cls, train: Any, val: Any) -> "Data":
+        """Arrays of tokens, as train_loop takes them; of val also a dict, the sets by name."""
+        if not isinstance(val, Mapping):
+            return cls(as_dataset(train), as_dataset(val))
+        if not val:
+            raise DataError("val_data={}: name at least one validation set")
+        sets = {str(name): as_dataset(tokens) for name, tokens in val.items()}
+        return cls(as_dataset(train), joined(list(sets.values())), val_sets=sets)
+
+    def check(self, context_len: int, vocab_size: int, *, training: bool = True) -> None:
+        """check_dataset of each source (if `training`) and each validation set."""
+        if isinstance(self.train, Mixture):
+            parts = [(s.dataset, f"training set {s.name}") for s in self.train.sources]
+        else:
+            parts = [(self.train, "training")]
+        parts = parts if training else []
+        parts += [(part, f"validation set {name}") for name, part in self.val_sets.items()]
+        if not self.val_sets:
+            parts.append((self.val, "validation"))
+        for dataset, what in parts:
+            check_dataset(dataset, what, context_len=context_len, vocab_size=vocab_size)
+            if not dataset.has_targets():
+                raise DataError(f"{what} data: no token is a target: no assistant says anything")
 
     @cached_property
     def fingerprint(self) -> str:
         """Tells by content whether a resumed run reads the data that it read before.
 
         The manifest's; for data without one, half of sampled_sha256 of the training and of the
-        validation tokens, joined by "-". Validation files beside a manifest are told likewise.
+        validation tokens, joined by "-". Validation files beside a manifest are told likewise, and
+        so is a mixture, by those of its sources and their weights.
         """
         if self.manifest is not None and self.val_bytes is not None:
             return self.manifest.fingerprint
-        train = self.manifest.fingerprint if self.manifest else sampled_sha256(self.train)[:32]
+        if isinstance(self.train, Mixture):
+            parts = [f"{_sampled(s.dataset)} {s.weight!r}\n" for s in self.train.sources]
+            train = hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+        else:
+            train = self.manifest.fingerprint if self.manifest else sampled_sha256(self.train)[:32]
         return f"{train}-{sampled_sha256(self.val)[:32]}"
 
     def matches(self, stored: str) -> bool:
@@ -58,6 +94,12 @@ class Data:
         """
         old = f"{len(self.train)} {self.train.dtype} tokens without a manifest"
         return stored == self.fingerprint or (self.manifest is None and stored == old)
+
+
+def _sampled(dataset: TokenDataset) -> str:
+    """Of the tokens, and of which are targets."""
+    ignored = "" if dataset.ignored is None else sampled_sha256(dataset.ignored)
+    return sampled_sha256(dataset) + ignored
 
 
 def load_token_dataset(
@@ -172,35 +214,110 @@ def open_data(
     *,
     dtype: str | None = None,
     val_fraction: float = 0.05,
+    verify: bool = True,
 ) -> Data:
     """The training and validation tokens at `paths`.
 
     paths: one directory, prepared by `python -m fastlm.prepare` (a manifest) or holding files
-        named train* and val* (.bin or .npy); or token files.
+        named train* and val* (.bin or .npy); or token files. With a weight behind each,
+        PATH:WEIGHT, a mixture; the validation data of each source is then a set of its own.
     val_paths: validation files. Without any, the last `val_fraction` of the training tokens is
-        held out.
+        held out. With a name before each, NAME=PATH, several sets; a PATH may be a prepared
+        directory here, for its validation data.
+    verify: compare a prepared directory's files with its manifest's digests, once.
     """
     if not paths:
         raise DataError("no data is given; name a directory or token files")
+    sources = split_weights(paths)
+    named = {
+        name: _open_val_set(files, dtype, verify) for name, files in split_names(val_paths).items()
+    }
+    open_val = None
+    if named:
+        val = joined([part.val for part in named.values()])
+        open_val = lambda _: val  # noqa: E731
+    elif val_paths:
+        open_val = partial(_open_files, val_paths)
+    if sources is None:
+        data = _open_source(paths, open_val, dtype, val_fraction, verify)
+    else:
+        parts = [_open_source([path], open_val, dtype, val_fraction, verify) for path, _ in sources]
+        names = short_names([path for path, _ in sources])
+        weights = [weight for _, weight in sources]
+        train = [part.train for part in parts]
+        data = replace(parts[0], train=Mixture(list(zip(names, train, weights, strict=True))))
+        for (path, _), part in zip(sources, parts, strict=True):
+            data = _with_tokenizer_of(data, part, path)
+        if not val_paths:
+            named = dict(zip(names, parts, strict=True))
+    for name, part in named.items():
+        if data.manifest is not None:  # a validation set's is not the training data's
+            _with_tokenizer_of(data, part, name)
+    if not named:
+        return data
+    return replace(
+        data,
+        val=joined([part.val for part in named.values()]),
+        val_bytes=None,
+        val_sets={name: part.val for name, part in named.items()},
+        val_set_bytes={name: part.val_bytes for name, part in named.items()},
+    )
+
+
+def _with_tokenizer_of(data: Data, part: Data, name: str) -> Data:
+    """`data`, with the manifest of its part if it has none; DataError for two tokenizers."""
+    if part.manifest is None:
+        return data
+    if data.manifest is None:
+        return replace(data, manifest=part.manifest, tokenizer_json=part.tokenizer_json)
+    if data.tokenizer_json != part.tokenizer_json:
+        raise DataError(
+            f"{name}: was prepared with another tokenizer than the data before it; prepare it "
+            f"again with --tokenizer DIR of the first"
+        )
+    return data
+
+
+def _open_val_set(paths: list[str], dtype: str | None, verify: bool) -> Data:
+    """A named validation set: files, or what one prepared directory holds out."""
+    if len(paths) == 1 and os.path.exists(os.path.join(paths[0], MANIFEST_NAME)):
+        return _open_prepared(Path(paths[0]), None, dtype, verify)
+    files = _open_files(paths, dtype)
+    return Data(files, files)
+
+
+def _open_source(
+    paths: Sequence[str],
+    open_val: OpenVal | None,  # None: the source's own
+    dtype: str | None,
+    val_fraction: float,
+    verify: bool,
+) -> Data:
     directory = Path(paths[0])
+    val_paths: list[str] = []
     if os.path.isdir(directory):  # Path.is_dir raises if a directory above may not be read
         if len(paths) > 1:
-            raise DataError(f"--data {' '.join(paths)}: give one directory, or files")
+            raise DataError(
+                f"--data {' '.join(paths)}: give one directory, or files; or several with weights, "
+                f"PATH:WEIGHT each"
+            )
         if os.path.exists(directory / MANIFEST_NAME):
-            return _open_prepared(directory, val_paths, dtype)
+            return _open_prepared(directory, open_val, dtype, verify)
         try:
             found = sorted(p for p in directory.iterdir() if p.suffix in (".bin", ".npy"))
         except OSError as error:
             raise DataError(f"{directory}: cannot be read ({error.strerror})") from error
         # As a word of its own: train.bin, fineweb_train_000001.bin, but not constrained.bin.
         paths = [str(p) for p in found if re.search(r"(?<![a-z])train", p.stem)]
-        val_paths = val_paths or [str(p) for p in found if re.search(r"(?<![a-z])val", p.stem)]
+        val_paths = [str(p) for p in found if re.search(r"(?<![a-z])val", p.stem)]
         if not paths:
             raise DataError(
                 f"{directory}: holds neither {MANIFEST_NAME} nor train*.bin or train*.npy; prepare "
                 f"it with: python -m fastlm.prepare INPUT... --out DIR --vocab-size N"
             )
     train = _open_files(paths, dtype)
+    if open_val is not None:
+        return Data(train, open_val(dtype))
     if val_paths:
         return Data(train, _open_files(val_paths, dtype))
     boundary = len(train) - max(1, int(len(train) * val_fraction))
@@ -215,7 +332,9 @@ def _open_files(paths: Sequence[str], dtype: str | None) -> TokenDataset:
     return TokenDataset([load_token_dataset(path, dtype=dtype) for path in paths], paths)
 
 
-def _open_prepared(directory: Path, val_paths: Sequence[str], dtype: str | None) -> Data:
+def _open_prepared(
+    directory: Path, open_val: OpenVal | None, dtype: str | None, verify: bool
+) -> Data:
     manifest = Manifest.load(directory)
     tokenizer = _read_tokenizer(directory, manifest)
     if data_fingerprint(tokenizer, manifest) != manifest.fingerprint:
@@ -227,19 +346,26 @@ def _open_prepared(directory: Path, val_paths: Sequence[str], dtype: str | None)
     for name, split in manifest.splits.items():
         files = [str(directory / shard.file) for shard in split.shards]
         datasets[name] = _open_files(files, manifest.dtype)
-        for shard, segment in zip(split.shards, datasets[name].segments, strict=True):
+        segments = datasets[name].segments
+        if split.ignored:
+            files = [str(directory / shard.file) for shard in split.ignored]
+            datasets[name].ignored = _open_files(files, "uint8")
+            segments = [*segments, *datasets[name].ignored.segments]
+        for shard, segment in zip([*split.shards, *split.ignored], segments, strict=True):
             if len(segment) != shard.tokens:
                 raise DataError(
                     f"{directory / shard.file}: holds {len(segment)} tokens, its manifest says "
                     f"{shard.tokens}; copy it again, or prepare the data again"
                 )
-    verify_shards(directory, manifest)
+    if verify:
+        verify_shards(directory, manifest)
     tokenizer_json = tokenizer.decode("utf-8", "replace") if manifest.tokenizer else None
-    if val_paths:
+    if open_val is not None:
         # Other validation files: the manifest's byte count is not theirs.
-        val = _open_files(val_paths, dtype or manifest.dtype)
+        val = open_val(dtype or manifest.dtype)
         return Data(datasets["train"], val, manifest, tokenizer_json)
-    val_bytes = manifest.splits["val"].bytes
+    # Bits per byte are of all the text, not of the targets alone.
+    val_bytes = None if manifest.splits["val"].ignored else manifest.splits["val"].bytes
     return Data(datasets["train"], datasets["val"], manifest, tokenizer_json, val_bytes)
 
 

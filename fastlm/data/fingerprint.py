@@ -28,7 +28,7 @@ def data_fingerprint(tokenizer_json: bytes, manifest: Manifest) -> str:
     for name in sorted(manifest.splits):
         shards = manifest.splits[name].shards
         digest.update(f"{name} {manifest.dtype} {len(shards)}\n".encode())
-        for shard in shards:
+        for shard in [*shards, *manifest.splits[name].ignored]:
             digest.update(bytes.fromhex(shard.sha256))
     return digest.hexdigest()
 
@@ -69,7 +69,7 @@ def verify_shards(
     verified: dict[str, list[Any]] = {}
     pending = []
     for split in manifest.splits.values():
-        for shard in split.shards:
+        for shard in [*split.shards, *split.ignored]:
             if known.get(shard.file) == (identity := _identity(directory, shard)):
                 verified[shard.file] = identity
             else:

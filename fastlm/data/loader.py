@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastlm.data.dataset import TokenDataset, as_dataset
-from fastlm.data.sampler import WindowSampler
 from fastlm.ops.gather_batch import TokenSource, check_window_fits
 
 
@@ -29,12 +28,16 @@ class TrainLoader:
         self.dataset = as_dataset(data)
         self.batch_size, self.context_len = batch_size, context_len
         self.device = torch.device(device)
-        self.sampler = WindowSampler(len(self.dataset), context_len, seed)
+        self.sampler = self.dataset.sampler(context_len, seed)
 
     def batch(self, first: int) -> tuple[Tensor, Tensor]:
         """(x, y), int64, (B, T) each: the samples first, first + 1, … of the sampler."""
         starts = self.sampler.starts(first, self.batch_size)
         return self.dataset.gather(starts, self.context_len, self.device)
+
+    def will_need(self, first: int) -> None:
+        """batch(first) comes soon: the system may read it from the disk."""
+        self.dataset.will_need(self.sampler.starts(first, self.batch_size), self.context_len)
 
 
 def spread_batches(
@@ -45,6 +48,7 @@ def spread_batches(
     check_window_fits(len(dataset), context_len)
     last = len(dataset) - context_len - 1
     starts = np.linspace(0, last, num_batches * batch_size).round().astype(np.int64)
+    dataset.will_need(starts, context_len)
     for rows in np.split(starts, num_batches):
         yield dataset.gather(rows, context_len, device)
 

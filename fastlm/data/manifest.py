@@ -42,6 +42,17 @@ class Split:
     )
     documents: int = 0
     shards: list[Shard] = field(default_factory=list)
+    # uint8, 1 where the token is no target of the loss; a file for each shard, or none at all
+    ignored: list[Shard] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> "Split":
+        """What asdict made a dict of."""
+        files = {
+            name: [Shard(**shard) for shard in stored.get(name, ())]
+            for name in ("shards", "ignored")
+        }
+        return cls(**{**stored, **files})
 
 
 @dataclass
@@ -60,6 +71,9 @@ class Manifest:
 
     def save(self, directory: str | Path) -> None:
         payload = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        for split in payload["splits"].values():
+            if not split["ignored"]:  # which an older fastlm does not know
+                del split["ignored"]
         text = json.dumps(payload, indent=2) + "\n"
         (Path(directory) / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
@@ -81,10 +95,7 @@ class Manifest:
                     f"{path}: format {found!r:.80}, this fastlm reads {(FORMAT, VERSION)}; "
                     f"prepare again"
                 )
-            splits = {
-                name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
-                for name, split in payload.pop("splits").items()
-            }
+            splits = {name: Split.of(split) for name, split in payload.pop("splits").items()}
             if missing := {"train", "val"} - set(splits):
                 raise DataError(f"{path}: has no {min(missing)} split; prepare the data again")
             manifest = cls(splits=splits, **payload)
@@ -126,7 +137,9 @@ class Manifest:
                     yield number(f"{name}.{field_name}", getattr(split, field_name), 0)
                 if not split.shards:
                     yield f"it lists no {name} shards"
-                for index, shard in enumerate(split.shards):
+                if split.ignored and len(split.ignored) != len(split.shards):
+                    yield f"{name}.ignored has not one file for each shard"
+                for index, shard in enumerate([*split.shards, *split.ignored]):
                     what = f"{name}.shards[{index}]"
                     yield base_name(f"{what}.file", shard.file)
                     yield number(f"{what}.tokens", shard.tokens, 1)

@@ -81,9 +81,12 @@ class WindowSampler:
 
     def starts(self, first: int, count: int) -> np.ndarray:
         """(count,) int64: where samples first, first + 1, … begin."""
-        sample = np.arange(first, first + count, dtype=np.int64)
+        return self.starts_of(np.arange(first, first + count, dtype=np.int64))
+
+    def starts_of(self, sample: np.ndarray) -> np.ndarray:  # both (n,) int64
+        """Where the samples of these numbers begin."""
         epochs, index = np.divmod(sample, self.windows_per_epoch)
-        starts = np.empty(count, dtype=np.int64)
+        starts = np.empty(len(sample), dtype=np.int64)
         for epoch in np.unique(epochs):  # one, or two where a batch crosses into the next epoch
             here = epochs == epoch
             window = permute(index[here], self.windows_per_epoch, self.seed, int(epoch))

@@ -1,11 +1,13 @@
 """Which documents are held out for validation: a rule that depends on neither order nor machine."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastlm.data.text import Piece, TextFile, read_pieces
+from fastlm.data.records import read_documents
+from fastlm.data.text import Piece, TextFile
 from fastlm.errors import DataError
 
 TRAIN, VAL = "train", "val"
@@ -16,6 +18,8 @@ class SplitPiece(NamedTuple):
     split: str  # TRAIN or VAL
     text: str
     last: bool  # the document ends with this piece
+    special: bool = False  # as in Piece
+    ignored: bool = False
 
 
 def document_hash(name: str, document: int) -> int:
@@ -40,12 +44,21 @@ class Survey:
 
 
 def survey(files: Sequence[TextFile], on_bytes: Callable[[int], object]) -> Survey:
-    """Reads all of `files` once; DataError if one is not UTF-8 or all are empty."""
+    """Reads all of `files` once; DataError if one is not UTF-8 or all are empty.
+
+    on_bytes: takes how much more of the files on disk has been read.
+    """
     found = Survey()
     for file in files:
         counted = -1  # the last document seen to have text
-        for piece in read_pieces(file.path):
-            size = len(piece.text.encode())
+        for piece in read_documents(file, on_bytes):
+            try:
+                size = len(piece.text.encode())
+            except UnicodeEncodeError as error:  # JSON can write what UTF-8 cannot
+                raise DataError(
+                    f"{file.path}: document {piece.document} (from 0) holds half of a surrogate "
+                    f"pair ({error}); mend or remove it"
+                ) from error
             found.documents += piece.last
             found.pieces += 1
             found.bytes += size
@@ -56,7 +69,6 @@ def survey(files: Sequence[TextFile], on_bytes: Callable[[int], object]) -> Surv
                 value = document_hash(file.name, piece.document)
                 found.lowest = min(found.lowest, value)
                 found.highest = max(found.highest, value)
-            on_bytes(size)
     if not found.with_text:
         raise DataError(f"the input holds no text: {len(files)} file(s), all of them empty")
     return found
@@ -88,19 +100,41 @@ class SplitRule:
         return cls(threshold, cut=min(max(cut, 1), found.characters - 1))
 
 
-def read_split(files: Sequence[TextFile], rule: SplitRule) -> Iterator[SplitPiece]:
-    """Every document of `files`, in order, with its split."""
-    for file in files:
-        document, split = -1, TRAIN
-        pieces = read_pieces(file.path)
-        for piece in pieces:
-            if rule.cut is not None and piece.text:
-                yield from _cut_in_two(piece, pieces, rule.cut)
-                continue
-            if piece.document != document:
-                document = piece.document
-                split = VAL if document_hash(file.name, document) < rule.threshold else TRAIN
-            yield SplitPiece(split, piece.text, piece.last)
+class Place(NamedTuple):
+    """How far the input has been read."""
+
+    file: int = 0  # index of the file that goes on
+    pieces: int = 0  # of read_split that it has given
+
+
+BEGINNING = Place()
+
+
+def read_split(
+    files: Sequence[TextFile], rule: SplitRule, start: Place = BEGINNING
+) -> Iterator[tuple[Place, SplitPiece]]:
+    """Every document of `files`, in order, with its split; and the place behind each piece.
+
+    start: a place that an earlier call gave; the same pieces follow.
+    """
+    for index in range(start.file, len(files)):
+        before = start.pieces if index == start.file else 0
+        pieces = itertools.islice(_split_file(files[index], rule), before, None)
+        for count, piece in enumerate(pieces, before + 1):
+            yield Place(index, count), piece
+
+
+def _split_file(file: TextFile, rule: SplitRule) -> Iterator[SplitPiece]:
+    document, split = -1, TRAIN
+    pieces = read_documents(file)
+    for piece in pieces:
+        if rule.cut is not None and piece.text:
+            yield from _cut_in_two(piece, pieces, rule.cut)
+            continue
+        if piece.document != document:
+            document = piece.document
+            split = VAL if document_hash(file.name, document) < rule.threshold else TRAIN
+        yield SplitPiece(split, *piece[1:])
 
 
 def _cut_in_two(piece: Piece, following: Iterator[Piece], cut: int) -> Iterator[SplitPiece]:

@@ -1,15 +1,19 @@
 """A directory that appears complete or not at all: written beside its place, then renamed.
 
+What a stopped process has begun can be gone on with: a file in it says what it is the beginning of.
+
 Also the locks that keep processes apart there, and where the user's cache is.
 """
 
 import contextlib
+import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fastlm.errors import OutputError, UserError
 
@@ -18,50 +22,97 @@ try:
 except ImportError:  # Windows: no locks, and what a killed process leaves stays
     fcntl = None
 
+PROGRESS_NAME = "progress.json"  # in a directory that is being written
+
 
 @contextlib.contextmanager
 def staging_directory(
-    out: str | Path, own_files: re.Pattern[str], overwrite: bool
+    out: str | Path, own_files: re.Pattern[str], overwrite: bool, key: str = ""
 ) -> Iterator[Path]:
-    """A new directory beside `out`: renamed onto it at the end, removed on any exception.
+    """A directory beside `out`: renamed onto it at the end, removed on any error.
 
     own_files: matches the names of files that may be replaced.
     overwrite: a non-empty `out` that holds nothing else may be replaced.
+    key: what is written there, of what. A process that was stopped, by a signal or Ctrl-C, may have
+        left a directory with this key in its PROGRESS_NAME (save_progress): it is gone on with. The
+        new directory is empty otherwise.
 
     Raises OutputError, before the body runs, if `out` may not be replaced or cannot be written.
     """
     target = Path(os.path.realpath(out))  # of a link, the target is replaced and the link stays
-    _clear_leftovers(target)
-    _check_replaceable(out, target, own_files, overwrite)
-    made = [parent for parent in target.parents if not parent.exists()]  # deepest first
-    staging = target.parent / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    with contextlib.ExitStack() as stack:
+        staging = _clear_leftovers(target, key, stack)
+        _check_replaceable(out, target, own_files, overwrite)
+        made = [parent for parent in target.parents if not parent.exists()]  # deepest first
+        is_new = staging is None
+        if staging is None:
+            name = f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+            staging = _made(out, target.parent / name, made)
+        with _written(out, staging, made):
+            if is_new:
+                stack.enter_context(_locked_anew(staging))
+            yield staging
+            for name in (PROGRESS_NAME, f"{PROGRESS_NAME}.new"):
+                (staging / name).unlink(missing_ok=True)
+            for path in (*staging.iterdir(), staging):
+                sync(path)  # a rename must not reach the disk before the contents
+            _check_replaceable(out, target, own_files, overwrite)  # may be there by now
+            _replace(staging, target, overwrite)
+
+
+def save_progress(staging: Path, key: str, progress: dict[str, Any]) -> None:
+    """Says how far the directory is: what is on the disk now is the beginning of `key`'s."""
+    partial = staging / f"{PROGRESS_NAME}.new"
+    partial.write_text(json.dumps({"key": key, **progress}), encoding="utf-8")
+    sync(partial)
+    os.replace(partial, staging / PROGRESS_NAME)
+
+
+def read_progress(staging: Path) -> dict[str, Any] | None:
+    """What save_progress was last told; None if nothing can be gone on with."""
+    try:
+        found = json.loads((staging / PROGRESS_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _made(out: str | Path, staging: Path, made: list[Path]) -> Path:
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        _unmake(made)
+        raise OutputError(
+            f"--out {out}: cannot write in {staging.parent} ({error.strerror}); choose a "
+            f"directory that you can write to"
+        ) from error
+    return staging
+
+
+@contextlib.contextmanager
+def _written(out: str | Path, staging: Path, made: list[Path]) -> Iterator[None]:
+    """Removes what there is after an error; it stays where a process that is stopped said so."""
     try:
         try:
-            staging.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(
-                f"--out {out}: cannot write in {target.parent} ({error.strerror}); choose a "
-                f"directory that you can write to"
-            ) from error
-        try:
-            with _locked_anew(staging):
-                yield staging
-                for path in (*staging.iterdir(), staging):
-                    sync(path)  # a rename must not reach the disk before the contents
-                _check_replaceable(out, target, own_files, overwrite)  # may be there by now
-                _replace(staging, target, overwrite)
+            yield
         except OSError as error:
             if isinstance(error, UserError):
                 raise
             raise OutputError(f"--out {out}: cannot be written ({error.strerror})") from error
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in made:
-            try:
-                parent.rmdir()
-            except OSError:
-                break  # never made, or somebody else's by now
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        if not (stopped and read_progress(staging)):
+            shutil.rmtree(staging, ignore_errors=True)
+            _unmake(made)
         raise
+
+
+def _unmake(made: list[Path]) -> None:
+    for parent in made:
+        try:
+            parent.rmdir()
+        except OSError:
+            break  # never made, or somebody else's by now
 
 
 def _check_replaceable(
@@ -104,18 +155,38 @@ def _replace(staging: Path, target: Path, overwrite: bool) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _clear_leftovers(target: Path) -> None:
-    """Removes what killed processes left beside `target`; brings back what one had set aside."""
+def _clear_leftovers(target: Path, key: str, stack: contextlib.ExitStack) -> Path | None:
+    """Removes what killed processes left beside `target`; brings back what one had set aside.
+
+    The newest with `key` is locked in `stack` and returned.
+    """
     name = re.compile(rf"\.{re.escape(target.name)}\.(partial|replaced)-\d+-[0-9a-f]{{8}}")
+    found = None
     with contextlib.suppress(OSError):  # no such directory, or not ours to tidy
-        for path in sorted(target.parent.iterdir(), reverse=True):  # .replaced- before .partial-
-            if not (match := name.fullmatch(path.name)):
-                continue
-            with contextlib.suppress(OSError), locked(path, wait=False):
-                if match[1] == "replaced" and not os.path.lexists(target):
+        paths = sorted(target.parent.iterdir(), key=_newest_first)
+        for path in (p for p in paths if name.fullmatch(p.name)):
+            with contextlib.suppress(OSError), contextlib.ExitStack() as lock:
+                lock.enter_context(locked(path, wait=False))
+                is_partial = ".partial-" in path.name
+                if not is_partial and not os.path.lexists(target):
                     path.rename(target)
+                elif is_partial and found is None and key and _key(path) == key:
+                    found = path
+                    stack.push(lock.pop_all())
                 else:
                     shutil.rmtree(path, ignore_errors=True)
+    return found
+
+
+def _newest_first(path: Path) -> tuple[bool, int]:
+    """What is set aside first: it may be the data itself."""
+    with contextlib.suppress(OSError):
+        return ".partial-" in path.name, -path.stat().st_mtime_ns
+    return True, 0
+
+
+def _key(staging: Path) -> str | None:
+    return (read_progress(staging) or {}).get("key")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Documents out of UTF-8 text files, as a stream of bounded pieces.
+"""Documents out of UTF-8 text files, as a stream of bounded pieces; and which files to read.
 
 A document is a file, or a part of a file that `<|endoftext|>` ends (the convention of TinyStories).
 A file or a document may be larger than memory: files are read in chunks, and a long document comes
@@ -7,12 +7,14 @@ as several pieces, which concatenate to exactly the document.
 
 import codecs
 import glob
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from fastlm.data.compression import inner_suffix, opened
 from fastlm.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -22,24 +24,47 @@ CHUNK_BYTES = 4 << 20
 # memory (4 MiB of Python source, `tokenizers` 0.23, 2 cores: 0.81, 0.86, 0.94 s; 91, 161, 316 MB).
 PIECE_CHARACTERS = 1 << 16
 
+# What a directory is searched for; a file that is named itself may have any suffix, and is text
+# unless it is one of RECORDS. Each may be compressed: .jsonl.zst.
+RECORDS = (".jsonl", ".parquet", ".arrow")
+_SEARCHED = (".txt", ".jsonl", ".parquet")
+_SAVED_DATASET, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # of datasets.save_to_disk
+
+
+class ChatTemplate(NamedTuple):
+    """The text around a message. Special tokens in it are encoded as such."""
+
+    header: str  # {role} stands for the role
+    end: str  # of the message: the assistant's is a target
+    behind: str  # what separates the message from the next
+    special: tuple[str, ...]  # tokens
+
 
 @dataclass(frozen=True)
 class TextFile:
     path: Path
     name: str  # what identifies the file on every machine: its path below the common root, with "/"
+    text_key: str = "text"  # where a record of it has its text
+    template: ChatTemplate | None = None  # of the messages, if its records are conversations
 
 
 class Piece(NamedTuple):
     document: int  # index of the document within its file
     text: str  # at most PIECE_CHARACTERS characters; "" only if the document is empty
     last: bool  # the document ends with this piece
+    special: bool = False  # the text of special tokens in it is meant as these tokens
+    ignored: bool = False  # its tokens are no targets of the loss
 
 
-def find_text_files(inputs: Iterable[str | Path]) -> list[TextFile]:
-    """The files that `inputs` (files, globs with `**`, directories for all *.txt below) name.
+def find_text_files(inputs: Iterable[str | Path], text_key: str = "text") -> list[TextFile]:
+    """The files that `inputs` (files, globs with `**`, directories) name.
 
-    Sorted by name; a file that is named twice comes once. Raises DataError if an input names no
-    readable file.
+    A directory stands for all *.txt, *.jsonl and *.parquet below it, .gz and .zst ones, too; one
+    that `datasets` saved, for its records. Sorted by name; a file that is named twice comes once.
+
+    text_key: the field of a JSON line, or the column, that holds a record's text.
+
+    Raises DataError if an input names no readable file.
     """
     inputs = [str(argument) for argument in inputs]
     if not inputs:
@@ -53,7 +78,9 @@ def find_text_files(inputs: Iterable[str | Path]) -> list[TextFile]:
             raise DataError(f"{argument}: cannot be read ({error.strerror})") from error
     paths = [os.path.abspath(path) for path in found.values()]
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    files = [TextFile(Path(path), Path(path).relative_to(root).as_posix()) for path in paths]
+    files = [
+        TextFile(Path(path), Path(path).relative_to(root).as_posix(), text_key) for path in paths
+    ]
     return sorted(files, key=lambda file: file.name)
 
 
@@ -64,13 +91,7 @@ def _expand(argument: str) -> list[str]:
     if path.is_file():
         return [str(path)]
     if path.is_dir():
-        matches = sorted(str(match) for match in path.rglob("*.txt") if match.is_file())
-        if not matches:
-            raise DataError(
-                f"{argument}: no *.txt file in this directory; name other files by a glob in "
-                f"quotes, such as '{path / '**' / '*.md'}'"
-            )
-        return matches
+        return _files_below(path, argument)
     if path.exists():
         raise DataError(f"{argument}: not a regular file; the input is read several times, save it")
     if not glob.has_magic(argument):
@@ -81,24 +102,55 @@ def _expand(argument: str) -> list[str]:
     return matches
 
 
+def _files_below(path: Path, argument: str) -> list[str]:
+    if (path / _SAVED_SPLITS).is_file():
+        splits = sorted(state.parent.name for state in path.glob(f"*/{_SAVED_DATASET}")) or [""]
+        raise DataError(
+            f"{argument}: a saved dataset of the splits {', '.join(splits)}; name those to read, "
+            f"such as {path / ('train' if 'train' in splits else splits[0])}"
+        )
+    if (path / _SAVED_DATASET).is_file():
+        try:
+            state = json.loads((path / _SAVED_DATASET).read_text(encoding="utf-8"))
+            return [str(path / os.path.basename(f["filename"])) for f in state["_data_files"]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise DataError(
+                f"{path / _SAVED_DATASET}: not a dataset of datasets.save_to_disk ({error}); save "
+                f"it again"
+            ) from error
+    below = sorted(match for match in path.rglob("*") if inner_suffix(match) in _SEARCHED)
+    matches = [str(match) for match in below if match.is_file()]
+    if not matches:
+        raise DataError(
+            f"{argument}: no *.txt, *.jsonl or *.parquet file in this directory; name other files "
+            f"by a glob in quotes, such as '{path / '**' / '*.md'}'"
+        )
+    return matches
+
+
 def read_pieces(
-    path: Path, *, chunk_bytes: int = CHUNK_BYTES, piece_characters: int = PIECE_CHARACTERS
+    path: Path,
+    on_bytes: Callable[[int], object] | None = None,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    piece_characters: int = PIECE_CHARACTERS,
 ) -> Iterator[Piece]:
-    """The documents of one file, in pieces that do not depend on `chunk_bytes`.
+    """The documents of one text file, in pieces that do not depend on `chunk_bytes`.
 
     `<|endoftext|>` ends a document and belongs to none. An empty file, or nothing between two
     markers, is an empty document. Blanks after the last marker are no document: they are the
     newline that closes the file (a piece of blanks and more is one).
 
-    Raises DataError if the file cannot be read or is not UTF-8.
+    on_bytes: takes how much more of the file on disk has been read. Raises DataError if the file
+    cannot be read or is not UTF-8.
     """
     document = 0
     start_of_document = True  # no piece of the current document is out yet
     rest = ""  # text that is read but not out
-    for text in _decoded_chunks(path, chunk_bytes):
+    for text in _decoded_chunks(path, chunk_bytes, on_bytes):
         *complete, rest = (rest + text).split(END_OF_TEXT)
         for text in complete:
-            yield from _cut_document(document, text, piece_characters)
+            yield from cut_document(document, text, piece_characters)
             document += 1
             start_of_document = True
         # What is kept is longer than a marker, whose beginning may be the end of this chunk.
@@ -111,10 +163,13 @@ def read_pieces(
         rest = rest[start:]
     if document and start_of_document and not rest.strip():
         return
-    yield from _cut_document(document, rest, piece_characters)
+    yield from cut_document(document, rest, piece_characters)
 
 
-def _cut_document(document: int, text: str, piece_characters: int) -> Iterator[Piece]:
+def cut_document(
+    document: int, text: str, piece_characters: int = PIECE_CHARACTERS
+) -> Iterator[Piece]:
+    """The pieces of a document, or of what is left of one."""
     start = 0
     while len(text) - start > piece_characters:
         end = _cut(text, start, piece_characters)
@@ -140,23 +195,24 @@ def _cut(text: str, start: int, piece_characters: int) -> int:
     return end
 
 
-def _decoded_chunks(path: Path, chunk_bytes: int) -> Iterator[str]:
+def _decoded_chunks(
+    path: Path, chunk_bytes: int, on_bytes: Callable[[int], object] | None
+) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()  # keeps a character that a chunk cuts
     read = 0
-    try:
-        with open(path, "rb") as file:
-            while True:
-                chunk = file.read(chunk_bytes)
-                read += len(chunk)
-                yield decoder.decode(chunk, final=not chunk)
-                if not chunk:
-                    return
-    except UnicodeDecodeError as error:
-        # error.object is what the decoder had kept, and the chunk: its end is at byte `read`.
-        offset = read - len(error.object) + error.start
-        raise DataError(
-            f"{path}: not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {offset}; "
-            f"convert the file (iconv -f ENCODING -t UTF-8) or leave it out"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    with opened(path, on_bytes) as file:
+        while True:
+            chunk = file.read(chunk_bytes)
+            read += len(chunk)
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                # error.object is what the decoder had kept, and the chunk: its end is byte `read`.
+                offset = read - len(error.object) + error.start
+                raise DataError(
+                    f"{path}: not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset "
+                    f"{offset}; convert the file (iconv -f ENCODING -t UTF-8) or leave it out"
+                ) from error
+            yield text
+            if not chunk:
+                return

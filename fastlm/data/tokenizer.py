@@ -1,11 +1,15 @@
-"""Byte-level BPE by the `tokenizers` library: training one, or taking one from a file.
+"""Byte-level BPE by the `tokenizers` library: training one, or taking one from files.
 
-`tokenizers` is imported where it is used.
+`tokenizers` is imported where it is used. Nothing here downloads anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +22,11 @@ if TYPE_CHECKING:
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens; `<|endoftext|>` has id 0.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, special: Iterable[str] = ()
+) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens; `<|endoftext|>` has id 0, and the
+    `special` tokens those that follow.
 
     Fewer if `texts` do not repeat enough pairs. The same texts give the same tokenizer.
     """
@@ -32,7 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         # A pair seen once would become a token that is never trained on again.
         min_frequency=2,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *special],
         # All 256 bytes: no text is unknown, whatever the training documents held.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -41,32 +48,139 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return encoding_plain_text(tokenizer)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a `tokenizers` JSON file, without truncation and padding.
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer in a `tokenizers` JSON file, or in a directory; "gpt2": GPT-2's.
 
-    Raises DataError if the file is missing, no tokenizer, or has no `<|endoftext|>`.
+    A directory holds tokenizer.json, or GPT-2's vocab.json and merges.txt. GPT-2's files are those
+    that `tiktoken` or `huggingface_hub` have left in their caches. Truncation and padding are off.
+
+    Raises DataError if a file is missing or no tokenizer.
     """
-    from tokenizers import Tokenizer
-
+    if str(name) == "gpt2":
+        return _load_gpt2()
+    path = Path(name)
+    if path.is_dir():
+        if (path / "tokenizer.json").exists():
+            path = path / "tokenizer.json"
+        elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
+            return _from_vocab_and_merges(path / "vocab.json", path / "merges.txt")
+        else:
+            raise DataError(
+                f"--tokenizer {name}: this directory holds neither tokenizer.json nor vocab.json "
+                f"and merges.txt; name one that does"
+            )
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--tokenizer {path}: cannot be read ({error})") from error
+        raise DataError(f"--tokenizer {name}: cannot be read ({error})") from error
     try:
-        tokenizer = Tokenizer.from_str(text)
+        return parse_tokenizer(text)
     except Exception as error:  # the library raises nothing narrower
         raise DataError(
-            f"--tokenizer {path}: not a tokenizer in the JSON format of the tokenizers library "
+            f"--tokenizer {name}: not a tokenizer in the JSON format of the tokenizers library "
             f"({error})"
         ) from error
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise DataError(
-            f"--tokenizer {path}: has no {END_OF_TEXT} token, which ends every document; add it as "
-            f"a special token, or train a tokenizer with --vocab-size"
-        )
+
+
+def parse_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer in the text of a `tokenizers` JSON file, set to encode plain text in full."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(text)
     # Published tokenizers often cut every text to the context of some model.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    return encoding_plain_text(tokenizer)
+
+
+def end_of_text_id(tokenizer: Tokenizer, name: str | Path | None = None) -> int:
+    """The id of the token that ends a document.
+
+    `<|endoftext|>`'s; else, of a tokenizer that was loaded by `name`, that of the eos_token in the
+    tokenizer_config.json beside it. DataError if there is none.
+    """
+    found = tokenizer.token_to_id(END_OF_TEXT)
+    if found is not None:
+        return found
+    path = Path(name or ".")
+    config = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
+    try:
+        token = json.loads(config.read_text(encoding="utf-8"))["eos_token"]
+        token = token["content"] if isinstance(token, dict) else token
+        found = tokenizer.token_to_id(token)
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    if found is None:
+        raise DataError(
+            f"--tokenizer {name}: has no {END_OF_TEXT} token, which ends every document, and no "
+            f"{config.name} beside it names its eos_token; add one of them, or train a tokenizer "
+            f"with --vocab-size"
+        )
+    return found
+
+
+# GPT-2's merges and vocabulary: SHA-256, and the name that tiktoken's cache has for them.
+_GPT2_FILES = {
+    "merges": (
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    ),
+    "vocab": (
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    ),
+}
+
+
+def _load_gpt2() -> Tokenizer:
+    looked = []
+    for vocab, merges in _gpt2_places():
+        looked.append(str(merges.parent))
+        try:
+            found = {"vocab": vocab.read_bytes(), "merges": merges.read_bytes()}
+        except OSError:
+            continue
+        if all(hashlib.sha256(found[n]).hexdigest() == _GPT2_FILES[n][0] for n in found):
+            return _from_vocab_and_merges(vocab, merges)
+    for vocab, _ in _gpt2_places():  # of a newer transformers there is this alone
+        if (path := vocab.with_name("tokenizer.json")).exists():
+            return load_tokenizer(path)
+    raise DataError(
+        f"--tokenizer gpt2: GPT-2's files are not in {', '.join(looked)}, and are not downloaded "
+        f'unasked; where there is a network, python -c "import tiktoken; '
+        f"tiktoken.get_encoding('gpt2')\" puts them there; or name a tokenizer.json"
+    )
+
+
+def _gpt2_places() -> Iterator[tuple[Path, Path]]:
+    """Where (vocabulary, merges) may be."""
+    environ = os.environ
+    tiktoken = environ.get("TIKTOKEN_CACHE_DIR") or environ.get("DATA_GYM_CACHE_DIR")
+    cache = Path(tiktoken or Path(tempfile.gettempdir(), "data-gym-cache"))
+    yield cache / _GPT2_FILES["vocab"][1], cache / _GPT2_FILES["merges"][1]
+    home = Path(environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    hub = Path(environ.get("HF_HUB_CACHE") or home / "hub")
+    for name in ("models--openai-community--gpt2", "models--gpt2"):
+        snapshots = sorted(hub.glob(f"{name}/snapshots/*"))
+        for path in snapshots or [hub / name]:
+            yield path / "vocab.json", path / "merges.txt"
+
+
+def _from_vocab_and_merges(vocab: Path, merges: Path) -> Tokenizer:
+    """GPT-2's kind of tokenizer: byte-level BPE, its end of text if the vocabulary has it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    try:
+        model = models.BPE.from_file(str(vocab), str(merges))
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(
+            f"--tokenizer: {vocab} and {merges} are no byte-level BPE ({error})"
+        ) from error
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])
     return encoding_plain_text(tokenizer)
 
 

@@ -4,6 +4,7 @@ norm = sqrt(sum over all gradients g of |g|^2);  g *= max_norm / (norm + eps)  i
 """
 
 import math
+import threading
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +13,10 @@ from torch.autograd.graph import increment_version
 
 from fastlm.kernels.collect import collect_gradients
 from fastlm.ops.dispatch import implementation, resolve_implementation
+
+# What kernels keep of a call (TensorTable.cache): the next one, mostly with the same sizes and
+# addresses, sends nothing to the device. Of each thread: two may clip at the same time.
+_kept = threading.local()
 
 
 def clip_factor(norm: float, max_norm: float, eps: float = 1e-6) -> float:
@@ -47,7 +52,7 @@ def clip_gradients(
         if (factor := clip_factor(norm, max_norm, eps)) < 1:
             module.scale_gradients(gradients, factor)
         return norm
-    collected = collect_gradients(params)
+    collected = collect_gradients(params, _kept.__dict__.setdefault("caches", {}))
     kernels = [implementation("clip_grad_norm", impl, t.device) for t in collected.tables]
     norm = math.sqrt(collected.square_sum(kernels)[0]) if kernels else 0.0
     if (factor := clip_factor(norm, max_norm, eps)) < 1:

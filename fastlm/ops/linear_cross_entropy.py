@@ -42,6 +42,7 @@ def linear_cross_entropy_loss(
     bias: Tensor | None = None,  # (V,)
     memory_budget: int | None = None,
     num_valid: int | None = None,
+    fp8: bool = False,
     impl: str = "auto",
     **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -58,10 +59,15 @@ def linear_cross_entropy_loss(
     `memory_budget`: bytes that may be used beyond inputs and returned gradients. Raises ValueError,
     naming the least that works, for one that is too small. Default: no bound for what the weight
     takes (a cast, an fp32 gradient; both only if its dtype is another), and chunks whose scratch is
-    480 MiB, but no fewer than 1,024 rows. `linear_cross_entropy_plan` tells both.
+    480 MiB, but no fewer than 1,024 rows (on a GPU 4,096). `linear_cross_entropy_plan` tells both.
 
     Ignored rows are left out of the products: on the CPU always; on a GPU, which is not waited for,
     if `num_valid` says how many rows are not ignored (if it is wrong, the loss is NaN).
+
+    `fp8`: the logits are the product of float8_e4m3fn operands (3 bits of mantissa), each tensor
+    with one scale; D and V must be multiples of 16. On NVIDIA's Ada, Hopper and later that product
+    takes about half the time; a CPU computes the same slowly. The gradients' products stay as they
+    are: rounding the logits' gradient would cost what they gain.
 
     The same errors as `cross_entropy_loss`; ValueError or TypeError for shapes or dtypes of weight
     and bias that do not fit. There is no second derivative, except with impl="torch".
@@ -70,7 +76,10 @@ def linear_cross_entropy_loss(
     weight, bias = _whole(weight), _whole(bias)
     _check(hidden, weight, bias, targets)
     dtype = compute_dtype(hidden)
-    if resolve_implementation("linear_cross_entropy", impl, hidden.device, dtype) == "torch":
+    by_torch = resolve_implementation("linear_cross_entropy", impl, hidden.device, dtype) == "torch"
+    if fp8:
+        _check_fp8(hidden, weight, by_torch)
+    if by_torch:
         b = None if bias is None else bias.to(dtype)
         logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), b)
         return cross_entropy_loss(logits, targets, impl="torch", **options)
@@ -90,7 +99,7 @@ def linear_cross_entropy_loss(
     )
     loss, lse, *_ = _forward(
         hidden, weight, bias, targets.long(), checked.items_on(hidden.device), checked.reduction,
-        checked.return_lse, dtype, wanted, with_gradients, memory_budget, num_valid,
+        checked.return_lse, dtype, wanted, with_gradients, memory_budget, num_valid, fp8,
         *checked.of_rows,
     )  # fmt: skip
     return (loss, lse) if checked.return_lse else loss
@@ -159,6 +168,14 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor)
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
 
 
+def _check_fp8(hidden: Tensor, weight: Tensor, by_torch: bool) -> None:
+    V, D = weight.shape
+    if D % 16 or V % 16:
+        raise ValueError(f"fp8: D={D} and V={V} must be multiples of 16; pad them, or leave it out")
+    if by_torch:
+        raise ValueError(f"fp8: impl 'torch' has none ({hidden.device}, {hidden.dtype})")
+
+
 # --- The op of torch's dispatcher. The chunks are planned inside, for no shape to enter Python. ---
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
@@ -174,12 +191,12 @@ def _op(name: str, schema: str):
 @_op(
     "linear_cross_entropy_loss",
     f"({_INPUTS}, Tensor? num_items, str reduction, bool return_lse, ScalarType dtype, "
-    "bool[] wanted, bool with_gradients, SymInt? memory_budget, SymInt? num_valid, "
+    "bool[] wanted, bool with_gradients, SymInt? memory_budget, SymInt? num_valid, bool fp8, "
     f"{OPTIONS_SCHEMA}) -> (Tensor loss, Tensor lse, Tensor saved, Tensor scale, {_GRADIENTS})",
 )
 def _forward(
     hidden, weight, bias, targets, num_items, reduction, return_lse, dtype, wanted, with_gradients,
-    memory_budget, num_valid, *options,
+    memory_budget, num_valid, fp8, *options,
 ):  # fmt: skip
     N = targets.numel()
     if num_valid is not None and not 0 <= num_valid <= N:
@@ -190,7 +207,7 @@ def _forward(
         targets, V, options.ignore_index, num_items, reduction == "mean"
     )
     losses, lse, saved, gradients = head_losses(
-        kernels, hidden.reshape(N, hidden.shape[-1]), Head(weight, bias, dtype),
+        kernels, hidden.reshape(N, hidden.shape[-1]), Head(weight, bias, dtype, fp8),
         targets.reshape(-1).contiguous(), options, all_lse=return_lse,
         gradient_scale=scale if with_gradients else None, wanted=wanted,
         memory_budget=memory_budget, num_valid=num_valid,
@@ -218,15 +235,15 @@ def _(
 @_op(
     "linear_cross_entropy_gradient",
     f"({_INPUTS}, Tensor saved, Tensor? grad_losses, Tensor? grad_lse, ScalarType dtype, "
-    f"bool[] wanted, SymInt? memory_budget, {OPTIONS_SCHEMA}) -> ({_GRADIENTS})",
+    f"bool[] wanted, SymInt? memory_budget, bool fp8, {OPTIONS_SCHEMA}) -> ({_GRADIENTS})",
 )
 def _gradient(
     hidden, weight, bias, targets, saved, grad_losses, grad_lse, dtype, wanted, memory_budget,
-    *options,
+    fp8, *options,
 ):  # fmt: skip
     gradients = head_gradients(
         row_kernels(hidden.device), hidden.reshape(targets.numel(), hidden.shape[-1]),
-        Head(weight, bias, dtype), targets.reshape(-1).contiguous(), saved, flat(grad_losses),
+        Head(weight, bias, dtype, fp8), targets.reshape(-1).contiguous(), saved, flat(grad_losses),
         flat(grad_lse), Options(*options), wanted=wanted, memory_budget=memory_budget,
     )  # fmt: skip
     return _shaped(gradients, hidden)
@@ -256,7 +273,7 @@ def _empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor, ...]:
 def _setup_context(ctx, inputs, output):
     (
         hidden, weight, bias, targets, _, ctx.reduction, _, ctx.dtype, ctx.wanted,
-        ctx.with_gradients, ctx.memory_budget, _, *ctx.options,
+        ctx.with_gradients, ctx.memory_budget, _, ctx.fp8, *ctx.options,
     ) = inputs  # fmt: skip
     _, _, saved, scale, *gradients = output
     ctx.mark_non_differentiable(saved, scale, *gradients)
@@ -269,7 +286,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, grad_lse, *_):
     refuse_other_backwards("linear_cross_entropy_loss", grad_loss, grad_lse)
-    none = (None,) * (len(ctx.options) + 9)
+    none = (None,) * (len(ctx.options) + 10)
     if grad_loss is None and grad_lse is None:
         return None, None, None, *none
     if ctx.with_gradients:
@@ -283,7 +300,7 @@ def _backward(ctx, grad_loss, grad_lse, *_):
         grad_loss = grad_loss * scale
     gradients = _gradient(
         hidden, weight, bias, targets, saved, grad_loss, grad_lse, ctx.dtype, ctx.wanted,
-        ctx.memory_budget, *ctx.options,
+        ctx.memory_budget, ctx.fp8, *ctx.options,
     )  # fmt: skip
     wanted = [g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
     return *wanted, *none

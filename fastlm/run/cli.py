@@ -14,9 +14,10 @@ from typing import Any
 from fastlm.checkpoint import Reader, checkpoint_files, read_checkpoint, read_values
 from fastlm.config import TrainingConfig
 from fastlm.errors import ConfigError, DeviceError, shown
+from fastlm.hardware import device_memory, select_device
 from fastlm.parallel.world import World
-from fastlm.presets import PRESETS
-from fastlm.run.resume import RUNS, Resumed, find, read_unchecked
+from fastlm.presets import PRESETS, preset_settings
+from fastlm.run.resume import RUNS, Resumed, find, initial_architecture, read_unchecked
 from fastlm.run.settings import nearest, read_toml, to_toml
 
 
@@ -51,13 +52,20 @@ class Invocation:
     ignored: list[str] = field(default_factory=list)  # the preset's that the checkpoint's go before
 
 
-def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invocation:
+def parse(
+    argv: list[str] | None = None,
+    read: Reader = read_checkpoint,
+    *,
+    prog: str = "python -m fastlm.train",
+    description: str | None = None,  # default: that of CommandLine
+) -> Invocation:
     """Raises ConfigError or CheckpointError; flags that tyro rejects exit with code 2."""
     import tyro
 
     argv = _explicit_resume(list(sys.argv[1:] if argv is None else argv))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "device", "target-dir", "ckpt-dir", "ckpt-save-prefix"):
+    names = "preset config device target-dir ckpt-dir ckpt-save-prefix init-from"
+    for name in names.split():
         early.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
     early.add_argument("--resume", "--ckpt-path-to-resume", "--ckpt_path_to_resume", dest="resume")
     try:
@@ -72,11 +80,16 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
     if preset not in PRESETS:
         raise ConfigError(f"preset={shown(preset)} is unknown{nearest(preset, PRESETS)}")
 
-    layers: list[tuple[str, dict[str, Any]]] = [(f"preset {preset}", PRESETS[preset])]
-    resumed = None
+    of_preset = preset_settings(preset, _memory(first.device))
+    layers: list[tuple[str, dict[str, Any]]] = [(f"preset {preset}", of_preset)]
+    resumed, initial = None, {}
     if not {"--help", "-h"} & set(argv):
         resumed = _find_resumed(first, file_settings, read)
+        init_from = first.init_from or file_settings.get("init_from")
+        initial = initial_architecture(init_from) if init_from and not resumed else {}
     stored = resumed.settings if resumed else {}
+    if initial:
+        layers.append(("checkpoint of --init-from", initial))
     if stored:
         layers.append(("checkpoint", stored))
     if file_settings:
@@ -90,13 +103,13 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
         origins.update(dict.fromkeys(layer, origin))
 
     default = CommandLine(**values, preset=preset)
-    parsed = tyro.cli(CommandLine, args=argv, default=default, prog="python -m fastlm.train")
+    parsed = tyro.cli(CommandLine, args=argv, default=default, prog=prog, description=description)
     flags = {_setting_name(token) for token in argv if token.startswith("--")} & set(names)
     origins.update(dict.fromkeys(flags, "command line"))
 
     settings = {name: getattr(parsed, name) for name in names}
     asked = flags | set(file_settings)  # by this invocation, not by a preset or a checkpoint
-    _follow(settings, origins, flags, asked, stored)
+    _follow(settings, origins, flags, asked, {**initial, **stored})
     _place(settings, origins, asked, preset, resumed)
     config = TrainingConfig(**settings)
     changed = [
@@ -106,7 +119,7 @@ def parse(argv: list[str] | None = None, read: Reader = read_checkpoint) -> Invo
     ]
     ignored = [
         name
-        for name, value in PRESETS[preset].items()
+        for name, value in of_preset.items()
         if chosen and name in stored and value != getattr(config, name) and name != "train_minutes"
     ]
     return Invocation(config, preset, parsed.print_config, origins, resumed, changed, ignored)
@@ -224,6 +237,8 @@ def _follow(settings: dict, origins: dict, flags: set[str], asked: set[str], sto
     if "grad_accum" in asked and settings["tokens_per_step"] is not None:
         settings["tokens_per_step"] = None  # a resumed run's
         origins["tokens_per_step"] = "grad_accum is set"
+    if settings["tokens_per_step"] is not None:
+        origins["grad_accum"] = "follows tokens_per_step"
     if settings["d_ff"] is None:
         origins["d_ff"] = "follows d_model"
     if "vocab_size" not in asked | stored.keys():
@@ -268,12 +283,18 @@ def format_config(invocation: Invocation) -> str:
 
 def _default_preset(device: str | None) -> str:
     """demo-gpu if the run will be on CUDA."""
-    from fastlm.hardware import select_device
-
     try:
         return "demo-gpu" if select_device(device or "auto").type == "cuda" else "demo"
     except DeviceError:  # reported when the run selects its device
         return "demo"
+
+
+def _memory(device: str | None) -> int:
+    """Bytes that a GPU has; 0 for other devices, and those that are not there."""
+    try:
+        return device_memory(select_device(device or "auto"))
+    except DeviceError:
+        return 0
 
 
 def _explicit_resume(argv: list[str]) -> list[str]:

@@ -6,8 +6,14 @@ from typing import Any
 from torch import nn
 
 from fastlm.checkpoint import checkpoint_payload, restore_model
-from fastlm.evaluate import bits_per_byte, evaluating, loss_over_all
-from fastlm.model import training_flops_per_token
+from fastlm.evaluate import (
+    bits_per_byte,
+    describe_sets,
+    evaluating,
+    loss_over_sets,
+    mean_of_sets,
+)
+from fastlm.generate import sample_texts
 from fastlm.model_interface import model_class
 from fastlm.parallel.wrap import gathered_on_main
 from fastlm.run.commands import generate_command
@@ -30,9 +36,9 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     run.stop.promise = "the run's end can be had by --resume"
     try:
         with evaluating(runner.model):
-            final = loss_over_all(
+            found = loss_over_sets(
                 run.summed,
-                data.val,
+                data,
                 cfg.batch_size,
                 cfg.context_len,
                 runner.device,
@@ -42,7 +48,7 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     except Stopped:
         return False
     run.memory.sample()
-    known = data.val_bytes
+    final, known = mean_of_sets(found), data.val_bytes
     in_bytes = bits_per_byte(final.loss, final.of_targets, known) if known else None
     whole = clock.knows_all
     figures = RunFigures(
@@ -50,11 +56,13 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
         tokens=(run.samples_seen - (0 if whole else run.start_samples)) * cfg.context_len,
         step_seconds=clock.all_seconds,
         run_seconds=clock.run_seconds,
+        piece_seconds=clock.seconds,
+        waited_seconds=runner.step_loader.waited,
         start_step=run.start_step,
         whole=whole,
         compile_seconds=runner.compile_seconds,
         recompiles=graphs_compiled() - run.graphs if cfg.compile else 0,
-        flops_per_token=training_flops_per_token(runner.model, cfg.context_len),
+        flops_per_token=run.flops_per_token,
         final=final,
         peak_memory=run.memory,
         peaks=run.world.gather(run.memory.bytes),
@@ -62,20 +70,46 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
         rolled_back=runner.guard.rolled_back,
         bits_per_byte=in_bytes,
     )
-    run.log.attempt(
+    texts = run.log.attempt(
         "samples",
         lambda: print_samples(
             _whole_model(run, weights), data.tokenizer_json, cfg.seed, cfg.context_len
         ),
     )
+    if texts:
+        run.log.metrics("sample", step=run.completed, texts=texts)
     ceiling = run.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))
-    run.log.metrics("summary", step=run.completed, **print_summary(figures, runner, ceiling))
+    summary = print_summary(figures, runner, ceiling)
+    for name, said in describe_sets(found, data).items():
+        print(f"[summary] validation  {name}: {said}")
+        summary[f"val_loss/{name}"] = found[name].loss
+    run.log.metrics("summary", step=run.completed, **summary)
     run.watch.complain(run.missing, final.loss)
     print(f"[summary] files       {cfg.ckpt_dir}, {cfg.log_dir}")
     if model_path.exists() and model_class(runner.model) is None:
         command = generate_command(model_path, cfg, tokenizer=data.tokenizer_json is not None)
         print(f"[summary] try it      {command}", flush=True)
     return True
+
+
+def sample(run: Any, step: int) -> None:  # run: fastlm.loop.Run
+    """One sample behind `step`, of a new document; without a tokenizer, ids. It draws from a
+    generator of its own: training goes on as without it. Every rank calls it: a sharded model's
+    weights are spread over all of them."""
+    cfg, data = run.cfg, run.data
+    weights: dict[str, Any] = {}
+    if run.runner.is_sharded:
+        whole = checkpoint_payload(run.runner.model, None, run.completed)["model_state"]
+        weights["model_state"] = gathered_on_main(whole, run.world)
+
+    def write() -> None:
+        (text,) = sample_texts(
+            _whole_model(run, weights), data.tokenizer_json, num_samples=1, max_new_tokens=100,
+            seed=cfg.seed, context_len=cfg.context_len,
+        )  # fmt: skip
+        run.log.sample(step, text)
+
+    run.log.attempt("sample", write)
 
 
 def _whole_model(run: Any, weights: dict[str, Any]) -> nn.Module:

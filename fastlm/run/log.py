@@ -4,24 +4,33 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastlm.config import TrainingConfig
 from fastlm.run.output import LineFile, Missing, remove_half_written, replace_content
 from fastlm.run.plot import LivePlotter
+from fastlm.run.track import Trackers, beside_log
 
 
 def metrics_path(directory: str | Path, prefix: str = "train") -> Path:
     """metrics.jsonl; {prefix}_metrics.jsonl under another prefix than the default."""
-    name = "metrics.jsonl" if prefix == "train" else f"{prefix}_metrics.jsonl"
-    return Path(directory) / name
+    return beside_log(directory, prefix, "metrics.jsonl")
 
 
 def has_ended(directory: str | Path, prefix: str = "train") -> bool:
     """Did the run that logs there come to its end? The summary is the last that it writes."""
     rows = _parsed(_lines(metrics_path(directory, prefix)))
     return bool(rows) and rows[-1] is not None and rows[-1].get("event") == "summary"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of the last run in a file of metrics, each with an event and a step, which may be
+    None; [] without one. Damaged lines are left out."""
+    rows = [row for row in _parsed(_lines(path)) if row is not None]
+    begins = [i for i, row in enumerate(rows) if (row["event"], row["step"]) == BEGIN]
+    return rows[begins[-1] if begins else 0 :]
 
 
 class RunLog:
@@ -46,6 +55,8 @@ class RunLog:
         self.plotter = LivePlotter()
         self._evaluated: dict[int, float] = {}  # step -> validation loss
         self._draws, self._closed = True, False
+        self._trackers: Trackers | None = None
+        self._start_step, self._last_step = start_step, -1  # the last one logged before
         self._bar = None
         path = metrics_path(directory, prefix)
         self._metrics, self._log = (
@@ -56,11 +67,16 @@ class RunLog:
             self.rewind(start_step)
         elif path.is_file():  # of a run that was killed before its first checkpoint
             self.attempt("new file of metrics", lambda: path.replace(f"{path}_abandoned"))
-        if sys.stderr is not None and sys.stderr.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total_steps, initial=start_step, desc="train", unit="step", smoothing=0.05
+                total=total_steps,
+                initial=start_step,
+                smoothing=0.05,
+                dynamic_ncols=True,
+                bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}ETA {remaining}",
+                file=sys.stdout,
             )
         self._line(f"=== Training started at {time.ctime()} ===")
 
@@ -71,8 +87,12 @@ class RunLog:
         path = self._metrics.path
         lines = _lines(path)
         rows = _parsed(lines)
+        if self._trackers is not None:
+            self._trackers.rewind(step)
         begins = [i for i, row in enumerate(rows) if row and (row["event"], row["step"]) == BEGIN]
         first = begins[-1] if begins else -1
+        logged = [row for row in rows[first + 1 :] if row and row["event"] in ("train", "val")]
+        self._last_step = max((row["step"] for row in logged), default=-1)
         kept = [
             i for i, row in enumerate(rows)
             if row is not None
@@ -100,6 +120,14 @@ class RunLog:
         if self._bar is not None:
             self._bar.n = step
 
+    def track(self, cfg: TrainingConfig, run_id: str) -> None:
+        """From now on the trackers of cfg.track get each row of the metrics, too."""
+        if cfg.track:
+            self._trackers = Trackers(
+                cfg, run_id, start_step=self._start_step, last_step=self._last_step,
+                say=self.say, missing=self.missing,
+            )  # fmt: skip
+
     def evaluation(self, step: int) -> float | None:
         """The validation loss behind `step` that an earlier piece of the run has logged."""
         return self._evaluated.get(step)
@@ -126,6 +154,7 @@ class RunLog:
         grad_norm: float,
         steps_per_second: float,
         tokens_per_second: float,
+        **values: Any,  # more for the metrics
     ) -> None:
         stamp = time.strftime("%H:%M:%S")
         self._line(
@@ -139,14 +168,15 @@ class RunLog:
             lr=lr,
             grad_norm=grad_norm,
             tokens_per_second=round(tokens_per_second, 1),
+            **values,
         )
         if math.isfinite(loss):
             self.plotter.log_train(step, loss, lr)
         if self._draws:
             self._draws = self.attempt("live curve", lambda: self.plotter.draw() or True) is True
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss={avg_loss:.4f}, lr={lr:.2e}, {tokens_per_second:,.0f} tok/s", refresh=False
+            self._bar.set_description_str(
+                f"loss {avg_loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tok/s, ", refresh=False
             )
             return
         left = (self.total_steps - step - 1) / steps_per_second if steps_per_second else 0.0
@@ -158,13 +188,23 @@ class RunLog:
             flush=True,
         )
 
-    def val(self, step: int, val_loss: float) -> None:
+    def val(self, step: int, val_loss: float, of_sets: Mapping[str, float]) -> None:
+        """of_sets: the losses of named validation sets, whose mean val_loss is."""
         line = f"[VAL] step {step:06d} val_loss {val_loss:.4f}"
+        if of_sets:
+            line += f" ({', '.join(f'{name} {loss:.4f}' for name, loss in of_sets.items())})"
         self._line(line)
-        self.metrics("val", step=step, val_loss=val_loss)
+        named = {f"val_loss/{name}": loss for name, loss in of_sets.items()}
+        self.metrics("val", step=step, val_loss=val_loss, **named)
         if math.isfinite(val_loss):
             self.plotter.log_eval(step, val_loss)
         self.say(line)
+
+    def sample(self, step: int, text: str) -> None:
+        """A text that the model has written behind `step`: on one line of the log."""
+        self._line(f"[SAMPLE] step {step:06d} {json.dumps(text, ensure_ascii=False)}")
+        self.metrics("sample", step=step, texts=[text])
+        self.say(f"[sample] step {step}:\n{text.strip()}\n")
 
     def checkpoint(self, path: Path) -> None:
         line = f"[CKPT] Saved to {path}"
@@ -182,8 +222,10 @@ class RunLog:
 
         JSON has no NaN and no infinity: they become null.
         """
-        row = {"event": event, "time": round(time.time(), 3), **values}
-        self._metrics.write(json.dumps(_finite(row), allow_nan=False))
+        row = _finite({"event": event, "time": round(time.time(), 3), **values})
+        self._metrics.write(json.dumps(row, allow_nan=False))
+        if self._trackers is not None:
+            self._trackers.row(row)
 
     def attempt(self, what: str, action: Callable[[], Any]) -> Any:
         """The action's result; None, and a line that says why, if it fails. For what a run can do
@@ -209,6 +251,8 @@ class RunLog:
 
     def flush(self) -> None:
         """The last call: what could not be written until now is missing."""
+        if self._trackers is not None:
+            self._trackers.close()
         self._log.close()
         self._metrics.close()
 

@@ -6,8 +6,11 @@ so nothing leaks and no display is needed.
 
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fastlm.schedule import cosine_lr_schedule
 
@@ -72,7 +75,9 @@ class LivePlotter:
             axes.set_zorder(rates.get_zorder() + 1)  # losses in front of the rate
             axes.patch.set_visible(False)
         if self.train_steps:
-            axes.plot(self.train_steps, self.train_losses, color=_TRAIN_COLOR, label="train_loss")
+            draw_losses(
+                axes, self.train_steps, self.train_losses, color=_TRAIN_COLOR, label="train_loss"
+            )
         if self.eval_steps:
             marker = "o" if len(self.eval_steps) < 30 else None
             axes.plot(
@@ -90,6 +95,41 @@ class LivePlotter:
         if self.train_steps or self.eval_steps:
             axes.legend()
         return figure
+
+
+def draw_losses(
+    axes: Any,
+    x: Sequence[float],
+    losses: Sequence[float],
+    *,
+    color: Any,
+    label: str,
+    means: Sequence[float] | None = None,  # over all steps since the loss before, if known
+) -> None:
+    """The averages of windows as a line, over a faint one of the losses themselves."""
+    averages = windowed(losses if means is None else means)
+    if averages != list(losses):
+        axes.plot(x, losses, color=color, alpha=0.25, lw=0.8)
+    axes.plot(x, averages, color=color, label=label, lw=1.5)
+
+
+def windowed(values: Sequence[float]) -> list[float]:
+    """The mean around each of n values, of a fiftieth of them and 25 at most to either side; at the
+    beginning, where losses fall, of as many ahead as behind. Below 50 values: as they are. What is
+    not finite counts in no mean."""
+    n = len(values)
+    half = min(n // 50, 25)
+    if half == 0:
+        return list(values)
+    finite = np.asarray(values, dtype=np.float64)
+    counts = np.isfinite(finite)
+    sums = np.concatenate(([0.0], np.where(counts, finite, 0.0).cumsum()))
+    seen = np.concatenate(([0], counts.cumsum()))
+    index = np.arange(n)
+    reach = np.minimum(half, index)
+    first, last = index - reach, np.minimum(index + reach + 1, n)
+    with np.errstate(invalid="ignore"):
+        return ((sums[last] - sums[first]) / (seen[last] - seen[first])).tolist()
 
 
 def plot_lr_schedule(

@@ -30,9 +30,12 @@ from fastlm.data.files import Data
 from fastlm.data.sampler import SAMPLER_VERSION
 from fastlm.errors import CheckpointError, ConfigError, UserError, shown
 from fastlm.foreign_state import first_line
+from fastlm.huggingface import is_model_directory, read_settings
+from fastlm.model_config import ModelConfig
 from fastlm.model_interface import check_model_class, model_class
 from fastlm.parallel.commit import is_sharded
 from fastlm.parallel.world import World
+from fastlm.pretrained import check_window
 from fastlm.run.settings import coerce
 
 RUNS = "runs"  # where runs go unless --target-dir says otherwise
@@ -230,6 +233,7 @@ def _stored_settings(path: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if "fastlm_version" in payload:  # an older one's run was none of a preset's that came later
         settings = {"optimizer": "adamw", "qk_norm": False}
+        settings |= {"tf32": False, "residual_dtype": "float32"}
     for name in (f.name for f in dataclasses.fields(TrainingConfig)):
         if name not in config or name in _NOT_RESUMED:
             continue
@@ -261,6 +265,27 @@ def _is_clock(clock: Any) -> bool:
     )
 
 
+def initial_architecture(init_from: str) -> dict[str, Any]:
+    """The settings of the model that --init-from names; {} where another program has stored none.
+
+    What cannot be read is for load_weights to say. Raises CheckpointError for a directory of
+    transformers whose model is no TransformerLM.
+    """
+    if is_model_directory(init_from):
+        settings = read_settings(init_from)[0].settings()
+    else:
+        try:
+            payload = read_unchecked(init_from)
+        except CheckpointError:
+            return {}
+        if not isinstance(payload, Mapping) or "model_class" in payload:
+            return {}
+        settings = _stored_settings(Path(init_from), payload)
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    names -= {"dropout", "activation_checkpointing"}  # how it is trained; so is context_len
+    return {name: value for name, value in settings.items() if name in names}
+
+
 def load_weights(
     model: nn.Module,
     cfg: TrainingConfig,
@@ -268,9 +293,11 @@ def load_weights(
     world: World,
     *,
     restored_later: bool = False,
+    tokenizer: str | None = None,
 ) -> None:
     """Loads the weights that --resume or --init-from names, if they name any.
 
+    tokenizer: the data's, which must not give other meanings to the ids that --init-from's has.
     restored_later: several processes read a resumed run's weights with its moments, once.
     """
     if resumed is not None:
@@ -281,6 +308,9 @@ def load_weights(
     else:
         return
     check_model_class(payload, path, model)
+    if resumed is None:
+        check_window(payload, path, cfg.context_len)
+        _check_tokenizers(path, payload.get("tokenizer"), tokenizer)
     try:
         if world.size == 1:
             restore_model(model, payload)
@@ -301,6 +331,35 @@ def load_weights(
                 )
     if resumed is None:
         print(f"[init] weights of {cfg.init_from}")
+        if model_class(model) is None:
+            for name in stored.keys() & {"rope_theta", "rope_scaling", "norm_eps"}:
+                if stored[name] != getattr(cfg, name):  # which a longer context may want
+                    print(
+                        f"[init] changed: {name}: {shown(stored[name])} -> "
+                        f"{shown(getattr(cfg, name))}"
+                    )
+
+
+def _check_tokenizers(path: str, theirs: Any, ours: str | None) -> None:
+    """Raises CheckpointError if an id is one token in the tokenizer beside the weights and another
+    in the data's. Either may have tokens that the other lacks."""
+    if not isinstance(theirs, str) or ours is None or theirs == ours:
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        known = {i: token for token, i in Tokenizer.from_str(theirs).get_vocab().items()}
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path}: its tokenizer cannot be read ({error})") from error
+    vocabulary = Tokenizer.from_str(ours).get_vocab().items()
+    other = [i for token, i in vocabulary if known.get(i, token) != token]
+    if other:
+        i = min(other)
+        token = next(token for token, number in vocabulary if number == i)
+        raise CheckpointError(
+            f"{path}: its tokenizer is not the data's: id {i} is {shown(known[i])} there and "
+            f"{shown(token)} in the data; prepare the data with it (--tokenizer)"
+        )
 
 
 def _flag(name: str, value: Any) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from fastlm.parallel.world import World
+
 # SIGUSR1 is what clusters send some time before the end (Slurm: --signal=USR1@90).
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
@@ -76,6 +78,12 @@ class StopSignals:
             raise KeyboardInterrupt
         if self.received is not None:
             sys.exit(0 if self.name == "SIGUSR1" else 128 + self.received)
+
+    def leave_together(self, world: World) -> None:
+        """leave() of all processes, which call this together: a signal to one ends them all."""
+        (number,) = world.vote(self.received or 0).wait()
+        self.received = number or None
+        self.leave()
 
     def interruptible(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, whose calls raise Stopped once a stop is asked for."""

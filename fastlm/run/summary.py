@@ -10,11 +10,13 @@ from torch import nn
 
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
+from fastlm.data.mixture import Mixture
 from fastlm.evaluate import Evaluation
 from fastlm.generate import sample_texts
 from fastlm.hardware import PeakMemory, device_name, matmul_ceiling, synchronize
 from fastlm.model import count_parameters, flop_formula
-from fastlm.model_interface import describe_model
+from fastlm.model_interface import describe_model, model_class
+from fastlm.run.backends import attention_kernel
 from fastlm.step import TrainStep
 
 
@@ -70,6 +72,9 @@ class Clock:
 def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainStep) -> None:
     """What the run does, on what, for how long."""
     compiled = "compiled" if cfg.compile else "not compiled (--compile is faster)"
+    kernels = ""
+    if runner.device.type == "cuda" and model_class(model) is None:
+        kernels = f", attention by {attention_kernel(cfg, runner.device, runner.dtype)}"
     length = (
         f"as many steps as take {cfg.train_minutes:g} minutes"
         if cfg.train_minutes is not None
@@ -82,20 +87,33 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
         f"[run] data: {len(data.train):,} training and {len(data.val):,} validation tokens, "
         f"fingerprint {data.fingerprint[:16]}"
     )
+    if isinstance(data.train, Mixture):
+        shares = (f"{s.weight:.1%} {s.name}" for s in data.train.sources)
+        print(f"[run] samples: {', '.join(shares)}")
     print(
         f"[run] on {runner.device} ({device_name(runner.device)}), torch {torch.__version__}, "
-        f"{str(runner.dtype).removeprefix('torch.')}, {compiled}"
+        f"{precision(runner)}, {compiled}{kernels}"
     )
+    each = ""
     if runner.world.size > 1:
+        each = f"{runner.world.size} processes, {cfg.parallel}, "
+    if each or cfg.grad_accum > 1:
         print(
-            f"[run] {runner.world.size} processes, {cfg.parallel}, "
-            f"{cfg.grad_accum} micro-batch{'es' * (cfg.grad_accum > 1)} "
-            f"of {cfg.batch_size} x {cfg.context_len} tokens each in a step"
+            f"[run] {each}{cfg.grad_accum} micro-batch{'es' * (cfg.grad_accum > 1)} "
+            f"of {cfg.batch_size} x {cfg.context_len} tokens{' each' * bool(each)} in a step"
         )
     print(
         f"[run] {length} of {runner.tokens:,} tokens, seed {cfg.seed}, into {cfg.target_dir}",
         flush=True,
     )
+
+
+def precision(runner: TrainStep) -> str:
+    """What the matmuls read, in words."""
+    name = str(runner.dtype).removeprefix("torch.")
+    by_tf32 = runner.device.type == "cuda" and runner.dtype == torch.float32
+    by_tf32 = by_tf32 and torch.get_float32_matmul_precision() != "highest"
+    return f"{name} (TF32)" if by_tf32 else name
 
 
 @dataclass
@@ -106,6 +124,8 @@ class RunFigures:
     tokens: int
     step_seconds: float  # compilation, evaluation and saving not counted
     run_seconds: float  # everything since the run began
+    piece_seconds: float  # in steps, in this piece of it
+    waited_seconds: float  # of them, for batches
     start_step: int  # of this piece of it
     whole: bool  # the four above are those of all pieces, not of this one
     compile_seconds: float
@@ -141,19 +161,19 @@ def measured_ceiling(runner: TrainStep) -> float | None:
 
 def print_samples(
     model: nn.Module, tokenizer: str | None, seed: int, context_len: int | None = None
-) -> None:
-    """Five samples, the first five: none is chosen."""
+) -> list[str]:
+    """Five samples, the first five: none is chosen. Returns them; without a tokenizer, none."""
     if tokenizer is None:
         print("[sample] none: the data has no tokenizer to turn ids into text")
-        return
+        return []
     texts = sample_texts(model, tokenizer, num_samples=5, seed=seed, context_len=context_len)
     for index, text in enumerate(texts):
         print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
+    return texts
 
 
 def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None) -> dict:
     """Prints the summary; returns it for the metrics. ceiling: FLOP/s, None if not known."""
-    dtype_name = str(runner.dtype).removeprefix("torch.")
     speed = figures.tokens_per_second  # of all processes
     processes = len(figures.peaks)
     peak = None if None in figures.peaks else max(figures.peaks)
@@ -170,6 +190,9 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
     if processes > 1:
         each = "" if speed is None else f", {speed / processes:,.0f} tokens/s in steps each"
         print(f"[summary] processes   {processes}{each}")
+    if figures.piece_seconds:
+        share = figures.waited_seconds / figures.piece_seconds
+        print(f"[summary] data        {share:.2%} of the steps' time was waiting for batches")
     if figures.skipped or figures.rolled_back:
         print(
             f"[summary] guard       {figures.skipped:,} steps skipped, {figures.rolled_back:,} "
@@ -189,7 +212,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
         "[summary] MFU         "
         + (
             f"{mfu:.1%} of {ceiling / 1e12:.3g} TFLOP/s, the best of several matmul shapes "
-            f"measured just now in {dtype_name}{' by one process' * (processes > 1)}"
+            f"measured just now in {precision(runner)}{' by one process' * (processes > 1)}"
             if mfu is not None
             else "unknown (no speed or no matmul ceiling was measured)"
         )
@@ -203,7 +226,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
     in_bytes = (
         f", {figures.bits_per_byte:.4f} bits/byte"
         if figures.bits_per_byte is not None
-        else " (bits/byte unknown: the data has no manifest)"
+        else " (bits/byte unknown: the data has no manifest, or several validation sets)"
     )
     print(
         f"[summary] validation  loss {figures.final.loss:.4f} nats/token{in_bytes}, "
@@ -215,6 +238,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
         "step_seconds": round(figures.step_seconds, 3),
         "run_seconds": round(figures.run_seconds, 3),
         "whole_run": figures.whole,
+        "data_wait_seconds": round(figures.waited_seconds, 4),
         "tokens_per_second": None if speed is None else round(speed, 1),
         "compile_seconds": round(figures.compile_seconds, 2),
         "recompiles": figures.recompiles,

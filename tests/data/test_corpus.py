@@ -161,7 +161,7 @@ def test_an_interruption_leaves_no_cache(library, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastlm.prepare.encode_batch", interrupted)
+        patch.setattr("fastlm.data.encoding.encode_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             default_corpus(VOCAB_SIZE, log=quiet)
         assert os.listdir(os.path.join(os.environ["XDG_CACHE_HOME"], "fastlm")) == []

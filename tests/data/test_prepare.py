@@ -14,6 +14,7 @@ from prepared_data import bytes_tokenizer, decoded_documents, quiet, shard_token
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from fastlm import prepare as prepare_module
+from fastlm.data import encoding
 from fastlm.data.manifest import Manifest
 from fastlm.data.split import SplitRule, document_hash, read_split, survey
 from fastlm.data.text import END_OF_TEXT, find_text_files, read_pieces
@@ -127,7 +128,7 @@ def test_round_trip(tmp_path, in_one_file):
 
 
 def test_documents_of_many_pieces_and_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 100_000)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 100_000)
     texts = {f"{i}.txt": f"line {i} of 🙂 text\r\n" * 9_000 for i in range(4)}
     files = find_text_files([write_files(tmp_path / "in", texts)])
     prepare(files, tmp_path / "out", vocab_size=300, log=quiet)
@@ -253,7 +254,7 @@ def test_no_split_is_empty(tmp_path, count, val_fraction):
     files = find_text_files([tmp_path / "in.txt"])
     rule = SplitRule.choose(survey(files, quiet), val_fraction)
     splits = {"train": [], "val": []}
-    for piece in read_split(files, rule):
+    for _, piece in read_split(files, rule):
         splits[piece.split].append(piece.text)
     assert all("".join(texts) for texts in splits.values())
     assert sorted(splits["train"] + splits["val"]) == sorted(text.split(END_OF_TEXT)[: count + 2])
@@ -318,7 +319,8 @@ def test_tokenizer_is_trained_on_an_even_sample_of_much_text(tmp_path, monkeypat
     size = sum(map(len, texts.values()))
     monkeypatch.setattr(prepare_module, "TOKENIZER_SAMPLE_BYTES", size // 5)
     rule = SplitRule.choose(survey(files, quiet), 0.05)
-    sample = list(prepare_module._training_texts(read_split(files, rule), size, quiet))
+    pieces = (piece for _, piece in read_split(files, rule))
+    sample = list(prepare_module._training_texts(pieces, size, quiet))
     assert 15 <= len(sample) <= 20
     assert len(set(sample)) == 10  # some of every tenth of the input
     manifest = prepare(files, tmp_path / "out", vocab_size=300, log=quiet)

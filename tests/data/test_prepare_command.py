@@ -14,7 +14,7 @@ from command_server import commands
 from prepared_data import bytes_tokenizer, decoded_documents, quiet, write_files
 
 from fastlm import prepare as prepare_module
-from fastlm.data import staging
+from fastlm.data import encoding, staging
 from fastlm.data.files import open_data
 from fastlm.data.manifest import Manifest
 from fastlm.data.text import END_OF_TEXT, find_text_files
@@ -80,7 +80,8 @@ def test_command(place):
         ("'' --out o", "empty string"),
         ("in nowhere.txt --out o", "nowhere.txt: no such file or directory"),
         ("in '*.nothing' --out o", "*.nothing: no file matches this glob"),
-        ("empty_directory --out o", "empty_directory: no *.txt file in this directory"),
+        ("empty_directory --out o", "empty_directory: no *.txt, *.jsonl or *.parquet file in this"),
+        ("in --out o --processes 0", "--processes 0: it must be at least 1"),
         ("empty.txt --out o", "holds no text: 1 file(s)"),
         ("one.txt --out o", "one document of 1 character"),
         ("pipe --out o", "pipe: not a regular file"),
@@ -170,8 +171,9 @@ def test_an_error_half_way_leaves_nothing(place, monkeypatch, where, error, exis
     if existing:
         prepare(find_text_files(["in"]), out, vocab_size=300, log=quiet)
     before = everything(place)
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 1)  # a batch per document
-    genuine, calls = getattr(prepare_module, where), []
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1)  # a batch per document
+    module = encoding if where == "encode_batch" else prepare_module
+    genuine, calls = getattr(module, where), []
 
     def failing(*arguments):
         calls.append(where)
@@ -181,7 +183,7 @@ def test_an_error_half_way_leaves_nothing(place, monkeypatch, where, error, exis
         assert len(list(place.glob("deep/er/.out.partial-*"))) == 1
         raise error
 
-    monkeypatch.setattr(prepare_module, where, failing)
+    monkeypatch.setattr(module, where, failing)
     expected = OutputError if isinstance(error, OSError) else error
     with pytest.raises(expected):
         prepare(find_text_files(["in"]), out, vocab_size=270, overwrite=True, log=quiet)

@@ -1,7 +1,9 @@
-"""Kernels compiled for GPUs that need not be there: registers, spills, accesses of 16 bytes.
+"""Kernels compiled for GPUs that need not be there: registers, spills, accesses of 16 bytes,
+programs an SM, instructions an element.
 
 A test file's cases are compiled by the file itself, run as a program, `python FILE PART OF`: in
-processes of their own, where TRITON_INTERPRET is not set and Triton's cache is new.
+processes of their own, where TRITON_INTERPRET is not set and Triton's cache is new. All that is
+known of them, as a table: `python tests/helpers/aot.py [sm_90]`.
 """
 
 import json
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sass import Sass
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -53,10 +56,24 @@ def nvidia_tool() -> str | None:
     return str(path) if path.exists() else None
 
 
-def inspect(target: str, assembly: dict, disassemble: bool) -> dict:
-    """Registers, spills, `wide_loads` and `wide_stores` in the code; with `disassemble`, which
-    takes a second, the instructions that spill, and for CUDA `loops` (find_loops), too."""
-    return (_inspect_amd if target.startswith("gfx") else _inspect_cuda)(assembly, disassemble)
+def inspect(target: str, kernel, num_warps: int, disassemble: bool) -> dict:
+    """Registers, spills, `wide_loads` and `wide_stores` in the code, programs an SM; with
+    `disassemble`, which takes a second, the instructions that spill, and for CUDA what is `issued`
+    (Sass.issued) and `loops` (Sass.loops), too."""
+    amd = target.startswith("gfx")
+    found = (_inspect_amd if amd else _inspect_cuda)(kernel.asm, disassemble)
+    if "registers" in found:
+        # By waves a SIMD, of whose 512 registers each takes a multiple of 8, or by an SM's 65,536;
+        # and by shared memory.
+        registers = -(-found["registers"] // 8) * 8
+        if amd:
+            by_registers, memory, reserved = 4 * min(8, 512 // registers) // num_warps, 64, 0
+        else:
+            by_registers = min(65536 // (32 * registers), 64) // num_warps
+            memory, reserved = 164 if target == "sm_80" else 228, 1024
+        shared = kernel.metadata.shared + reserved
+        found["programs"] = min(by_registers, 32, memory * 1024 // max(shared, 1))
+    return found
 
 
 def _inspect_cuda(assembly: dict, disassemble: bool) -> dict:
@@ -76,43 +93,15 @@ def _inspect_cuda(assembly: dict, disassemble: bool) -> dict:
 
 
 def _cuobjdump(cubin: str, disassemble: bool) -> dict:
-    def output(option: str) -> str:
-        command = [nvidia_tool(), option, cubin]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    usage = output("--dump-resource-usage")
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    command = [nvidia_tool(), "--dump-resource-usage", *["-sass"] * disassemble, cubin]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", output).groups()
     found = {"registers": int(registers), "spills": int(stack)}
     if disassemble:
-        sass = output("-sass")
-        found["spill_instructions"] = len(re.findall(r"\bSTL\b", sass))
-        found["loops"] = find_loops(sass)
+        sass = Sass(output)
+        found |= {"spill_instructions": sass.spills(), "issued": sass.issued()}
+        found["loops"] = sass.loops()
     return found
-
-
-def find_loops(sass: str) -> list[dict[str, int]]:
-    """Of each loop, from the target of a jump back to the jump: its instructions and how many bytes
-    a thread loads and stores in one iteration, and how many loads are of 16 bytes."""
-    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass, re.MULTILINE)
-    code = [(int(address, 16), text) for address, text in lines]
-    sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-
-    def moved(body: list[str], kind: str) -> list[int]:
-        accesses = [re.search(rf"\b{kind}\.E(\S*)", text) for text in body]
-        parts = [access[1].split(".") for access in accesses if access]
-        return [next((sizes[x] for x in of_one if x in sizes), 4) for of_one in parts]
-
-    loops = []
-    for end, text in code:
-        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < end:
-            body = [text for address, text in code if int(jump[1], 16) <= address <= end]
-            loads, stores = moved(body, "LDG"), moved(body, "STG")
-            loops.append({
-                "instructions": len(body), "loaded": sum(loads), "stored": sum(stores),
-                "wide_loads": loads.count(16),
-            })  # fmt: skip
-    return loops
 
 
 def _inspect_amd(assembly: dict, disassemble: bool) -> dict:
@@ -131,12 +120,17 @@ def _inspect_amd(assembly: dict, disassemble: bool) -> dict:
     return found
 
 
-def compile_part(cases: list[dict], compile_case: Callable, part: int, of: int) -> None:
-    """What a process of `compile_all` does: a line of JSON for each case."""
-    for case in cases[part::of]:
-        assembly = compile_case(case).asm
-        found = inspect(case["target"], assembly, case["disassemble"])
-        print(json.dumps({**case, **found}), flush=True)
+def compile_part(cases: list[dict], compile_case: Callable, an_element: Callable) -> None:
+    """What a process of `compile_all` does: a line of JSON for each case. an_element(result): the
+    instructions that a thread issues for an element, or None."""
+    part, of, *options = sys.argv[1:]
+    targets = set(TARGETS).intersection(options) or TARGETS
+    cases = [case for case in cases if case["target"] in targets]
+    for case in cases[int(part) :: int(of)]:
+        kernel = compile_case(case)
+        result = {**case, **inspect(case["target"], kernel, case["num_warps"], case["disassemble"])}
+        result["an_element"] = an_element(result) if "loops" in result else None
+        print(json.dumps(result), flush=True)
 
 
 def compile_all(file: str, *options: str) -> list[dict]:
@@ -168,7 +162,8 @@ def of_target(results: list[dict], target: str, *, spilling: bool = False) -> li
 
 
 def name(result: dict) -> str:
-    return " ".join(str(result[key]) for key in ("kernel", "dtype", "constants", "num_warps"))
+    constants = " ".join(f"{key}={value}" for key, value in result["constants"].items())
+    return f"{result['kernel']} {result['dtype']} {constants} num_warps={result['num_warps']}"
 
 
 def needs_tool(target: str) -> None:
@@ -215,3 +210,32 @@ def assert_wide(results: list[dict], target: str) -> None:
         if r["wide_loads"] < r["loads"] or r["wide_stores"] < r["stores"]
     ]
     assert not bad, "\n".join(bad)
+
+
+def assert_few_instructions(results: list[dict], target: str, ceiling: Callable) -> None:
+    """ceiling(result): the most instructions an element, or None where they are not counted."""
+    needs_tool(target)
+    counted = [(r, ceiling(r)) for r in of_target(results, target) if r["an_element"]]
+    counted = [(r, most) for r, most in counted if most is not None]
+    bad = [f"{name(r)}: {r['an_element']:.1f}" for r, most in counted if r["an_element"] > most]
+    assert not bad, "\n".join(bad)
+    # A count of what is not there would be small.
+    assert counted and all(r["an_element"] > 3 for r, _ in counted)
+
+
+def table(results: list[dict]) -> str:
+    lines = [f"{'':90} registers  spills  programs/SM  16-byte loads, stores  instructions/element"]
+    for r in results:
+        if not r["expect_spills"]:
+            count = f"{r['an_element']:.1f}" if r["an_element"] else "-"
+            lines.append(
+                f"{r['target']:7} {name(r):110} {r['registers']:4} {r['spills']:4} "
+                f"{r['programs']:3} {r['wide_loads']:4} {r['wide_stores']:3} {count:>6}"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    tests = Path(__file__).resolve().parents[1]
+    for file in ("ops/test_triton_compile.py", "optim/test_triton_compile_optimizer.py"):
+        print(table(compile_all(str(tests / file), "all", *sys.argv[1:])))

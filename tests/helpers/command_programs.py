@@ -93,7 +93,7 @@ def train_slowly_from_3(argv: list[str]) -> int:
 
 def train_onto(argv: list[str]) -> int:
     """In a process of its own: trains with stdout or stderr (argv[0]) on a full disk, on a pipe
-    that nobody reads ("pipe"), or closed from the start (argv[1])."""
+    that nobody reads ("pipe"), a terminal's path, or closed from the start (argv[1])."""
     import sys
 
     from fastlm.train import main
@@ -105,7 +105,9 @@ def train_onto(argv: list[str]) -> int:
         os.close(descriptor)
         setattr(sys, stream, None)  # as Python does at its start
     else:
-        if kind == "full":
+        if kind.startswith("/dev/"):
+            handle = os.open(kind, os.O_WRONLY | os.O_NOCTTY)
+        elif kind == "full":
             handle = os.open("/dev/full", os.O_WRONLY)
         else:
             reader, handle = os.pipe()
@@ -171,6 +173,23 @@ def prepare_without_rights(argv: list[str]) -> None:
         ["in", "--out", "hidden/out"],
     ):
         assert main(arguments) == 2
+
+
+def prepare_slowly(argv: list[str]) -> int:
+    """In a process of its own: saves its progress after each small batch; a tenth of a second for
+    each of the second file on."""
+    from fastlm import prepare
+    from fastlm.data import encoding
+
+    prepare.SAVE_SECONDS, encoding.BATCH_CHARACTERS = 0.0, 2_000
+    genuine = encoding.encode
+
+    def encode(encoder, texts):
+        time.sleep(0.1 if "second" in texts[0] else 0.0)
+        return genuine(encoder, texts)
+
+    encoding.encode = encode
+    return prepare.main(argv)
 
 
 def prepare_and_tell_growth(argv: list[str]) -> int:

@@ -102,22 +102,23 @@ def hide_labels() -> None:
 
 def record() -> list[tuple[int, int]]:
     """Where [first sample, labels that count] of each micro-batch of the run itself will stand."""
-    from fastlm.data.loader import TrainLoader
+    from fastlm.data.step_loader import StepLoader
     from fastlm.run.directory import RunDirectory
 
     seen: list[tuple[int, int]] = []
-    batch, begin = TrainLoader.batch, RunDirectory.begin
+    batches, begin = StepLoader.batches, RunDirectory.begin
 
-    def recording(self, first):
-        x, y = batch(self, first)
-        seen.append((first, int((y != -100).sum())))
-        return x, y
+    def recording(self, firsts, following):
+        found = batches(self, firsts, following)
+        for first, (_, y) in zip(firsts, found, strict=True):
+            seen.append((first, int((y != -100).sum())))
+        return found
 
     def beginning(self):
         begin(self)
         seen.clear()
 
-    TrainLoader.batch, RunDirectory.begin = recording, beginning
+    StepLoader.batches, RunDirectory.begin = recording, beginning
     return seen
 
 
@@ -166,19 +167,18 @@ def _in_step(step: int, action) -> None:
         if not state["begun"]:
             return run(self, *arguments, **options)
         at, state["calls"] = state["calls"], state["calls"] + 1
-        batch, left = self.loader.batch, [self.grad_accum]
+        batches = self.step_loader.batches
 
-        def bad_batch(first):
-            left[0] -= 1
-            x, y = batch(first)
-            return action(x, y) or (x, y) if left[0] == 0 else (x, y)
+        def bad_batches(firsts, following):
+            *others, (x, y) = batches(firsts, following)
+            return [*others, action(x, y) or (x, y)]
 
         if at == step:
-            self.loader.batch = bad_batch
+            self.step_loader.batches = bad_batches
         try:
             return run(self, *arguments, **options)
         finally:
-            self.loader.__dict__.pop("batch", None)
+            self.step_loader.__dict__.pop("batches", None)
 
     TrainStep.run, Run.train = running, training
 

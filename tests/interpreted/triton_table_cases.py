@@ -4,11 +4,12 @@ On a GPU or in Triton's interpreter. test_triton_adamw.py runs this file in a pr
 (tests/helpers/interpreter.py).
 """
 
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
-from fastlm.kernels import configs, device_table
+from fastlm.kernels import clip_grad_norm, configs, device_table
 from fastlm.kernels.adamw import step
 from fastlm.kernels.clip_grad_norm import scale_gradients, sum_squares
 from fastlm.kernels.collect import StepOptions
@@ -28,6 +29,8 @@ from optimizer_rows import (
 from tolerance import assert_bitwise_equal
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+from fastlm.ops import clip_grad_norm as clip_ops
 
 # NumPy, which the interpreter computes with, warns of what is meant: NaN and infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -206,6 +209,37 @@ def test_a_table_that_outlives_no_step(monkeypatch):
         now, _, same = stepped(changed)
         assert now not in seen and same is hyper
         seen.append(now)
+
+
+def test_clipping_again_sends_nothing(monkeypatch):
+    """The table of a call is on the device for the next one; of another thread's not."""
+    sent = []
+    real = device_table._send
+    monkeypatch.setattr(device_table, "_send", lambda *a: sent.append(1) or real(*a))
+    monkeypatch.setattr(clip_ops, "implementation", lambda *a: clip_grad_norm)
+    monkeypatch.setattr(clip_ops, "_kept", threading.local())
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (5, CHUNK + 3, 7)]
+    norms = []
+
+    def clip():
+        norms.append(clip_ops.clip_gradients(params, 0.5))
+
+    for p in params:
+        p.grad = torch.ones_like(p)
+    clip()
+    assert norms == [pytest.approx((CHUNK + 15) ** 0.5)] and len(sent) == 3
+    clip()
+    assert norms[1] == pytest.approx(0.5, rel=1e-5) and len(sent) == 3
+    params[0].grad = 2 * torch.ones(5)  # an address
+    clip()
+    assert norms[2] == pytest.approx((0.25 + 20) ** 0.5, rel=1e-3) and len(sent) == 4
+    params[1].grad = None  # sizes
+    clip()
+    assert norms[3] < 0.5 and len(sent) == 7
+    thread = threading.Thread(target=clip)
+    thread.start()
+    thread.join()
+    assert norms[4] == norms[3] and len(sent) == 10
 
 
 def test_other_gradients_in_a_capture(monkeypatch):

@@ -204,15 +204,26 @@ def test_opcheck():
         torch.library.opcheck(
             torch.ops.fastlm.linear_cross_entropy_loss.default,
             (*leaves, targets, None, reduction, not with_gradients, dtype, wanted, with_gradients,
-             3000, None, *options),
+             3000, None, False, *options),
         )  # fmt: skip
     plain = [t.detach() for t in leaves]
     _, _, saved, *_ = torch.ops.fastlm.linear_cross_entropy_loss(
-        *plain, targets, None, "none", True, dtype, wanted, False, 3000, None, *options
+        *plain, targets, None, "none", True, dtype, wanted, False, 3000, None, False, *options
     )
     torch.library.opcheck(
         torch.ops.fastlm.linear_cross_entropy_gradient.default,
-        (*plain, targets, saved, torch.rand(4), torch.rand(4), dtype, wanted, 3000, *options),
+        (
+            *plain,
+            targets,
+            saved,
+            torch.rand(4),
+            torch.rand(4),
+            dtype,
+            wanted,
+            3000,
+            False,
+            *options,
+        ),
     )
 
 

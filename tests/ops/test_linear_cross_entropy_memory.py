@@ -65,7 +65,11 @@ def test_default_plan_of_known_heads(head, weight_dtype, device):
     assert plan.rows_per_chunk >= 1024 and plan.rows_per_chunk % 256 == 0
     logits = 2 * N * V
     assert plan.scratch_bytes >= logits // plan.chunks
-    assert V < 128256 or plan.scratch_bytes < logits / 4
+    if V >= 128256 and device == "cpu":
+        assert plan.scratch_bytes < logits / 4
+    elif device == "meta":  # within the 3.2 GiB that 8192 x 4096 x 128256 may take
+        assert plan.rows_per_chunk >= 4096 and plan.scratch_bytes < 0.6 * logits
+        assert head != "Llama 3" or (plan.chunks == 2 and plan.extra_bytes < 3.2 * 2**30)
     # bf16: an fp32 sum of its gradient; fp32: a bf16 copy, the sum is what is returned.
     assert plan.weight_bytes == (2 if weight_dtype == torch.float32 else 4) * V * D
     assert plan.extra_bytes == plan.scratch_bytes + plan.weight_bytes

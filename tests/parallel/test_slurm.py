@@ -53,7 +53,7 @@ def test_two_nodes_train_and_a_requeued_job_goes_on(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = dict(batch_size=2, total_steps=6, ckpt_every=2, target_dir=None)
+    settings = dict(batch_size=2, grad_accum=2, total_steps=6, ckpt_every=2, target_dir=None)
     flags = [*tiny_flags(**settings), "--no-compile", "--cosine-iters", "12"]
     done = sbatch(tmp_path, port, *flags)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,11 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from rank_programs import TOKENS, WINDOWS, resume, run, succeeded
 from ranks import run_ranks
-from training_runs import flags, losses, metrics, same, state, tiny_flags
+from training_runs import VOCAB_SIZE, flags, losses, metrics, same, state, tiny_flags
 
+from fastlm import TransformerLM
 from fastlm.checkpoint import read_checkpoint
+from fastlm.export import export
 
 # 30 validation windows, which no world below shares evenly, in batches of the same windows.
 STEPS = dict(total_steps=24, eval_every=10, tokens_per_step=TOKENS)
@@ -69,9 +72,14 @@ def test_losses_and_samples_are_those_of_one_process(alone, size, parallel, batc
     directory, target = alone.parent, f"{parallel}-{size}-{batch_size}"
     run(
         size, directory, target, HIDE, parallel=parallel, batch_size=batch_size,
-        eval_batches=-(-30 // batch_size), **STEPS,
+        eval_batches=-(-30 // batch_size), sample_every=10, track="csv", **STEPS,
     )  # fmt: skip
     assert_samples_in_order(directory, size, batch_size, STEPS["total_steps"])
+    # Rank 0 alone writes and tracks; a sharded model's weights come from all.
+    sampled = [row["step"] for row in metrics(directory / target, "sample")]
+    assert sampled == [10, 20]
+    lines = (directory / target / "logs" / "train.csv").read_text().splitlines()
+    assert sum(line.split(",")[4] != "" for line in lines[1:]) == len(losses(directory / target))
     if 30 % batch_size:  # other validation windows
         assert_close_losses(directory / target, alone)
     else:
@@ -90,6 +98,22 @@ def assert_close_losses(target, expected):
     actual, wanted = losses(target), losses(expected)
     assert actual.keys() == wanted.keys()
     assert all(abs(actual[step] / wanted[step] - 1) <= BOUND for step in wanted)
+
+
+def test_ranks_begin_with_a_directory_of_transformers(directory):
+    """Each reads its part of the weights, or all."""
+    torch.manual_seed(0)
+    model = TransformerLM(
+        VOCAB_SIZE, 32, 2, 2, 32, num_kv_heads=1, head_dim=8, qkv_bias=True, tie_embeddings=True
+    )
+    export(model, directory / "llama", file_bytes=10_000)
+    settings = dict(init_from="llama", total_steps=4, tokens_per_step=TOKENS, log_every=1)
+    run(1, directory, "begun-1", HIDE, batch_size=6, **settings)
+    results = run(2, directory, "begun-2", HIDE, batch_size=3, parallel="fsdp", **settings)
+    assert "[init] weights of llama" in results[0].stdout
+    assert_close_losses(directory / "begun-2", directory / "begun-1")
+    weights = read_checkpoint(directory / "begun-2" / "checkpoints" / "checkpoint_model.pt")
+    assert weights["model_state"]["layers.0.attn.k_proj.bias"].shape == (8,)
 
 
 @pytest.mark.exhaustive

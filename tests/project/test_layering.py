@@ -17,12 +17,18 @@ from fastlm.ops.dispatch import IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSS_OPTION_FILES = 5  # that a new option of the losses touches
-KERNEL_FILES = 11  # in kernels/, which people copy
+KERNEL_FILES = 12  # in kernels/, which people copy
 LAZY_PACKAGES = ("triton", "matplotlib", "tyro", "tokenizers", "tqdm")
 
 # csrc | kernels <- fastlm.ops <- optim, data, model <- train and everything around it.
 BASE = {"fastlm.errors", "fastlm.extension", "fastlm.hardware"}  # importable anywhere in fastlm
-MIDDLE = {"fastlm.optim", "fastlm.muon", "fastlm.model", "fastlm.schedule"}  # and fastlm.data.*
+MIDDLE = {
+    "fastlm.optim",
+    "fastlm.muon",
+    "fastlm.model",
+    "fastlm.model_config",
+    "fastlm.schedule",
+}  # and fastlm.data.*
 
 PUBLIC_NAME = {  # of each op
     "cross_entropy": "cross_entropy_loss",

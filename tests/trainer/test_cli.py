@@ -116,7 +116,7 @@ def test_several_data_files():
 
 
 def test_settings_are_checked_together_and_not_layer_by_layer():
-    """Each of these alone does not fit the preset's d_model = 256, or its lr_max = 5e-3."""
+    """Each of these alone does not fit the preset's d_model = 128, or its lr_max = 5e-3."""
     toml = write_toml("num_heads = 6", "lr_min = 5.5e-3")
     cfg, _ = parsed("--config", toml, "--d-model", "384", "--lr-max", "6e-3")
     assert (cfg.num_heads, cfg.d_model, cfg.lr_min, cfg.lr_max) == (6, 384, 5.5e-3, 6e-3)
@@ -415,7 +415,7 @@ def test_mistaken_flags_exit_with_2_and_name_the_nearest(argv, message, capsys):
     [
         (["--preset", "gpt2"], "preset='gpt2' is unknown; did you mean 'gpt2-124m'?"),
         (["--preset", "x"], "preset='x' is unknown; known: demo, demo-gpu, notebook, gpt2-124m"),
-        (["--num-heads", "3"], "d_model=256 is not divisible by num_heads=3"),
+        (["--num-heads", "3"], "d_model=128 is not divisible by num_heads=3"),
         (["--batch-size", "0"], "batch_size=0: it must be positive"),
     ],
 )

@@ -6,7 +6,8 @@ from dataclasses import fields
 import pytest
 
 from fastlm import ConfigError, TrainingConfig
-from fastlm.presets import PRESETS
+from fastlm.presets import PRESETS, preset_settings
+from fastlm.run.cli import parse
 
 # TrainingConfig of the functions notebook; its device="cuda" is "auto" here.
 NOTEBOOK_DEFAULTS = dict(
@@ -66,7 +67,10 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
         allow_data_change=False, deterministic=False, guard="skip",
         compile_scope=None, profile=None,
         tokens_per_step=None, parallel="ddp", fsdp_reshard=True,
-            optimizer="adamw", muon_lr=0.02, qk_norm=False,
+        optimizer="adamw", muon_lr=0.02, qk_norm=False, qk_norm_weight=False,
+        num_kv_heads=None, head_dim=None, rope_scaling=None, norm_eps=1e-5, qkv_bias=False,
+        tf32=True, residual_dtype="auto", attention="auto", compile_mode="default",
+        prefetch=True, fp8_head=False, joint_projections=False,
     )  # fmt: skip
 
 
@@ -104,12 +108,34 @@ def test_the_notebook_preset_is_its_worked_example():
     assert {name: getattr(cfg, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("processes, grad_accum", [(1, 8), (2, 4), (8, 1)])
+def test_a_large_memory_takes_gpt2s_step_in_larger_pieces(processes, grad_accum):
+    cfg = TrainingConfig(**preset_settings("gpt2-124m", 80 << 30)).accumulated(processes)
+    assert (cfg.batch_size, cfg.grad_accum) == (64, grad_accum)
+    assert cfg.batch_size * cfg.grad_accum * processes * cfg.context_len == 524_288
+    for name, memory in (("gpt2-124m", 40 << 30), ("demo-gpu", 80 << 30)):
+        assert preset_settings(name, memory) == PRESETS[name]
+
+
+def test_the_devices_memory_decides_gpt2s_batch(monkeypatch):
+    def batch(*more):
+        cfg = parse(["--preset", "gpt2-124m", *more]).config
+        return cfg.batch_size, cfg.accumulated(1).grad_accum
+
+    assert batch() == (16, 32)
+    monkeypatch.setattr("fastlm.run.cli.device_memory", lambda device: 80 << 30)
+    assert batch() == (64, 8)
+    assert batch("--batch-size", "32") == (32, 16)  # the step keeps its tokens
+    assert batch("--grad-accum", "2") == (64, 2)
+
+
 def test_the_gpt2_preset_is_gpt2s_size():
     from fastlm.model import TransformerLM, count_parameters
 
-    cfg = TrainingConfig(**PRESETS["gpt2-124m"])
+    cfg = TrainingConfig(**PRESETS["gpt2-124m"]).accumulated(1)
     assert (cfg.num_layers, cfg.num_heads, cfg.d_model, cfg.context_len) == (12, 12, 768, 1024)
-    assert 480_000 < cfg.batch_size * cfg.grad_accum * cfg.context_len < 530_000
+    assert (cfg.batch_size, cfg.grad_accum) == (16, 32)
+    assert cfg.batch_size * cfg.grad_accum * cfg.context_len == 524_288
     import torch
 
     with torch.device("meta"):

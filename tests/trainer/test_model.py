@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import same
 
-from fastlm import TransformerLM, count_parameters
+from fastlm import ConfigError, ModelConfig, TrainingConfig, TransformerLM, count_parameters
 from fastlm.generate import generate
 from fastlm.model import KVCache, training_flops_per_token
 
@@ -36,22 +36,35 @@ def random_tokens(*shape, seed=0) -> torch.Tensor:
 
 
 def naive_logits(
-    state, ids: list[int], num_heads: int, theta: float, qk_norm: bool = False
-) -> torch.Tensor:
+    state, ids: list[int], num_heads: int, theta: float, qk_norm: bool = False, *,
+    num_kv_heads: int | None = None, norm_eps: float = 1e-5, rope_scaling=None,
+) -> torch.Tensor:  # fmt: skip
     """(T, V) in fp64, position by position and head by head, from the papers' formulas."""
     w = {name: tensor.double() for name, tensor in state.items()}
     num_layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("layers."))
+    sharing = num_heads // (num_kv_heads or num_heads)
 
     def norm(x, weight):
-        return x / math.sqrt(float((x * x).mean()) + 1e-5) * weight
+        return x / math.sqrt(float((x * x).mean()) + norm_eps) * weight
 
-    def unit(x):
+    def unit(x, weight):
+        if weight is not None:
+            return norm(x, weight)
         return x / math.sqrt(float((x * x).mean()) + 1e-6) if qk_norm else x
 
     def rope(x, position):  # pairs of neighbours, as CS336 and the paper have them
         d, out = len(x), x.clone()
         for i in range(d // 2):
-            angle = position * theta ** (-2 * i / d)
+            frequency = theta ** (-2 * i / d)
+            if rope_scaling:  # Llama 3's, by wavelengths
+                factor, low, high, before = rope_scaling
+                wavelength = 2 * math.pi / frequency
+                if wavelength > before / low:
+                    frequency /= factor
+                elif wavelength > before / high:
+                    share = (before / wavelength - low) / (high - low)
+                    frequency = (1 - share) * frequency / factor + share * frequency
+            angle = position * frequency
             a, b = float(x[2 * i]), float(x[2 * i + 1])
             out[2 * i] = a * math.cos(angle) - b * math.sin(angle)
             out[2 * i + 1] = a * math.sin(angle) + b * math.cos(angle)
@@ -61,14 +74,20 @@ def naive_logits(
     for n in range(num_layers):
         p = f"layers.{n}."
         normed = [norm(x, w[p + "ln1.weight"]) for x in xs]
-        q, k, v = ([w[f"{p}attn.{c}_proj.weight"] @ x for x in normed] for c in "qkv")
-        width = len(xs[0]) // num_heads
+        zero = torch.zeros(())
+        q, k, v = (
+            [w[f"{p}attn.{c}_proj.weight"] @ x + w.get(f"{p}attn.{c}_proj.bias", zero)
+             for x in normed]
+            for c in "qkv"
+        )  # fmt: skip
+        q_norm, k_norm = (w.get(f"{p}attn.{c}_norm.weight") for c in "qk")
+        width = len(q[0]) // num_heads
         for t in range(len(xs)):
             heads = []
             for h in range(num_heads):
-                part = slice(h * width, (h + 1) * width)
-                query = rope(unit(q[t][part]), t)
-                keys = [rope(unit(k[s][part]), s) for s in range(t + 1)]
+                query = rope(unit(q[t][h * width : (h + 1) * width], q_norm), t)
+                part = slice(h // sharing * width, (h // sharing + 1) * width)
+                keys = [rope(unit(k[s][part], k_norm), s) for s in range(t + 1)]
                 scores = [float(query @ key) / math.sqrt(width) for key in keys]
                 weights = [math.exp(score - max(scores)) for score in scores]
                 heads.append(sum(a / sum(weights) * v[s][part] for s, a in enumerate(weights)))
@@ -93,6 +112,70 @@ def test_logits_equal_the_naive_implementation(theta, qk_norm):
     for row in range(2):
         expected = naive_logits(model.state_dict(), ids[row].tolist(), H, theta, qk_norm)
         torch.testing.assert_close(logits[row].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+LLAMA = dict(  # all that the family adds
+    num_heads=4, num_kv_heads=2, head_dim=10, norm_eps=1e-2, qkv_bias=True, qk_norm=True,
+    qk_norm_weight=True, rope_scaling=(8.0, 1.0, 4.0, 20), rope_theta=100.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("left_out", [(), ("num_kv_heads",), ("qk_norm", "qk_norm_weight")])
+def test_logits_of_the_llama_family_equal_the_naive_implementation(left_out):
+    settings = {name: value for name, value in LLAMA.items() if name not in left_out}
+    model, ids = make_model(**settings), random_tokens(1, T)
+    assert model.layers[0].attn.k_proj.weight.shape == (10 * model.config.num_kv_heads, D)
+    state = model.state_dict()
+    with torch.no_grad():
+        logits = model(ids)[0]
+    known = {n: settings[n] for n in ("num_kv_heads", "norm_eps", "rope_scaling") if n in settings}
+    expected = naive_logits(state, ids[0].tolist(), 4, 100.0, **known)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_makes_the_same_model():
+    torch.manual_seed(0)
+    model = TransformerLM(V, D, H, L, T, tie_embeddings=True, num_kv_heads=1)
+    config = model.config
+    torch.manual_seed(0)
+    again = TransformerLM.from_config(config)
+    assert again.config == config and same(dict(again.state_dict()), dict(model.state_dict()))
+    assert (config.head_dim, config.d_ff, config.max_seq_len) == (8, 64, T)
+    assert ModelConfig.of_settings(config.settings()) == config
+    assert config.settings()["context_len"] == T  # as TrainingConfig calls it
+    assert torch.equal(TransformerLM(V, D, H, L, T, qkv_bias=True).layers[0].attn.q_proj.bias,
+                       torch.zeros(D))  # fmt: skip
+    with pytest.raises(TypeError, match="num_kv_head"):
+        TransformerLM(V, D, H, L, T, num_kv_head=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(head_dim=5), "head_dim=5: RoPE rotates pairs"),
+        (dict(head_dim=0), "head_dim=0"),
+        (dict(num_kv_heads=2), "num_heads=3 is not divisible by num_kv_heads=2"),
+        (dict(num_kv_heads=0), "num_kv_heads=0"),
+        (dict(qk_norm_weight=True), "it needs qk_norm=True"),
+        (dict(norm_eps=0.0), "norm_eps=0.0: it must be positive"),
+        (dict(rope_scaling=(8.0, 4.0, 1.0, 64)), "a larger high_freq_factor"),
+        (dict(rope_scaling=(math.nan, 1.0, 4.0, 64)), "factor >= 1"),
+    ],
+)
+def test_impossible_architectures_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerLM(V, D, H, 1, T, **settings)
+    with pytest.raises(ConfigError, match=message):
+        TrainingConfig(d_model=D, num_heads=H, **settings)
+
+
+def test_the_cache_holds_the_heads_of_keys():
+    model = make_model(**LLAMA).eval()
+    ids, cache = random_tokens(3, T), KVCache()
+    with torch.no_grad():
+        got = torch.cat([model(piece, cache) for piece in ids.split(5, dim=1)], dim=1)
+        torch.testing.assert_close(got, model(ids), rtol=1e-4, atol=1e-4)
+    assert all(stored.shape == (3, 2, T, 10) for pair in cache._layers.values() for stored in pair)
 
 
 def test_the_future_does_not_matter():
@@ -280,15 +363,17 @@ def test_count_parameters():
     assert count_parameters(model) == expected - V * D
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_flop_formula_equals_what_torch_counts(tied):
+@pytest.mark.parametrize(
+    "settings", [{}, dict(tie_embeddings=True), dict(num_kv_heads=1, head_dim=16, qkv_bias=True)]
+)
+def test_the_flop_formula_equals_what_torch_counts(settings):
     B = 2
-    model = make_model(tie_embeddings=tied)
+    model = make_model(**settings)
     counter = FlopCounterMode(display=False)
     with counter:
         model(random_tokens(B, T)).sum().backward()
     by_op = counter.get_flop_counts()["Global"]
-    weights = by_op.pop(torch.ops.aten.mm)
+    weights = by_op.pop(torch.ops.aten.mm) + by_op.pop(torch.ops.aten.addmm, 0)
     forward = by_op.pop(torch.ops.fastlm.causal_attention)
     backward = by_op.pop(torch.ops.fastlm.causal_attention_gradients)
     assert not by_op

@@ -1,6 +1,7 @@
 """The loss curve and the schedule as pictures, without a display, a notebook, or pyplot."""
 
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from command_server import commands
 from training_runs import tiny_flags, write_tokens
 
 from fastlm import LivePlotter, cosine_lr_schedule, plot_lr_schedule
+from fastlm.run.plot import windowed
 
 
 @pytest.fixture
@@ -53,6 +55,32 @@ def test_the_curve_holds_what_was_logged(plotter):
         "val_loss",
     ]
     assert list(lines_of(rates).values()) == [([0, 10, 20, 30], [0.0, 1e-3, 2e-3, 3e-3])]
+
+
+def test_a_long_curve_is_averages_over_a_faint_raw_line():
+    plotter = LivePlotter()
+    raw = [5.0 - step / 100 + (-1) ** step for step in range(200)]
+    for step, loss in enumerate(raw):
+        plotter.log_train(step, loss)
+    (axes,) = plotter._figure().axes
+    faint, line = axes.get_lines()
+    assert list(faint.get_ydata()) == raw and faint.get_alpha() < 0.5
+    assert line.get_label() == "train_loss" and line.get_alpha() is None
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train_loss"]
+    averages = list(line.get_ydata())
+    assert list(line.get_xdata()) == list(faint.get_xdata()) == list(range(200))
+    for step in (0, 1, 3, 100, 197, 199):
+        reach = min(4, step)
+        window = raw[step - reach : step + reach + 1]
+        assert averages[step] == pytest.approx(sum(window) / len(window))
+
+
+def test_windows_leave_out_what_is_not_finite():
+    values = [1.0] * 100
+    values[50], values[52] = float("nan"), float("inf")
+    assert windowed(values) == [1.0] * 100
+    assert all(map(math.isnan, windowed([float("nan")] * 60)))
+    assert windowed([]) == [] and windowed([2.0, 3.0]) == [2.0, 3.0]
 
 
 def test_save_writes_a_picture_and_says_so(plotter, tmp_path, capsys):

@@ -29,6 +29,7 @@ from fastlm import (
 from fastlm.data.dataset import as_dataset
 from fastlm.data.files import Data
 from fastlm.data.loader import TrainLoader
+from fastlm.data.step_loader import StepLoader
 from fastlm.loop import learning_rate
 from fastlm.run.log import RunLog
 from fastlm.step import TrainStep
@@ -97,14 +98,15 @@ def test_other_programs_checkpoints_can_be_resumed(tmp_path):
 
 
 def test_a_changed_batch_neither_skips_nor_repeats_a_sample(tmp_path, monkeypatch):
-    drawn, batch = [], TrainLoader.batch
+    drawn, batches = [], StepLoader.batches
 
-    def note(loader, first):
-        drawn.extend(range(first, first + loader.batch_size))
-        return batch(loader, first)
+    def note(self, firsts, following):
+        for first in firsts:
+            drawn.extend(range(first, first + self.loader.batch_size))
+        return batches(self, firsts, following)
 
     monkeypatch.setattr(TrainStep, "warm_up", lambda self: None)
-    monkeypatch.setattr(TrainLoader, "batch", note)
+    monkeypatch.setattr(StepLoader, "batches", note)
     run_tiny(tmp_path / "0", batch_size=4, total_steps=3)
     for part, (batch_size, grad_accum, until) in enumerate([(8, 1, 5), (2, 3, 9), (1, 1, 10)]):
         run_tiny(

@@ -10,7 +10,7 @@ from training_runs import losses, metrics, same, state, tiny_flags, write_tokens
 
 from fastlm import DataError
 from fastlm.checkpoint import checkpoint_files
-from fastlm.data.loader import TrainLoader
+from fastlm.data.step_loader import StepLoader
 from fastlm.evaluate import mean_loss
 from fastlm.model_loss import ModelLoss
 from fastlm.run.log import RunLog
@@ -25,15 +25,15 @@ ACCUMULATED = dict(grad_accum=4, dropout=0.2, batch_size=2, total_steps=8)
 
 def at_sample(monkeypatch, sample: int, action) -> None:
     """Calls `action` when the micro-batch from `sample` on is read, once it is training."""
-    batch, done = TrainLoader.batch, []
+    batches, done = StepLoader.batches, []
 
-    def acting(self, first):
-        if first == sample and not done:
+    def acting(self, firsts, following):
+        if sample in firsts and not done:
             done.append(True)
             action()
-        return batch(self, first)
+        return batches(self, firsts, following)
 
-    monkeypatch.setattr(TrainLoader, "batch", acting)
+    monkeypatch.setattr(StepLoader, "batches", acting)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_stop_in_the_last_evaluation_leaves_the_end_to_the_resumed_run(
         signal.raise_signal(signal.SIGTERM)
         return mean_loss(loss, [(torch.zeros(1, 4, dtype=torch.long),) * 2]), 1
 
-    monkeypatch.setattr("fastlm.run.finish.loss_over_all", stopping)
+    monkeypatch.setattr("fastlm.run.finish.loss_over_sets", stopping)
     with pytest.raises(SystemExit):
         run_tiny(tmp_path, eval_every=2, **ACCUMULATED)
     assert metrics(tmp_path, "summary") == []

@@ -32,6 +32,8 @@ def test_a_resumed_summary_covers_the_whole_run(tmp_path, capsys):
     assert summary["tokens_per_second"] == pytest.approx(
         summary["tokens"] / summary["step_seconds"], rel=0.01
     )
+    assert 0 < summary["data_wait_seconds"] < summary["step_seconds"]
+    assert re.search(r"data +\d+\.\d\d% of the steps' time was waiting for batches$", said, re.M)
     assert re.search(r"12 steps, 1,536 tokens .*; all pieces, this one from step 8 on$", said, re.M)
 
 

@@ -1,0 +1,140 @@
+"""A checkpoint as transformers loads it: python -m fastlm.export --ckpt F --out DIR"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.data.staging import staging_directory
+from fastlm.data.text import END_OF_TEXT
+from fastlm.errors import CheckpointError, OutputError, run_command
+from fastlm.huggingface import CONFIG, INDEX, TOKENIZER, WEIGHTS, config_json, exported_state
+from fastlm.model import TransformerLM
+from fastlm.pretrained import load_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FILE_BYTES = 5 << 30
+
+
+def export(
+    model: TransformerLM,
+    out: Path,
+    *,
+    tokenizer: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    file_bytes: int = _FILE_BYTES,
+) -> None:
+    """Writes `model` to the directory `out`, for AutoModelForCausalLM.from_pretrained(out).
+
+    Its logits there are `model`'s own but for rounding, in fp32. It appears when all of it is
+    written. tokenizer: the content of a tokenizer.json. file_bytes: weights of more are written to
+    several files, with an index.
+    Raises OutputError if `out` is not empty or cannot be written, CheckpointError for an
+    architecture that no model of transformers has.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"--out {out}: is there already; remove it, or choose another name")
+    end_of_text = None
+    if tokenizer is not None:
+        from tokenizers import Tokenizer
+
+        end_of_text = Tokenizer.from_str(tokenizer).token_to_id(END_OF_TEXT)
+    config = model.config
+    content = config_json(config, dtype=dtype, end_of_text=end_of_text)
+    state = exported_state(model.state_dict(), config)
+    with staging_directory(out, re.compile("(?!)"), overwrite=False) as staging:
+        _write_weights(staging, state, dtype, file_bytes)
+        _write_json(staging / CONFIG, content)
+        if tokenizer is not None:
+            (staging / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+            end = END_OF_TEXT if end_of_text is not None else None
+            _write_json(
+                staging / "tokenizer_config.json",
+                {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "bos_token": end,
+                    "eos_token": end,
+                    "model_max_length": config.max_seq_len,
+                    "clean_up_tokenization_spaces": False,
+                },
+            )
+
+
+def _write_weights(
+    directory: Path, state: dict[str, Tensor], dtype: torch.dtype, file_bytes: int
+) -> None:
+    from safetensors.torch import save_file
+
+    groups = list(_grouped(state.items(), dtype.itemsize, file_bytes))
+    places = {}
+    for number, group in enumerate(groups):
+        name = WEIGHTS
+        if len(groups) > 1:
+            name = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {key: t.detach().to("cpu", dtype).contiguous() for key, t in group.items()}
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(group, name)
+    if len(groups) > 1:
+        total = sum(t.numel() for t in state.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_json(directory / INDEX, index)
+
+
+def _grouped(
+    items: Iterable[tuple[str, Tensor]], itemsize: int, file_bytes: int
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors in groups of at most `file_bytes`, or of one that alone is larger."""
+    group: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in items:
+        size = tensor.numel() * itemsize
+        if group and held + size > file_bytes:
+            yield group
+            group, held = {}, 0
+        group[name] = tensor
+        held += size
+    yield group
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastlm.export",
+        description="Write a checkpoint as a directory of Hugging Face's transformers: "
+        "config.json, safetensors and the tokenizer, for AutoModelForCausalLM.from_pretrained.",
+        epilog="The way back: fastlm.from_pretrained(DIR), or python -m fastlm.train --init-from "
+        "DIR.",
+    )
+    parser.add_argument(
+        "--ckpt", required=True, type=Path, help="a checkpoint, or a run (its newest checkpoint)"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the directory to write")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the weights; default: %(default)s"
+    )
+    arguments = parser.parse_args(argv)
+
+    def command() -> None:
+        model, payload = load_model(arguments.ckpt, "cpu")
+        tokenizer = payload.get("tokenizer")
+        try:
+            export(model, arguments.out, tokenizer=tokenizer, dtype=DTYPES[arguments.dtype])
+        except CheckpointError as error:
+            raise CheckpointError(f"{arguments.ckpt}: {error}") from error
+        print(f"wrote {arguments.out}" + " (without a tokenizer)" * (tokenizer is None))
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""fastlm inside other libraries: their models and loops, fastlm's loss and optimizer."""

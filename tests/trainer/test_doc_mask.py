@@ -1,0 +1,87 @@
+"""--doc-mask: what a document's tokens become does not depend on the documents before it."""
+
+import itertools
+
+import pytest
+import torch
+from in_process import TRAIN, VAL, checkpoint
+from torch import nn
+from training_runs import losses, same, state, tiny_config, write_prepared
+
+from fastlm import ConfigError, TransformerLM, train_loop
+from fastlm.data.files import open_data
+from fastlm.model import document_mask
+from fastlm.train import train
+
+pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
+
+END = 0
+DOCUMENTS = [[5, 3, 9, END], [END], [7, 7, 2, 11, 4, END], [8, 1]]
+
+
+def packed() -> torch.Tensor:
+    return torch.tensor([list(itertools.chain(*DOCUMENTS))])
+
+
+def model(**options) -> TransformerLM:
+    torch.manual_seed(0)
+    net = TransformerLM(
+        vocab_size=16, d_model=32, num_heads=2, num_layers=2, max_seq_len=16, **options
+    )
+    net.document_end = END
+    return net
+
+
+def test_the_mask():
+    found = document_mask(torch.tensor([[5, END, 7, 8]]), END)
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert found.shape == (1, 1, 4, 4) and found[0, 0].int().tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_documents_are_what_they_are_alone(dtype):
+    """Values and gradients: rotary positions are relative, so these restart, too."""
+    net = model(qk_norm=True).to(dtype)
+    together = net(packed())
+    alone = torch.cat([net(torch.tensor([document])) for document in DOCUMENTS], dim=1)
+    tolerance = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.1, rtol=0.05)
+    torch.testing.assert_close(together, alone, **tolerance)
+    net.document_end = None
+    assert not torch.allclose(net(packed())[:, 4:], alone[:, 4:], **tolerance)
+    if dtype == torch.float32:
+        gradients = [
+            torch.autograd.grad(out.square().sum(), list(net.parameters()))
+            for out in (together, alone)
+        ]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+
+def test_recomputed_in_backward_it_is_the_same():
+    nets = [model(), model(activation_checkpointing=True)]
+    for net in nets:
+        net(packed()).square().sum().backward()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_run_resumes_with_it(tmp_path):
+    data = open_data([str(write_prepared(tmp_path / "data"))])
+
+    def run(name, **settings):
+        cfg = tiny_config(tmp_path / name, vocab_size=300, total_steps=6, doc_mask=True, **settings)
+        return train(data, cfg)
+
+    assert run("straight").document_end == data.manifest.end_of_text
+    run("half", ckpt_every=3)
+    run("rest", ckpt_path_to_resume=str(checkpoint(tmp_path / "half", 3)))
+    assert same(state(checkpoint(tmp_path / "rest")), state(checkpoint(tmp_path / "straight")))
+    assert len(losses(tmp_path / "straight")) == 6
+
+
+def test_data_that_does_not_say_where_documents_end(tmp_path, monkeypatch, capsys):
+    with pytest.raises(ConfigError, match="no manifest that says which token ends a document"):
+        train_loop(TRAIN, VAL, tiny_config(tmp_path / "a", doc_mask=True))
+    own = nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 64))
+    with pytest.raises(ConfigError, match="Sequential is no TransformerLM"):
+        train_loop(TRAIN, VAL, tiny_config(tmp_path / "b", doc_mask=True), model=own)
