@@ -156,6 +156,7 @@ ROWS = [
     Row("fastlm"),
     Row("residual-dtype float32", ("--residual-dtype", "float32")),
     Row("attention cudnn", ("--attention", "cudnn")),
+    Row("joint-projections", ("--joint-projections",)),
     Row("fp8-head", ("--fp8-head",)),
     Row(
         "64 x 1024 tokens, 125 steps",
