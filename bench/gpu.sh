@@ -9,13 +9,15 @@
 #
 # The machine needs torch, triton, numpy, pytest, pytest-benchmark, pytest-xdist, cmake, ninja,
 # pybind11, a C++ compiler and, for the sanitizer, CUDA's tools; no package index and no network.
-# What it lacks comes from .gpu, which git ignores and which must be taken along: before,
-# `make gpu-wheels NANOGPT=DIR` where there is an index. (QuACK is measured where it is installed.)
+# What it lacks comes from .gpu/wheels, .gpu/corpus and .gpu/nanoGPT, which git ignores: take them
+# along; `make gpu-wheels NANOGPT=DIR` fetches them where there is an index. (QuACK is measured where
+# it is installed.) A _C that was built for that interpreter before, fastlm/_C.*.so, saves a minute.
 #
 #     PYTHON=python3.12       the interpreter that has torch
 #     COMMIT=abc1234          what is measured, where there is no .git
-#     ROWS='fp8|muon'         of the trainer's rows those that match, when one call was too short
+#     ROWS='guard|block'      of the trainer's rows those that match, when one call was too short
 #     MINUTES=9               of a part
+#     DATA=DIR                a prepared directory, in place of .gpu/corpus
 #     DEVICE=cpu              a rehearsal: every line, tiny shapes, the interpreter; no figures
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -85,9 +85,12 @@ def test_the_head_in_chunks(master, dtype, device):
     """With an fp32 weight and with one of 16 bits, whose gradient is summed in fp32."""
     tensors = make((64, 8, 300), dtype, device, master=master)
     hidden, weight, bias, _ = tensors
-    budget = 45_000 if dtype != torch.float32 or not master else 30_000
-    plan = linear_cross_entropy_plan(hidden, weight, bias=bias, memory_budget=budget)
-    assert plan.chunks > 2
+    # What else a budget has to hold depends on dtypes and device.
+    budget = next(
+        budget
+        for budget in range(60_000, 0, -2_000)
+        if linear_cross_entropy_plan(hidden, weight, bias=bias, memory_budget=budget).chunks > 2
+    )
     for options in ({}, {"reduction": "none"}, {"label_smoothing": 0.2, "softcap": 8.0}):
         got = results(linear_cross_entropy_loss, *tensors, memory_budget=budget, **options)
         assert got[2].dtype == weight.dtype

@@ -55,12 +55,13 @@ def batch(number: int, device):
     return torch.randn(N, D, generator=generator).to(device), y.to(device)
 
 
-def assert_same_parameters(model, other, *, rtol=1e-4, atol=1e-6):
-    # Two kernels may round differently; a few steps of Adam must not make more of it.
+def assert_same_parameters(model, other, *, mean=1e-5, largest=5e-3):
+    """mean: of the differences' sizes, a thousandth of what one step of lr = 1e-2 changes. Single
+    elements may be as far apart as a step: Adam divides a gradient by its size, and of one that is
+    nearly 0 two kernels may find another sign."""
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(
-            p.detach().cpu(), q.detach().cpu(), rtol=rtol, atol=atol, msg=lambda m, n=name: n + m
-        )
+        error = (p.detach().cpu().double() - q.detach().cpu().double()).abs()
+        assert error.mean() <= mean and error.max() <= largest, f"{name}: {error.mean()}"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -108,7 +109,7 @@ def test_a_whole_step_in_a_graph(split, linear, device):
             replay()
             assert float(loss) == pytest.approx(expected[-1], rel=2e-2 if split else 1e-5)
     assert optimizers[0].state[model.head.weight]["step"].item() == 6
-    assert_same_parameters(model, twin, **({"rtol": 5e-2, "atol": 5e-3} if split else {}))
+    assert_same_parameters(model, twin, **({"mean": 1e-3, "largest": 2e-2} if split else {}))
     check_labels()
 
 
@@ -222,14 +223,14 @@ def test_grad_scaler(linear, device):
             step(model, ours, scalers[0], x, y)
         step(twin, theirs, scalers[1], x, y, clip=0.5)
     # Gradients of either are rounded to 11 bits, and Adam divides by their size.
-    assert_same_parameters(model, twin, rtol=2e-2, atol=2e-3)
+    assert_same_parameters(model, twin, mean=5e-4, largest=2e-2)
 
     before = copy.deepcopy(model)
     scale = scalers[0].get_scale()
     x, y = batch(9, device)
     step(model, ours, scalers[0], x * 1e30, y)
     assert scalers[0].get_scale() == scale / 2
-    assert_same_parameters(model, before, rtol=0, atol=0)
+    assert_same_parameters(model, before, mean=0, largest=0)
     step(model, ours, scalers[0], x, y)
     assert not torch.equal(model.head.weight, before.head.weight)
 
