@@ -67,6 +67,7 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
         compile_scope=None, profile=None,
         tokens_per_step=None, parallel="ddp", fsdp_reshard=True,
             optimizer="adamw", muon_lr=0.02, qk_norm=False,
+        track=(), sample_every=0,
     )  # fmt: skip
 
 
