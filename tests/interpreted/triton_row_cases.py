@@ -17,7 +17,7 @@ from fastlm.kernels import configs
 from fastlm.kernels.cross_entropy import row_gradients, row_losses
 from fastlm.kernels.cross_entropy_op import Options
 from tolerance import assert_bitwise_equal
-from triton_rows import DTYPES, OPTIONS, check, make
+from triton_rows import DTYPES, OPTIONS, by_torch, check, make
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -56,6 +56,11 @@ def test_a_label_of_any_probability(dtype, one_read, monkeypatch):
     for i in range(5):
         logits[i, targets[i]] = 5.0 * i
     check(logits, targets)
+    # What torch's own p_y - 1 has lost.
+    gradient = row_losses(logits, targets, Options(), gradient_scale=torch.ones(()))[3]
+    truth = by_torch(logits, targets, Options(), torch.ones(5), torch.zeros(5), fp64=True)[2]
+    error = (gradient.double() / truth - 1).gather(1, targets[:, None]).abs()
+    assert error.max() < 2 * torch.finfo(dtype).eps + 4e-6, error
 
 
 @pytest.mark.parametrize("one_read", [True, False])
