@@ -1,6 +1,6 @@
 """Cross-entropy over rows of logits in Triton, the kernels: one program a row, on CUDA and ROCm.
 
-With x = softcap(logits) in fp32, lse = log(sum_v exp(x_v)) and s = label_smoothing, a row with
+With x = softcap(logits) in fp32, lse = log(sum_v exp(x_v)) and s = smoothing, a row with
 label y has
 
     loss       = (1 - s) (lse - x_y) + s (lse - mean_v x_v) + z_loss lse^2
