@@ -18,11 +18,11 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loa
 train: $(VENV)/.installed
 	$(BIN)/python -m fastlm.train --compile $(ARGS)
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(VENV)/.extras
 	$(PYTEST) $(ARGS)
 
 # The sweeps that `make test` samples, too.
-test-all: $(VENV)/.installed
+test-all: $(VENV)/.installed $(VENV)/.extras
 	$(PYTEST) -m "" $(ARGS)
 
 # Kills, damage, full disks (as root) and fuzz cases by the hundred; about 15 minutes.
@@ -73,6 +73,14 @@ format: $(VENV)/.linters
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*) | check
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[test]"
+	touch $@
+
+# What the integrations are tested with. Where the package index has one not, its tests are skipped.
+$(VENV)/.extras: $(VENV)/.installed
+	for package in transformers accelerate tensorboard wandb pyarrow zstandard; do \
+		$(BIN)/python -m pip install --quiet --retries 1 --timeout 20 $(PIP_FLAGS) -c constraints.txt \
+			$$package || echo "$$package: not installed, its tests are skipped"; \
+	done
 	touch $@
 
 $(VENV)-newest/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) | check

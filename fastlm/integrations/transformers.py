@@ -141,7 +141,9 @@ def _number(num_items: Tensor | int | float | None, hidden: Tensor) -> Tensor | 
 def _model_class(module: str, name: str) -> type:
     try:
         import transformers
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
         raise UserError(
             "transformers is not installed: pip install 'fastlm[transformers]'"
         ) from error

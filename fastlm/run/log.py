@@ -36,8 +36,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class RunLog:
     """Writes `{prefix}.log`, the metrics and `{prefix}_loss_curve.png` in one directory.
 
-    On a terminal a progress bar runs; into a file or pipe go plain lines instead. Nothing here
-    raises where a line cannot be written: it goes to `missing`.
+    In a terminal (stdout) one line of progress moves; into a file or pipe go plain lines instead.
+    The trackers get each row of the metrics, from here alone. Nothing here raises where a line
+    cannot be written: it goes to `missing`.
     """
 
     def __init__(

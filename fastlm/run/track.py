@@ -74,12 +74,11 @@ class Trackers:
     ):
         self._say = say
         self._open: dict[str, Tracker] = {}
-        resuming = bool(cfg.ckpt_path_to_resume)
         makers: dict[str, Callable[[], Tracker]] = {
-            "tensorboard": lambda: TensorBoard(cfg, start_step if resuming else None),
+            "tensorboard": lambda: TensorBoard(cfg, start_step),
             "wandb": lambda: WandB(cfg, run_id, last_step),
             "trackio": lambda: Trackio(cfg, run_id, last_step),
-            "csv": lambda: Csv(cfg, start_step if resuming else 0, missing),
+            "csv": lambda: Csv(cfg, start_step, missing),
         }
         for name in cfg.track:
             try:
@@ -116,13 +115,14 @@ class Trackers:
 class TensorBoard:
     """Event files in {log_dir}/tensorboard: the numbers as scalars, samples as text."""
 
-    def __init__(self, cfg: TrainingConfig, purge_step: int | None):
+    def __init__(self, cfg: TrainingConfig, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self._make = SummaryWriter
         self._directory = str(beside_log(cfg.log_dir, cfg.log_save_prefix, "tensorboard"))
-        self._writer = SummaryWriter(self._directory, purge_step=purge_step)
-        if purge_step is None:
+        # From start_step on the folder may hold a killed run's steps, or an overwritten one's.
+        self._writer = SummaryWriter(self._directory, purge_step=start_step)
+        if not cfg.ckpt_path_to_resume:
             settings = json.dumps(asdict(cfg), indent=1, default=str)
             self._writer.add_text("settings", f"```\n{settings}\n```", 0)
 
@@ -188,6 +188,7 @@ class WandB(_AppendOnly):
             resume="allow",
             dir=cfg.log_dir,
             config=asdict(cfg),
+            allow_val_change=True,  # a resumed run's settings may differ
             settings=_settings(wandb.Settings),
         )
 

@@ -10,8 +10,9 @@ import torch
 from fastlm.kernels import configs
 from fastlm.kernels.cross_entropy import row_gradients, row_losses
 from fastlm.kernels.cross_entropy_op import Options
+from interpreter import sampled
 from tolerance import assert_bitwise_equal
-from triton_rows import OPTIONS, check, make
+from triton_rows import DTYPES, OPTIONS, check, make
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -25,10 +26,12 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(configs, "row_config", lambda *_, **__: config)
 
 
-@pytest.mark.parametrize("V", [8, BLOCK - 8, BLOCK, 3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 8])
-@pytest.mark.parametrize("name", ["defaults", "together"])
+@sampled(
+    lambda name, V: (name == "defaults") != (V == 3 * BLOCK),
+    "name, V", ["defaults", "together"], [8, BLOCK, 3 * BLOCK, 2 * BLOCK + 8],
+)  # fmt: skip
 def test_labels_at_the_ends_of_blocks(name, V, small_blocks):
-    places = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, V - 2, V - 1]
+    places = [0, BLOCK - 1, BLOCK, V - 1]
     places = sorted({y for y in places if (OPTIONS[name].ignore_index == 0) <= y < V})
     logits, _ = make(len(places), V, torch.bfloat16, options=OPTIONS[name])
     losses, _, gradient = check(logits, torch.tensor(places), OPTIONS[name])
@@ -43,10 +46,10 @@ def test_a_label_of_any_probability(dtype, one_read, monkeypatch):
     """1 - p_y from 1 to 2^-20 and less: the sum of the others, not a difference."""
     config = configs.RowConfig(1024 if one_read else BLOCK, 32, one_read, False)
     monkeypatch.setattr(configs, "row_config", lambda *_, **__: config)
-    logits, targets = make(12, 600, dtype, scale=1.0)
-    targets[:] = torch.arange(12) * 50
-    for i in range(12):
-        logits[i, targets[i]] = 2.0 * i
+    logits, targets = make(5, 600, dtype, scale=1.0)
+    targets[:] = torch.arange(5) * 149
+    for i in range(5):
+        logits[i, targets[i]] = 5.0 * i
     check(logits, targets)
 
 
@@ -56,8 +59,8 @@ def test_ignored_rows_return_early(name, one_read, monkeypatch):
     options = OPTIONS[name]
     config = configs.RowConfig(512 if one_read else BLOCK, 32, one_read, False)
     monkeypatch.setattr(configs, "row_config", lambda *_, **__: config)
-    logits, targets = make(6, 500, torch.bfloat16, options=options)
-    ignored = torch.arange(6) % 2 == 0
+    logits, targets = make(4, 500, torch.bfloat16, options=options)
+    ignored = torch.arange(4) % 2 == 0
     targets[:] = torch.where(ignored, options.ignore_index, 7)
     one = torch.ones(())
     all_lse = row_losses(logits, targets, options, all_lse=True)[1]
@@ -79,16 +82,19 @@ def test_ignored_rows_return_early(name, one_read, monkeypatch):
     assert_bitwise_equal(logits, gradient)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("softcap", [0.5, 30.0, 1000.0, 20_000.0])
+@sampled(
+    lambda softcap, dtype: dtype == torch.float16 and softcap > 1.0,
+    "softcap, dtype", [0.5, 30.0, 1000.0, 20_000.0], DTYPES,
+)  # fmt: skip
 def test_the_softcaps_derivative(softcap, dtype, small_blocks):
     """From slopes of 1 to 2^-15: with 16-bit logits and caps to 1,000 by a tanh that errs by 1e-7,
     which is less than the gradient's rounding; else by an exact one. tanh.approx, whose error is
     2^-11, would be seen."""
-    logits, targets = make(3, 2 * BLOCK + 40, dtype, scale=1.0)
-    slopes = torch.linspace(-6, 6, logits.shape[1])
-    logits[:] = (softcap * slopes).clamp(-60_000, 60_000).to(dtype)
-    logits[1] /= max(softcap, 1.0) / 5  # a softmax over many
+    logits, targets = make(2, BLOCK + 40, dtype, scale=1.0)
+    # No probability below 2^-126, which the interpreter makes a wrong bf16.
+    least = -6.0 if softcap <= 30.0 else 2.5 if softcap <= 1000.0 else 3.2
+    logits[0] = (softcap * torch.linspace(least, 6, logits.shape[1])).clamp(max=64_000).to(dtype)
+    logits[1] *= min(softcap, 5.0)  # a softmax over many
     check(logits, targets, Options(softcap=softcap))
 
 

@@ -22,7 +22,7 @@ LOSSES = "ops", "test_cross_entropy.py", "test_cross_entropy_kernel.py", "test_l
 
 def test_launchers():
     passed, summary = run_kernel_cases(*LAUNCHERS)
-    assert passed >= 120 and "skipped" not in summary, summary
+    assert passed >= 105 and "skipped" not in summary, summary
 
 
 def test_losses_in_the_interpreter():

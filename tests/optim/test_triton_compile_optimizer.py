@@ -41,7 +41,7 @@ CEILINGS = (42, 44, 44, 60, 52)
 def ceiling(result: dict) -> int | None:
     if result["kernel"] == "step_kernel":
         return CEILINGS[result["constants"]["P"]]
-    return {"square_sums_kernel": 8, "scale_gradients_kernel": 8}.get(result["kernel"])
+    return {"square_sums_kernel": 9, "scale_gradients_kernel": 14}.get(result["kernel"])
 
 
 TYPES = {

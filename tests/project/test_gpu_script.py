@@ -156,7 +156,7 @@ def test_the_row_of_a_run(rehearsed):
 
 def test_the_row_of_a_demo_and_of_the_machine(rehearsed):
     found = rehearsed("demo")
-    assert found["bits_per_byte"] > 0 and found["steps"] == 10
+    assert found["bits_per_byte"] > 0 and found["steps"] >= 10
     machine = rehearsed("machine")
     assert machine["copy_bytes_per_second"] > 0 and machine["matmul_bfloat16_flops"] == 1e12
 

@@ -16,7 +16,7 @@ from fastlm.extension import extension
 from fastlm.ops.dispatch import IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-LOSS_OPTION_FILES = 5  # that a new option of the losses touches
+LOSS_OPTION_FILES = 6  # that a new option of the losses touches
 KERNEL_FILES = 12  # in kernels/, which people copy
 LAZY_PACKAGES = ("triton", "matplotlib", "tyro", "tokenizers", "tqdm")
 

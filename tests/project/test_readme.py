@@ -45,7 +45,7 @@ def test_the_commands_it_names_exist():
     assert {"train", "report", "test-newest"} <= targets
     assert targets <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
     modules = set(re.findall(r"python -m fastlm\.(\w+)", README))
-    assert {"train", "prepare", "generate"} == modules
+    assert {"train", "prepare", "generate", "doctor", "export"} == modules
     assert all((ROOT / "fastlm" / f"{module}.py").exists() for module in modules)
 
 

@@ -40,13 +40,13 @@ def test_curves_stand_over_what_was_asked_for(tmp_path, x, first, last, val):
 
 
 def test_the_picture_has_every_run_with_its_name_and_color(tmp_path):
-    runs = [write_run(tmp_path / name, height) for name, height in (("a", 2.0), ("b/a", 3.0))]
+    runs = [write_run(tmp_path / name, height, 80) for name, height in (("a", 2.0), ("b/a", 3.0))]
     figure = plot.compare([plot.read_curve(run, "steps") for run in runs], "steps")
     (axes,) = figure.axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [f"{tmp_path.name}/a", "b/a"]
     lines = {line.get_label(): line for line in axes.get_lines() if line.get_label() in labels}
-    assert list(lines[labels[1]].get_ydata()) == [3 + 9 / (1 + s) for s in range(0, 100, 2)]
+    assert list(lines[labels[1]].get_ydata()) == [3 + 9 / (1 + s) for s in range(0, 80, 2)]
     dashed = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
     assert [line.get_color() for line in dashed] == [lines[label].get_color() for label in labels]
     assert len({line.get_color() for line in dashed}) == 2
@@ -57,7 +57,7 @@ def test_the_picture_has_every_run_with_its_name_and_color(tmp_path):
 
 def test_the_command_compares_real_runs(tmp_path):
     for name, rate in (("slow", 1e-4), ("fast", 1e-2)):
-        run_tiny(tmp_path / name, lr_max=rate, lr_min=1e-5, eval_every=5)
+        run_tiny(tmp_path / name, lr_max=rate, lr_min=1e-5, total_steps=4, eval_every=2)
     curve = plot.read_curve(tmp_path / "fast", "tokens")
     assert curve.losses == [*losses(tmp_path / "fast").values()]
     assert curve.x == [row["tokens"] for row in metrics(tmp_path / "fast", "train")]

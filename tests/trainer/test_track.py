@@ -67,6 +67,12 @@ def test_tensorboard_reads_each_step_once(tmp_path):
     assert times == pytest.approx([row["time"] for row in metrics(tmp_path, "train")])
     (settings,) = shown.Tensors("settings/text_summary")
     assert b'"d_model": 32' in settings.tensor_proto.string_val[0]
+    # A new run in its place shows nothing of it.
+    run_tiny(tmp_path, total_steps=3, track=("tensorboard",), sample_every=1, overwrite=True)
+    shown = events(tmp_path / "logs" / "tensorboard")
+    assert [event.step for event in shown.Scalars("train/loss")] == [0, 1, 2]
+    (text,) = shown.Tensors("sample/0/text_summary")
+    assert text.step == 1 and text.tensor_proto.string_val[0].startswith(b"    0 ")
 
 
 def history(path: Path) -> list[dict]:

@@ -111,7 +111,7 @@ def test_what_a_run_says(here):
         r"^\[summary\] training    12 steps, 1,536 tokens in [\d.]+ s: [\d,]+ tokens/s in steps, "
         r"[\d,]+ over the whole run$",
         r"^\[summary\] model FLOPs [\d.]+ M a token \(6 \* matmul weights \+ 6 \* layers \* "
-        r"context_len \* d_model\)",
+        r"context_len \* num_heads \* head_dim\)",
         r"^\[summary\] MFU         [\d.]+% of [\d.]+ TFLOP/s, the best of several matmul shapes",
         r"^\[summary\] peak memory \d+\.\d\d GiB allocated by the process$",
         r"^\[summary\] validation  loss \d\.\d{4} nats/token, \d+\.\d{4} bits/byte, over all \d+ "
