@@ -50,7 +50,7 @@ def settings(full: bool) -> dict[str, Any]:
     """What a run differs in from the preset gpt2-124m."""
     found = {**(FULL if full else SHORT), "vocab_size": 50304, "seed": 0}
     if REHEARSAL:
-        found |= {**TINY, "tokens_per_step": 128 if full else 64, "total_steps": 12}
+        found |= {**TINY, "tokens_per_step": 1024 if full else 64, "total_steps": 12}
         found |= {"vocab_size": 512}
     return found
 
@@ -109,6 +109,7 @@ def fastlm_row(args: argparse.Namespace) -> dict[str, Any]:
         target = Path(directory) / "run"
         profile = ["--profile=4:6"] if args.profile else []
         options = ["--preset=gpt2-124m", *flags(chosen), *profile, *shlex.split(args.options)]
+        options += ["--total-steps=12"] if REHEARSAL else []
         run(train_command(target, *options))
         if not args.profile:
             return row_of_run(target)
