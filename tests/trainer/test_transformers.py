@@ -191,6 +191,19 @@ def test_labels_that_are_shifted_already_and_another_ignored_one(calls):
     assert model(ids, labels=labels, output_hidden_states=True).hidden_states is not None
 
 
+@EXHAUSTIVE
+def test_a_training_step_is_one_graph(calls):
+    model, batch = model_of("gemma2").train(), {"input_ids": Windows().ids[:3]}
+    batch |= {"labels": Windows().labels[:3], "num_items_in_batch": torch.tensor(20)}
+    expected = model(**batch).loss.item()
+    apply()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    output = compiled(**batch)
+    output.loss.backward()
+    assert output.logits is None and calls
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_optimizers_arguments():
     args = transformers.TrainingArguments(learning_rate=3e-4, adam_beta1=0.8, max_grad_norm=0)
     cls, options = optimizer(args, max_grad_norm=2.0, skip_nonfinite=True)
