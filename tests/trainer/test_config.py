@@ -65,7 +65,7 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
         ckpt_minutes=None, keep_last=3, sync_save=False,
         allow_data_change=False, deterministic=False, guard="skip",
         compile_scope=None, profile=None,
-        tokens_per_step=None, parallel="ddp", fsdp_reshard=True,
+        tokens_per_step=None, parallel="ddp", fsdp_reshard=True, doc_mask=False,
             optimizer="adamw", muon_lr=0.02, qk_norm=False,
     )  # fmt: skip
 
