@@ -116,7 +116,7 @@ def test_smoothing_of_large_logits(V, small_blocks):
 
 
 def test_which_rows_get_the_rough_tanh():
-    # NumPy's exp2 errs less than a GPU's: no result of the interpreter shows a cap too large for it.
+    # NumPy's exp2 errs less than a GPU's: the interpreter's results do not show too large a cap.
     for dtype, softcap, kind in (
         (torch.float16, None, 0), (torch.float16, 1000.0, 2), (torch.bfloat16, 30.0, 2),
         (torch.float16, 1001.0, 1), (torch.float32, 30.0, 1),
