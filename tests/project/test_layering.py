@@ -18,7 +18,10 @@ from fastlm.ops.dispatch import IMPLEMENTATIONS
 ROOT = Path(__file__).resolve().parents[2]
 LOSS_OPTION_FILES = 6  # that a new option of the losses touches
 KERNEL_FILES = 12  # in kernels/, which people copy
-LAZY_PACKAGES = ("triton", "matplotlib", "tyro", "tokenizers", "tqdm")
+LAZY_PACKAGES = (
+    "triton", "matplotlib", "tyro", "tokenizers", "tqdm", "transformers", "pyarrow", "zstandard",
+    "tensorboard", "wandb",
+)  # fmt: skip
 
 # csrc | kernels <- fastlm.ops <- optim, data, model <- train and everything around it.
 BASE = {"fastlm.errors", "fastlm.extension", "fastlm.hardware"}  # importable anywhere in fastlm
