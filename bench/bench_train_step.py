@@ -8,6 +8,7 @@ layers, width and heads.
 """
 
 import copy
+import itertools
 
 import nanogpt_peer
 import numpy as np
@@ -73,6 +74,11 @@ def bench_train_step(benchmark, device, allocator, request, preset, vocab_size):
             rival.run()
         back_heap_with_huge_pages()
 
+    samples = itertools.count(step.samples, step.samples)  # those that the thread reads ahead
+
+    def run() -> torch.Tensor:
+        return step.run(next(samples), lr=LR)
+
     a_step = cfg.batch_size * cfg.context_len
     comparison = compare(
         benchmark,
@@ -80,7 +86,7 @@ def bench_train_step(benchmark, device, allocator, request, preset, vocab_size):
         f"{preset}: {cfg.num_layers} layers, D {cfg.d_model}, V {vocab_size}, "
         f"{cfg.batch_size} x {cfg.context_len} tokens",
         device,
-        Candidate(lambda: step.run(1, lr=LR)),
+        Candidate(run),
         rivals,
         Work(
             f"{a_step} tokens, 6 * matmul weights + 6 * layers * T * D each",
@@ -94,7 +100,7 @@ def bench_train_step(benchmark, device, allocator, request, preset, vocab_size):
     if device.type == "cpu":
         data = step.step_loader  # what the step waits for; another thread reads
         data.batches = torch.profiler.record_function("data")(data.batches)
-        comparison.split_ms = split_of_step(lambda: step.run(1, lr=LR), steps=1 if is_slow else 3)
+        comparison.split_ms = split_of_step(run, steps=1 if is_slow else 3)
 
 
 def on_batches(step: PeerStep, tokens: np.ndarray, cfg: TrainingConfig) -> Candidate:

@@ -19,6 +19,10 @@
 #     MINUTES=9               of a part
 #     DATA=DIR                a prepared directory, in place of .gpu/corpus
 #     DEVICE=cpu              a rehearsal: every line, tiny shapes, the interpreter; no figures
+#
+# Where a machine is lent for minutes, the goals' figures first, in one command (`;`, not `&&`: a part
+# that was cut off exits with 1):
+#     MINUTES=3 bench/gpu.sh correctness OUT; MINUTES=6 ROWS="preset's step$" bench/gpu.sh trainer OUT
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -49,6 +53,9 @@ if ! "$python" -c 'import fastlm.kernels' 2> /dev/null; then
 fi
 # fastlm._C, unless it is there and of these sources.
 if ! "$python" -c 'from fastlm.extension import extension; extension()' 2> .gpu/extension.log; then
+    if command -v ninja > /dev/null; then
+        export CMAKE_GENERATOR=Ninja
+    fi
     cmake -S . -B .gpu/build -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v "$python")" \
         -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > .gpu/build.log
     cmake --build .gpu/build --parallel >> .gpu/build.log
@@ -62,5 +69,5 @@ if [ -d .gpu/nanoGPT ]; then
 fi
 # What Inductor and Triton compile is kept beside the sources: a second call finds it.
 export TORCHINDUCTOR_CACHE_DIR=$root/.gpu/inductor TRITON_CACHE_DIR=$root/.gpu/triton
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 PATH=$PATH:/usr/local/cuda/bin
 exec "$python" bench/gpu_steps.py "$part" "$out" --started "$((SECONDS - started))"

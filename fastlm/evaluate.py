@@ -78,10 +78,10 @@ def mean_loss(
 
     world: ranks that share the batches; all of them give all of the batches and get the same mean.
     Waits for the device once, at the end. Raises ValueError for a label out of range, which makes
-    a loss on a GPU NaN.
+    a loss on a GPU NaN. NaN if there is no target.
     """
     total, targets = _loss_sum(loss, batches, world)
-    return total / targets
+    return total / targets if targets else math.nan
 
 
 def _loss_sum(

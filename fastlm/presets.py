@@ -81,10 +81,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 LARGER_BATCHES = {"gpt2-124m": (72, 64)}
 
 
-def preset_settings(name: str, memory_bytes: int = 0) -> dict[str, Any]:
-    """The settings of preset `name` on a device with so much memory. KeyError: there is none."""
+def preset_settings(name: str, memory_bytes: int = 0, processes: int = 1) -> dict[str, Any]:
+    """The settings of preset `name` on devices with so much memory. KeyError: there is none.
+
+    The larger batch is halved until the processes' micro-batches divide the step.
+    """
     settings = PRESETS[name]
     gib, batch_size = LARGER_BATCHES.get(name, (0, 0))
-    if batch_size and memory_bytes >= gib << 30:
-        return {**settings, "batch_size": batch_size}
-    return settings
+    if not batch_size or memory_bytes < gib << 30:
+        return settings
+    windows = settings["tokens_per_step"] // settings["context_len"]
+    while batch_size > settings["batch_size"] and windows % (batch_size * processes):
+        batch_size //= 2
+    return {**settings, "batch_size": batch_size}

@@ -50,7 +50,7 @@ def backends(cfg: TrainingConfig, *, own_model: bool = False) -> Iterator[None]:
         stack.enter_context(deterministic_algorithms(cfg.deterministic))
         if device.type == "cuda" and dtype == torch.float32:
             stack.enter_context(_matmul_precision("high" if cfg.tf32 else "highest"))
-        if cfg.attention != "auto":
+        if cfg.attention != "auto" and not cfg.eval_only:
             stack.enter_context(_attention(cfg, device, dtype, own_model))
         yield
 
@@ -132,7 +132,10 @@ def attention_kernel(cfg: TrainingConfig, device: torch.device, dtype: torch.dty
         torch.empty(shape, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
         for _ in range(3)
     )
-    chosen = torch._fused_sdp_choice(q, k, v, None, cfg.dropout, True)
+    mask = None
+    if cfg.doc_mask:  # which says itself what is causal
+        mask = torch.ones(1, 1, *2 * (cfg.context_len,), dtype=torch.bool, device=device)
+    chosen = torch._fused_sdp_choice(q, k, v, mask, cfg.dropout, mask is None)
     return SDPBackend(chosen).name.split("_")[0].lower()
 
 

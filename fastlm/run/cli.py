@@ -80,7 +80,8 @@ def parse(
     if preset not in PRESETS:
         raise ConfigError(f"preset={shown(preset)} is unknown{nearest(preset, PRESETS)}")
 
-    of_preset = preset_settings(preset, _memory(first.device))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+    of_preset = preset_settings(preset, _memory(first.device), processes)
     layers: list[tuple[str, dict[str, Any]]] = [(f"preset {preset}", of_preset)]
     resumed, initial = None, {}
     if not {"--help", "-h"} & set(argv):

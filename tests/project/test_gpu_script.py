@@ -52,7 +52,7 @@ def test_a_parts_commands_name_what_exists(part, rehearsal, monkeypatch):
             if row.options:  # as the trainer's command line takes them
                 parse(["--preset", "gpt2-124m", "--device", "cpu", *shlex.split(row.options)])
     if not rehearsal:
-        assert all(step.seconds <= 330 for step in steps)
+        assert all(step.seconds <= 420 for step in steps)
 
 
 def test_rows_are_chosen(monkeypatch):
@@ -107,7 +107,7 @@ def test_what_a_part_found_is_kept(tmp_path, monkeypatch):
     }  # fmt: skip
     _, tests, empty, slow, late = found["steps"]
     assert tests["tests"] == {"failed": 1, "passed": 2, "names": ["tests/a.py::b - x"]}
-    assert "IndexError" in empty["unreadable"]
+    assert "ValueError" in empty["unreadable"]
     assert slow["seconds"] < 20 and slow["tail"] == "so far\n" and late["seconds"] == 0
 
 

@@ -109,10 +109,14 @@ def test_the_notebook_preset_is_its_worked_example():
     assert {name: getattr(cfg, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("processes, grad_accum", [(1, 8), (2, 4), (8, 1)])
-def test_a_large_memory_takes_gpt2s_step_in_larger_pieces(processes, grad_accum):
-    cfg = TrainingConfig(**preset_settings("gpt2-124m", 80 << 30)).accumulated(processes)
-    assert (cfg.batch_size, cfg.grad_accum) == (64, grad_accum)
+@pytest.mark.parametrize(
+    "processes, batch_size, grad_accum",
+    [(1, 64, 8), (2, 64, 4), (8, 64, 1), (16, 32, 1), (32, 16, 1)],
+)
+def test_a_large_memory_takes_gpt2s_step_in_larger_pieces(processes, batch_size, grad_accum):
+    settings = preset_settings("gpt2-124m", 80 << 30, processes)
+    cfg = TrainingConfig(**settings).accumulated(processes)
+    assert (cfg.batch_size, cfg.grad_accum) == (batch_size, grad_accum)
     assert cfg.batch_size * cfg.grad_accum * processes * cfg.context_len == 524_288
     for name, memory in (("gpt2-124m", 40 << 30), ("demo-gpu", 80 << 30)):
         assert preset_settings(name, memory) == PRESETS[name]
