@@ -116,7 +116,8 @@ def correctness() -> list[Step]:
         pytest_step("CUDA tests", 150, "tests/gpu", *_sampled("split or waits"), workers=6),
         pytest_step(
             "ops, optimizers, loader", 120, "tests/ops", "tests/optim",
-            "tests/data/test_step_loader.py", "-k", "test_same_bits_every_time" if REHEARSAL else "cuda or gpu", workers=12,
+            "tests/data/test_step_loader.py",
+            "-k", "test_same_bits_every_time" if REHEARSAL else "cuda or gpu", workers=12,
         ),
         *(
             pytest_step(tool, 150, *cases, "-k", small, before=sanitizer(tool), **watched)
