@@ -52,9 +52,17 @@ def read_curve(path: Path, x: str) -> Curve:
         x=places_x,
         losses=[row["loss"] for row in train],
         means=[row["avg_loss"] if _finite(row.get("avg_loss")) else row["loss"] for row in train],
-        val_x=np.interp([row["step"] for row in val], steps, places_x).tolist() if val else [],
+        val_x=[_place(row["step"], steps, places_x) for row in val],
         val_losses=[row["val_loss"] for row in val],
     )
+
+
+def _place(step: int, steps: list[int], places: list[float]) -> float:
+    """Where `step` lies, by the steps that the log has; behind the last at the mean pace."""
+    if step <= steps[-1] or len(steps) == 1:
+        return float(np.interp(step, steps, places))
+    pace = (places[-1] - places[0]) / (steps[-1] - steps[0])
+    return places[-1] + (step - steps[-1]) * pace
 
 
 def compare(curves: list[Curve], x: str) -> Any:

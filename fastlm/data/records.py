@@ -54,7 +54,8 @@ def read_jsonl(file: TextFile, on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error}); mend or remove it") from error
+                reason = getattr(error, "msg", error)  # without json's own line 1
+                raise DataError(f"{where}: not JSON ({reason}); mend or remove it") from error
             if not isinstance(record, dict):
                 raise DataError(f"{where}: holds {shown(record)}, no JSON object; mend it")
             if file.text_key not in record:

@@ -72,7 +72,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--tokenizer {name}: cannot be read ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"--tokenizer {name}: cannot be read ({reason})") from error
     try:
         return parse_tokenizer(text)
     except Exception as error:  # the library raises nothing narrower

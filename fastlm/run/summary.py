@@ -226,7 +226,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
     in_bytes = (
         f", {figures.bits_per_byte:.4f} bits/byte"
         if figures.bits_per_byte is not None
-        else " (bits/byte unknown: the data has no manifest, or several validation sets)"
+        else " (bits/byte unknown: no manifest, several validation sets, or conversations)"
     )
     print(
         f"[summary] validation  loss {figures.final.loss:.4f} nats/token{in_bytes}, "

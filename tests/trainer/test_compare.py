@@ -39,6 +39,14 @@ def test_curves_stand_over_what_was_asked_for(tmp_path, x, first, last, val):
     assert (curve.val_x, curve.val_losses) == ([pytest.approx(val)], [2.5])
 
 
+@pytest.mark.parametrize("x, place", [("steps", 99), ("tokens", 100e3), ("minutes", 5.0)])
+def test_the_last_validation_stands_behind_the_last_row_of_training(tmp_path, x, place):
+    log = write_run(tmp_path / "a", 2.0) / "logs" / "metrics.jsonl"
+    text = log.read_text().removesuffix('{"event": "tr')
+    log.write_text(text + json.dumps({"event": "val", "step": 99, "val_loss": 2.25}) + "\n")
+    assert plot.read_curve(tmp_path / "a", x).val_x[-1] == pytest.approx(place)
+
+
 def test_the_picture_has_every_run_with_its_name_and_color(tmp_path):
     runs = [write_run(tmp_path / name, height, 80) for name, height in (("a", 2.0), ("b/a", 3.0))]
     figure = plot.compare([plot.read_curve(run, "steps") for run in runs], "steps")
