@@ -27,24 +27,29 @@ def export(
     out: Path,
     *,
     tokenizer: str | None = None,
+    end_of_text: int | None = None,
     dtype: torch.dtype = torch.float32,
     file_bytes: int = _FILE_BYTES,
 ) -> None:
     """Writes `model` to the directory `out`, for AutoModelForCausalLM.from_pretrained(out).
 
     Its logits there are `model`'s own but for rounding, in fp32. It appears when all of it is
-    written. tokenizer: the content of a tokenizer.json. file_bytes: weights of more are written to
-    several files, with an index.
+    written. tokenizer: the content of a tokenizer.json. end_of_text: the id of the token between
+    documents; by default `<|endoftext|>`'s, if the tokenizer has it. file_bytes: weights of more
+    are written to several files, with an index.
     Raises OutputError if `out` is not empty or cannot be written, CheckpointError for an
     architecture that no model of transformers has.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"--out {out}: is there already; remove it, or choose another name")
-    end_of_text = None
+    end = None
     if tokenizer is not None:
         from tokenizers import Tokenizer
 
-        end_of_text = Tokenizer.from_str(tokenizer).token_to_id(END_OF_TEXT)
+        known = Tokenizer.from_str(tokenizer)
+        if end_of_text is None:
+            end_of_text = known.token_to_id(END_OF_TEXT)
+        end = None if end_of_text is None else known.id_to_token(end_of_text)
     config = model.config
     content = config_json(config, dtype=dtype, end_of_text=end_of_text)
     state = exported_state(model.state_dict(), config)
@@ -53,7 +58,6 @@ def export(
         _write_json(staging / CONFIG, content)
         if tokenizer is not None:
             (staging / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-            end = END_OF_TEXT if end_of_text is not None else None
             _write_json(
                 staging / "tokenizer_config.json",
                 {
@@ -128,7 +132,10 @@ def main(argv: list[str] | None = None) -> int:
         model, payload = load_model(arguments.ckpt, "cpu")
         tokenizer = payload.get("tokenizer")
         try:
-            export(model, arguments.out, tokenizer=tokenizer, dtype=DTYPES[arguments.dtype])
+            export(
+                model, arguments.out, tokenizer=tokenizer, dtype=DTYPES[arguments.dtype],
+                end_of_text=payload.get("end_of_text"),
+            )  # fmt: skip
         except CheckpointError as error:
             raise CheckpointError(f"{arguments.ckpt}: {error}") from error
         print(f"wrote {arguments.out}" + " (without a tokenizer)" * (tokenizer is None))

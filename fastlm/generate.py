@@ -3,6 +3,7 @@
 B samples at once, T prompt tokens, V vocabulary.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastlm.data.chat import CHATML, LLAMA_3
 from fastlm.data.text import END_OF_TEXT
 from fastlm.data.tokenizer import encode_batch, encoding_plain_text
 from fastlm.errors import ConfigError, run_command
@@ -123,20 +125,24 @@ def sample_texts(
     top_p: float | None = 0.95,
     seed: int = 0,
     context_len: int | None = None,
+    end_of_text: int | None = None,
 ) -> list[str]:
-    """`num_samples` continuations of `prompt`, each cut at the end of its document.
+    """`num_samples` continuations of `prompt`, each cut at the end of its document, or of a turn in
+    a conversation.
 
     An empty prompt starts a new document. Without a tokenizer the texts are token ids.
-    context_len: of a model that does not tell its own (see generate).
+    context_len: of a model that does not tell its own (see generate). end_of_text: the token that
+    stands between documents; by default `<|endoftext|>`, if the tokenizer has it.
     """
     tokenizer = None
-    end_of_text = None
     ids = [0]
     if tokenizer_json is not None:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_str(tokenizer_json)
-        end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        if end_of_text is None:
+            end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        stops = {end_of_text, *(tokenizer.token_to_id(t.end) for t in (CHATML, LLAMA_3))}
         start = [] if end_of_text is None else [end_of_text]
         prompt_ids = encode_prompt(tokenizer, prompt)
         ids = start + prompt_ids
@@ -173,8 +179,7 @@ def sample_texts(
         if tokenizer is None:
             texts.append(" ".join(map(str, row)))
             continue
-        if end_of_text in new:
-            new = new[: new.index(end_of_text)]
+        new = list(itertools.takewhile(lambda token: token not in stops, new))
         # Decoded as a whole: a character's bytes may stand on both sides of the prompt's end.
         texts.append(tokenizer.decode(prompt_ids + new))
     return texts
@@ -238,6 +243,7 @@ def _print_samples(arguments: GenerateArguments) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        end_of_text=payload.get("end_of_text"),
     )
     for index, text in enumerate(texts):
         if len(texts) > 1:

@@ -358,6 +358,7 @@ class Run:
             "data_fingerprint": self.data.fingerprint,
             "sampler_version": SAMPLER_VERSION,
             "tokenizer": self.data.tokenizer_json,
+            "end_of_text": self.data.end_of_text,
             "fastlm_version": __version__,
             **({"model_class": name} if (name := model_class(runner.model)) else {}),
         }

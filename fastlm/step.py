@@ -111,7 +111,7 @@ def restart_at_documents(model: nn.Module, data: Data, cfg: TrainingConfig) -> N
             f"doc_mask=True: {type(model).__name__} is no TransformerLM; mask the attention in it, "
             f"and leave doc_mask out"
         )
-    end = data.manifest.end_of_text if data.manifest else None
+    end = data.end_of_text
     if end is None:
         raise ConfigError(
             "doc_mask=True: the data has no manifest that says which token ends a document; "

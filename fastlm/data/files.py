@@ -70,6 +70,11 @@ class Data:
             if not dataset.has_targets():
                 raise DataError(f"{what} data: no token is a target: no assistant says anything")
 
+    @property
+    def end_of_text(self) -> int | None:
+        """The token that ends every document, where that is known."""
+        return self.manifest.end_of_text if self.manifest else None
+
     @cached_property
     def fingerprint(self) -> str:
         """Tells by content whether a resumed run reads the data that it read before.

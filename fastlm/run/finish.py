@@ -73,7 +73,11 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     texts = run.log.attempt(
         "samples",
         lambda: print_samples(
-            _whole_model(run, weights), data.tokenizer_json, cfg.seed, cfg.context_len
+            _whole_model(run, weights),
+            data.tokenizer_json,
+            cfg.seed,
+            cfg.context_len,
+            data.end_of_text,
         ),
     )
     if texts:
@@ -105,7 +109,7 @@ def sample(run: Any, step: int) -> None:  # run: fastlm.loop.Run
     def write() -> None:
         (text,) = sample_texts(
             _whole_model(run, weights), data.tokenizer_json, num_samples=1, max_new_tokens=100,
-            seed=cfg.seed, context_len=cfg.context_len,
+            seed=cfg.seed, context_len=cfg.context_len, end_of_text=data.end_of_text,
         )  # fmt: skip
         run.log.sample(step, text)
 

@@ -160,13 +160,19 @@ def measured_ceiling(runner: TrainStep) -> float | None:
 
 
 def print_samples(
-    model: nn.Module, tokenizer: str | None, seed: int, context_len: int | None = None
+    model: nn.Module,
+    tokenizer: str | None,
+    seed: int,
+    context_len: int | None = None,
+    end_of_text: int | None = None,
 ) -> list[str]:
     """Five samples, the first five: none is chosen. Returns them; without a tokenizer, none."""
     if tokenizer is None:
         print("[sample] none: the data has no tokenizer to turn ids into text")
         return []
-    texts = sample_texts(model, tokenizer, num_samples=5, seed=seed, context_len=context_len)
+    texts = sample_texts(
+        model, tokenizer, num_samples=5, seed=seed, context_len=context_len, end_of_text=end_of_text
+    )
     for index, text in enumerate(texts):
         print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
     return texts

@@ -217,6 +217,26 @@ def test_texts_begin_with_the_prompt_and_end_with_their_document(tokenizer_json,
     assert texts == ["def f(x)", "def"]
 
 
+def test_another_end_of_text_and_the_end_of_a_turn(tokenizer_json, monkeypatch):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.add_special_tokens(["<s>", "<|im_end|>"])
+    end, turn = (tokenizer.token_to_id(token) for token in ("<s>", "<|im_end|>"))
+    ids = tokenizer.encode("def").ids
+    prompts = []
+
+    def generate(model, prompt, *arguments, **keywords):
+        prompts.append(prompt[0].tolist())
+        return torch.tensor([[*prompts[-1], *ids, stop, *ids] for stop in (end, turn)])
+
+    monkeypatch.setattr("fastlm.generate.generate", generate)
+    texts = sample_texts(
+        make_model(vocab_size=280), tokenizer.to_str(), num_samples=2, end_of_text=end
+    )
+    assert texts == ["def", "def"] and prompts == [[end]]
+
+
 def test_a_new_document_begins_with_the_end_of_text(tokenizer_json, monkeypatch):
     prompts = []
 
