@@ -102,8 +102,7 @@ def test_ranks_share_the_batches_and_get_the_mean_of_all(size):
 
 
 def _mean_of_nothing(loss, batches, world):
-    with pytest.raises(ZeroDivisionError):
-        mean_loss(loss, batches, world)
+    assert math.isnan(mean_loss(loss, batches, world))
 
 
 def test_the_default_numbers_of_batches():
