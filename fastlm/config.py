@@ -312,6 +312,18 @@ class TrainingConfig:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
+    def with_vocabulary(self, vocab_size: int, origin: str) -> "TrainingConfig":
+        """With the size of the data's vocabulary. One that was asked for, or is a resumed run's, by
+        the setting's `origin`, stays: it may be padded. Raises ConfigError if it is too small."""
+        if not origin.startswith(("command line", "file", "checkpoint")):
+            return replace(self, vocab_size=vocab_size)
+        if self.vocab_size < vocab_size:
+            raise ConfigError(
+                f"vocab_size={self.vocab_size} is less than the {vocab_size} of the data's "
+                f"tokenizer; leave it out, or pad it to a larger number"
+            )
+        return self
+
     def accumulated(self, processes: int) -> "TrainingConfig":
         """With the grad_accum that tokens_per_step asks for on so many processes.
 

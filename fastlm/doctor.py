@@ -132,10 +132,9 @@ def compiler_error(device: torch.device) -> str | None:
 
 def with_data(cfg: TrainingConfig, origins: dict[str, str]) -> TrainingConfig:
     """Says what the data is. Returns `cfg` with its vocabulary. Raises UserError."""
-    asked = origins["vocab_size"].startswith(("command line", "file", "checkpoint"))
     if not cfg.data:
         _say("data", "the Python standard library's source, tokenised when it is first used")
-        return cfg if asked else replace(cfg, vocab_size=VOCAB_SIZE)
+        return cfg.with_vocabulary(VOCAB_SIZE, origins["vocab_size"])
     with contextlib.redirect_stdout(io.StringIO()):  # a line for each file
         data = open_data(cfg.data, cfg.val_data, dtype=cfg.data_dtype, verify=False)
     for dataset, what in ((data.train, "training"), (data.val, "validation")):
@@ -146,14 +145,7 @@ def with_data(cfg: TrainingConfig, origins: dict[str, str]) -> TrainingConfig:
     _say("data", f"{len(data.train):,} training and {len(data.val):,} validation tokens")
     if data.manifest is None:
         return cfg
-    if not asked:
-        return replace(cfg, vocab_size=data.manifest.vocab_size)
-    if cfg.vocab_size < data.manifest.vocab_size:
-        raise ConfigError(
-            f"vocab_size={cfg.vocab_size} is less than the {data.manifest.vocab_size} of the "
-            f"data's tokenizer; leave it out, or pad it to a larger number"
-        )
-    return cfg
+    return cfg.with_vocabulary(data.manifest.vocab_size, origins["vocab_size"])
 
 
 def _tell_machine(cfg: TrainingConfig, device: torch.device, dtype: torch.dtype) -> None:

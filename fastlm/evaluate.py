@@ -81,6 +81,11 @@ def mean_loss(
     a loss on a GPU NaN. NaN if there is no target.
     """
     total, targets = _loss_sum(loss, batches, world)
+    return _mean(total, targets)
+
+
+def _mean(total: float, targets: int) -> float:
+    """NaN of no targets, as windows of long prompts may have none."""
     return total / targets if targets else math.nan
 
 
@@ -158,7 +163,7 @@ def loss_over_all(
         silent_seconds=10.0,
     ) as on_targets:
         total, targets = _loss_sum(loss, batches, world, on_targets)
-    return Evaluation(total / targets, targets, of_targets)
+    return Evaluation(_mean(total, targets), targets, of_targets)
 
 
 def loss_over_sets(

@@ -341,19 +341,7 @@ def _opened(
     data = mine[0]
     if data.manifest is None:
         return data, cfg
-    vocab_size = data.manifest.vocab_size
-    # Asked for, or a resumed run's: it may be padded.
-    if origins["vocab_size"].startswith(("command line", "file", "checkpoint")):
-        if cfg.vocab_size < vocab_size:
-            fix = "leave it out, or pad it to a larger number"
-            if origins["vocab_size"].endswith("--init-from"):
-                fix = f"prepare the data with the tokenizer of {cfg.init_from}"
-            raise ConfigError(
-                f"vocab_size={cfg.vocab_size} is less than the {vocab_size} of the data's "
-                f"tokenizer; {fix}"
-            )
-        return data, cfg
-    return data, replace(cfg, vocab_size=vocab_size)
+    return data, cfg.with_vocabulary(data.manifest.vocab_size, origins["vocab_size"])
 
 
 def main(argv: list[str] | None = None) -> int:

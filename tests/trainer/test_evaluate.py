@@ -105,6 +105,15 @@ def _mean_of_nothing(loss, batches, world):
     assert math.isnan(mean_loss(loss, batches, world))
 
 
+def test_data_without_a_target_ends_no_run():
+    def nothing(x, y):
+        y.fill_(-100)
+        return torch.zeros(())
+
+    found = loss_over_all(nothing, as_dataset(tokens(40)), 2, T, torch.device("cpu"))
+    assert math.isnan(found.loss) and found.targets == 0
+
+
 def test_the_default_numbers_of_batches():
     """20 for the notebook's function, 10 for the guide's."""
     data, model, cfg = tokens(300), make_model(), config(batch_size=2)
