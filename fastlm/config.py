@@ -318,9 +318,12 @@ class TrainingConfig:
         if not origin.startswith(("command line", "file", "checkpoint")):
             return replace(self, vocab_size=vocab_size)
         if self.vocab_size < vocab_size:
+            fix = "leave it out, or pad it to a larger number"
+            if origin.endswith("--init-from"):
+                fix = f"prepare the data with the tokenizer of {self.init_from}"
             raise ConfigError(
                 f"vocab_size={self.vocab_size} is less than the {vocab_size} of the data's "
-                f"tokenizer; leave it out, or pad it to a larger number"
+                f"tokenizer; {fix}"
             )
         return self
 
