@@ -107,7 +107,7 @@ def kernel_table(rows: dict[str, dict[str, Any]]) -> list[str]:
                 _row(("kernel", "ms", "calls", "share")),
                 "|---|---|---|---|",
             ]
-            for kernel in profile["top"]:
+            for kernel in profile["top"][:10]:
                 name = kernel["name"].replace("|", "\\|")
                 share = f"{kernel['share']:.1%}"
                 lines.append(
