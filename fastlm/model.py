@@ -20,6 +20,7 @@ from fastlm.kernels.collect import is_dtensor
 from fastlm.model_config import ModelConfig
 from fastlm.ops.causal_attention import apply_rope, causal_attention
 from fastlm.ops.dispatch import compute_dtype
+from fastlm.ops.rope import rotate_joint, rotates
 
 
 class RMSNorm(nn.Module):
@@ -85,17 +86,22 @@ class KVCache:
         return filled[0], filled[1]
 
 
-def _products(x: Tensor, layers: Sequence[nn.Linear], joint: bool) -> Sequence[Tensor]:
-    """Each layer's output for x: (..., D). joint: by one matmul with their weights end to end,
-    which are joined at each call, so that parameters and their state stay as they are."""
-    if not joint:
-        return [layer(x) for layer in layers]
+def _joint_product(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
+    """The layers' outputs for x: (..., D), end to end, by one matmul. Their weights are joined at
+    each call, so that parameters and their state stay as they are."""
     dtype = compute_dtype(x)  # cast before they are joined: compiled, that is one pass
     weight = torch.cat([layer.weight.to(dtype) for layer in layers])
     bias = None
     if layers[0].bias is not None:
         bias = torch.cat([layer.bias.to(dtype) for layer in layers])
-    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+    return F.linear(x, weight, bias)
+
+
+def _products(x: Tensor, layers: Sequence[nn.Linear], joint: bool) -> Sequence[Tensor]:
+    """Each layer's output for x: (..., D)."""
+    if not joint:
+        return [layer(x) for layer in layers]
+    return _joint_product(x, layers).split([layer.out_features for layer in layers], dim=-1)
 
 
 class Attention(nn.Module):
@@ -109,6 +115,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.num_kv_heads = config.num_kv_heads
         self.dropout, self.qk_norm = config.dropout, config.qk_norm
         width, kv_width = (n * self.head_dim for n in (config.num_heads, config.num_kv_heads))
         self.q_proj = nn.Linear(config.d_model, width, bias=config.qkv_bias)
@@ -134,7 +141,15 @@ class Attention(nn.Module):
         def heads(y: Tensor) -> Tensor:  # (B, T, H * d) -> (B, H, T, d), or H_kv in place of H
             return y.unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
 
-        q, k, v = map(heads, _products(x, (self.q_proj, self.k_proj, self.v_proj), self.joint))
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        plain = cache is None and mask is None and cos.dim() == 2 and not self.qk_norm
+        if self.joint and plain and rotates(x):
+            numbers = self.num_heads, self.num_kv_heads
+            turned = rotate_joint(_joint_product(x, layers), cos, sin, numbers)
+            q, k, v = (y.transpose(-2, -3) for y in turned)
+            y = causal_attention(q, k, v, dropout_p=dropout_p)
+            return self.output_proj(y.transpose(-3, -2).flatten(-2))
+        q, k, v = map(heads, _products(x, layers, self.joint))
         if self.qk_norm:  # before the rotation, which changes no length
             q, k = self.q_norm(q), self.k_norm(k)
         rope = (cos, sin)

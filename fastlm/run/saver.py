@@ -106,13 +106,14 @@ class Saver:
         if self._wait_for_each or self._thread is not None:
             return
 
-        def copy() -> None:  # what is copied does not matter
+        def touch() -> None:
             try:
-                self._copied(payload)
+                # Not what is in it: on a GPU the copy would stand between the steps' kernels.
+                self._copied(payload, values=False)
             except (MemoryError, RuntimeError):  # the save copies again, and tells
                 self._buffers.clear()
 
-        thread = threading.Thread(target=copy, name="checkpoint buffers")
+        thread = threading.Thread(target=touch, name="checkpoint buffers")
         try:
             thread.start()
         except RuntimeError:  # no more threads: the first save does it
@@ -228,9 +229,9 @@ class Saver:
     def _best_as_stored(self) -> dict[str, float] | None:
         return None if self._best is None else {"val_loss": self._best[0], "step": self._best[1]}
 
-    def _copied(self, payload: dict[str, Any]) -> dict[str, Any]:
+    def _copied(self, payload: dict[str, Any], *, values: bool = True) -> dict[str, Any]:
         """`payload` with every tensor copied to the CPU, of a DTensor what this rank holds. One
-        that stands in it twice stays one."""
+        that stands in it twice stays one. values=False: memory that is used, with zeros."""
         copies: dict[Any, Tensor] = {}
 
         def copied(value: Any, place: tuple) -> Any:
@@ -249,7 +250,10 @@ class Saver:
                     buffer = torch.empty_like(
                         value.detach(), device="cpu", memory_format=torch.contiguous_format
                     )
-                local_part(buffer).copy_(part)
+                if values:
+                    local_part(buffer).copy_(part)
+                else:
+                    local_part(buffer).zero_()
                 self._buffers[place] = copies[memory] = buffer
             return copies[memory]
 

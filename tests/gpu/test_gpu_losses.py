@@ -100,7 +100,7 @@ def test_the_head_in_chunks(master, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_default_chunks_under_autocast(device):
     """Vocabulary and rows for which the default takes two chunks; bf16 products, fp32 weight."""
-    N, wide = 2048, 262_144 if device == "cuda" else 512
+    N, wide = (8192, 65_536) if device == "cuda" else (2048, 512)
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(N, 8, device=device, generator=generator, requires_grad=True)
     w = torch.randn(wide, 8, device=device, generator=generator, requires_grad=True)
