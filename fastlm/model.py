@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from fastlm.kernels.collect import is_dtensor
 from fastlm.model_config import ModelConfig
 from fastlm.ops.causal_attention import apply_rope, causal_attention
-from fastlm.ops.dispatch import compute_dtype
-from fastlm.ops.rope import rotate_joint, rotates
+from fastlm.ops.dispatch import compute_dtype, on_gpu
+from fastlm.ops.rope import rotate_joint
+from fastlm.ops.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
@@ -143,7 +144,7 @@ class Attention(nn.Module):
 
         layers = (self.q_proj, self.k_proj, self.v_proj)
         plain = cache is None and mask is None and cos.dim() == 2 and not self.qk_norm
-        if self.joint and plain and rotates(x):
+        if self.joint and plain and on_gpu(x):
             numbers = self.num_heads, self.num_kv_heads
             turned = rotate_joint(_joint_product(x, layers), cos, sin, numbers)
             q, k, v = (y.transpose(-2, -3) for y in turned)
@@ -177,7 +178,10 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(d_model, d_ff, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = _products(x, (self.w1, self.w3), self.joint)
+        layers = (self.w1, self.w3)
+        if self.joint and on_gpu(x):
+            return self.w2(swiglu(_joint_product(x, layers)))
+        gate, value = _products(x, layers, self.joint)
         return self.w2(F.silu(gate) * value)
 
 

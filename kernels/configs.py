@@ -188,3 +188,10 @@ def rope_config(d: int, rocm: bool) -> dict[str, int]:
     # 16 elements a thread: two 16-byte loads of a head, and as many angles, which stay.
     width = max(1 << (d - 1).bit_length(), 2)
     return {"BLOCK": max(2048 // width, 1), "num_warps": 2 if rocm else 4}
+
+
+def swiglu_config(F: int, rocm: bool) -> dict[str, int]:
+    """For rows of F gates and F values."""
+    # 8 elements a thread: 16 bytes of each operand.
+    block = min(1 << max(F - 1, 0).bit_length(), 2048)
+    return {"BLOCK": block, "num_warps": max(block // 512, 1) if rocm else max(block // 256, 1)}

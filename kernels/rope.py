@@ -19,44 +19,48 @@ _ROCM = torch.version.hip is not None
 @triton.jit(do_not_specialize=["positions", "sign"])
 def rotate_kernel(
     x, out, cos, sin, positions, T, H, x_batch, x_position, x_head, out_batch, out_position,
-    out_head, sign, D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    out_head, sign, D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Positions program_id(0) * BLOCK and on, of all B * T, in every head. sign: 1, or -1 to turn
-    back. WIDTH: the power of two from D on."""
+    back. WIDTH: the power of two from D on. Without TURN a copy."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = position < positions
     b, t = position // T, position % T
-    pair, column = tl.arange(0, WIDTH // 2)[None, :], tl.arange(0, WIDTH)[None, :]
-    angle = t[:, None] * (D // 2) + pair
-    known = here[:, None] & (pair < D // 2)
-    c = tl.load(cos + angle, mask=known, other=0.0)
-    s = tl.load(sin + angle, mask=known, other=0.0) * sign
+    column = tl.arange(0, WIDTH)[None, :]
+    if TURN:
+        pair = tl.arange(0, WIDTH // 2)[None, :]
+        angle = t[:, None] * (D // 2) + pair
+        known = here[:, None] & (pair < D // 2)
+        c = tl.load(cos + angle, mask=known, other=0.0)
+        s = tl.load(sin + angle, mask=known, other=0.0) * sign
     source = x + (b * x_batch + t * x_position)[:, None] + column
     target = out + (b * out_batch + t * out_position)[:, None] + column
     mask = here[:, None] & (column < D)
     for _ in range(0, H):  # a position's angles are read once for all its heads
-        pairs = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        even, odd = tl.split(tl.reshape(pairs, (BLOCK, WIDTH // 2, 2)))
-        turned = tl.join(even * c - odd * s, even * s + odd * c)
-        turned = tl.reshape(turned, (BLOCK, WIDTH))
-        tl.store(target, turned.to(out.dtype.element_ty), mask=mask)
+        y = tl.load(source, mask=mask, other=0.0)
+        if TURN:
+            even, odd = tl.split(tl.reshape(y.to(tl.float32), (BLOCK, WIDTH // 2, 2)))
+            turned = tl.join(even * c - odd * s, even * s + odd * c)
+            y = tl.reshape(turned, (BLOCK, WIDTH)).to(out.dtype.element_ty)
+        tl.store(target, y, mask=mask)
         source += x_head
         target += out_head
 
 
 def rotate(
     x: Tensor,  # (B, T, H, d) fp32, bf16 or fp16, the elements of a head adjacent
-    cos: Tensor,  # (T, d/2) fp32, contiguous
-    sin: Tensor,  # as cos
+    tables: tuple[Tensor, Tensor] | None,  # cos and sin, (T, d/2) fp32, contiguous; None: a copy
     *,
     out: Tensor,  # as x, of any strides but the last one
     back: bool = False,  # by the opposite angles: the gradient
 ) -> None:
     B, T, H, d = x.shape
     positions, config = B * T, configs.rope_config(d, _ROCM)
+    cos, sin = (x, x) if tables is None else tables
     if positions and H:
         with torch.cuda.device_of(x):
             rotate_kernel[(triton.cdiv(positions, config["BLOCK"]),)](
                 x, out, cos, sin, positions, T, H, *x.stride()[:3], *out.stride()[:3],
-                -1.0 if back else 1.0, D=d, WIDTH=triton.next_power_of_2(d), **config,
+                -1.0 if back else 1.0, D=d, WIDTH=triton.next_power_of_2(d),
+                TURN=tables is not None, **config,
             )  # fmt: skip

@@ -18,8 +18,8 @@ from fastlm.kernels.collect import is_dtensor
 from fastlm.kernels.cross_entropy_op import is_transformed
 from fastlm.ops import causal_attention_cpp as cpp
 from fastlm.ops.causal_attention_cpp import Rope
-from fastlm.ops.dispatch import autocasts, compute_dtype, resolve_implementation
-from fastlm.ops.rope import rotate, rotates
+from fastlm.ops.dispatch import autocasts, compute_dtype, on_gpu, resolve_implementation
+from fastlm.ops.rope import rotate
 
 
 def causal_attention(
@@ -101,7 +101,7 @@ def _by_sdpa(
 ) -> Tensor:  # (B, Tq, H, d)
     """By PyTorch's own function: on devices without a kernel, and for what kernels do not take."""
     if rope is not None:
-        if rotates(q, k):
+        if on_gpu(q, k):
             q, k = (rotate(x.transpose(1, 2), *rope).transpose(1, 2) for x in (q, k))
         else:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)

@@ -13,6 +13,7 @@ from fastlm.extension import extension
 from fastlm.kernels.cross_entropy_op import fp32, refuse_other_backwards, refuse_transforms
 from fastlm.ops.cross_entropy_cpp import KIND, _numpy
 from fastlm.ops.flops import count_flops
+from fastlm.ops.registration import LIBRARY, register_op
 
 MAX_HEAD_DIM = 256
 Rope = tuple[Tensor, Tensor]  # (cos, sin), (T, d/2) fp32 each
@@ -87,36 +88,24 @@ def _options(q, scale, cos, sin) -> tuple:
 
 _OPTIONS = "float? scale, Tensor? cos, Tensor? sin"
 _RESULTS = "Tensor out, Tensor stats"
-_LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 
 
-def _op(name: str, schema: str, fake):
-    """Not torch.library.custom_op: its first call imports torch._dynamo, which takes seconds that
-    generating a line of text has no other need for, and each call takes longer."""
-
-    def register(function):
-        _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(name, function, "CPU")
-        torch.library.register_fake(f"fastlm::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.fastlm, name).default
-
-    return register
-
-
-@_op(
+@register_op(
     "causal_attention",
     f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> ({_RESULTS})",
     lambda q, *_: _empty(q),
+    "CPU",
 )
 def _attention(q, k, v, *options):
     return _forward(q, k, v, *options)
 
 
-@_op(
+@register_op(
     "causal_attention_gradients",
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_RESULTS}, {_OPTIONS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     lambda grad_out, q, k, v, *_: (_dense(q), _dense(k), _dense(v)),
+    "CPU",
 )
 def _gradients(grad_out, q, k, v, *rest):
     gradients = _dense(q), _dense(k), _dense(v)
@@ -143,7 +132,7 @@ def _differentiate(ctx, grad_out, _):
     return *(gradient.transpose(1, 2) for gradient in gradients), None, None, None
 
 
-torch.library.register_autograd(_attention, _differentiate, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd(_attention, _differentiate, setup_context=_save, lib=LIBRARY)
 
 
 # --- FlopCounterMode: the whole square, and the scores again in backward, as torch counts SDPA ---

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch
 
+from fastlm.kernels.cross_entropy_op import is_transformed
+
 _ROWS = {"triton": "fastlm.kernels.cross_entropy", "cpp": "fastlm.ops.cross_entropy_cpp"}
 # The module that holds each implementation of each op.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
@@ -78,6 +80,15 @@ def active_implementation(
     if op not in IMPLEMENTATIONS:
         raise ValueError(f"op={op!r} is unknown; ops: {', '.join(IMPLEMENTATIONS)}")
     return resolve_implementation(op, "auto", device, dtype)
+
+
+def on_gpu(*tensors: torch.Tensor) -> bool:
+    """Do the model's own kernels (rope, swiglu) take these? Not in torch.func's transforms, of which
+    they know nothing."""
+    known = all(
+        x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors
+    )
+    return known and (torch.compiler.is_compiling() or not is_transformed(*tensors))
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -9,17 +9,9 @@ Shapes: B batch, T positions, H query heads, H_kv key heads, d head width.
 import torch
 from torch import Tensor
 
-from fastlm.kernels.cross_entropy_op import is_transformed
+from fastlm.ops.registration import LIBRARY, register_op
 
-_LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
-
-
-def rotates(*tensors: Tensor) -> bool:
-    """Is there a kernel for these? Not inside torch.func's transforms, of which it knows nothing."""
-    known = all(
-        x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors
-    )
-    return known and (torch.compiler.is_compiling() or not is_transformed(*tensors))
+Tables = tuple[Tensor, Tensor]  # cos and sin, (T, d/2) fp32 each
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -57,40 +49,34 @@ def _of_heads(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
     return qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=-2)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None:
+def _turn(x: Tensor, tables: Tables | None, out: Tensor, back: bool) -> None:
+    """Into `out`; without tables a copy."""
     if x.is_cuda:
         from fastlm.kernels import rope
 
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        rope.rotate(x, cos, sin, out=out, back=back)
-        return
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    c, s = cos.unsqueeze(-2), (-sin if back else sin).unsqueeze(-2)  # the same for all heads
-    out.copy_(torch.stack((even * c - odd * s, even * s + odd * c), dim=-1).flatten(-2))
+        rope.rotate(x if x.stride(-1) == 1 else x.contiguous(), tables, out=out, back=back)
+    elif tables is None:
+        out.copy_(x)
+    else:
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = (table.unsqueeze(-2) for table in tables)  # the same for all heads
+        s = -s if back else s
+        out.copy_(torch.stack((even * c - odd * s, even * s + odd * c), dim=-1).flatten(-2))
 
 
-# --- The ops ---
+# --- The ops; on CPUs for tests: there the trainer's attention turns queries and keys itself ---
 
 
-def _op(name: str, schema: str, fake):
-    def register(function):
-        _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        for key in ("CUDA", "CPU"):  # on CPUs for tests: the trainer's attention turns them itself
-            _LIBRARY.impl(name, function, key)
-        torch.library.register_fake(f"fastlm::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.fastlm, name).default
-
-    return register
-
-
-@_op(
+@register_op(
     "rotate",
     "(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
     lambda x, *_: x.new_empty(x.shape),
+    "CUDA",
+    "CPU",
 )
 def _rotate(x, cos, sin, back):
     out = x.new_empty(x.shape)
-    _turn(x, cos, sin, out, back)
+    _turn(x, (cos, sin), out, back)
     return out
 
 
@@ -103,7 +89,7 @@ torch.library.register_autograd(
     _rotate,
     lambda ctx, grad: (_rotate(grad, *ctx.saved_tensors, not ctx.back), None, None, None),
     setup_context=_save,
-    lib=_LIBRARY,
+    lib=LIBRARY,
 )
 
 
@@ -112,15 +98,17 @@ def _empty_joint(dq, dk, dv, *_) -> Tensor:
     return dq.new_empty((B, T, (dq.shape[2] + 2 * dk.shape[2]) * d))
 
 
-@_op(
+@register_op(
     "rotate_joint_gradient",
     "(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
     _empty_joint,
+    "CUDA",
+    "CPU",
 )
 def _joint_gradient(dq, dk, dv, cos, sin):
     joint = _empty_joint(dq, dk, dv)
     q, k, v = _of_heads(joint, dq.shape[2], dk.shape[2])
-    _turn(dq, cos, sin, q, True)
-    _turn(dk, cos, sin, k, True)
-    v.copy_(dv)
+    _turn(dq, (cos, sin), q, True)
+    _turn(dk, (cos, sin), k, True)
+    _turn(dv, None, v, False)
     return joint
