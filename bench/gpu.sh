@@ -15,7 +15,7 @@
 #
 #     PYTHON=python3.12       the interpreter that has torch
 #     COMMIT=abc1234          what is measured, where there is no .git
-#     ROWS='guard|block'      of the trainer's rows those that match, when one call was too short
+#     ROWS='guard|block'      of the part's steps those that match, when one call was too short
 #     MINUTES=9               of a part
 #     DATA=DIR                a prepared directory, in place of .gpu/corpus
 #     DEVICE=cpu              a rehearsal: every line, tiny shapes, the interpreter; no figures

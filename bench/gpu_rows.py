@@ -51,6 +51,7 @@ def settings(full: bool) -> dict[str, Any]:
     found = {**(FULL if full else SHORT), "vocab_size": 50304, "seed": 0}
     if REHEARSAL:
         found |= {**TINY, "tokens_per_step": 1024 if full else 64, "total_steps": 12}
+        found |= {"vocab_size": 4096}  # the default corpus's
     return found
 
 
@@ -187,7 +188,7 @@ def profiled(work: Any, steps: int) -> dict[str, Any]:
 
 
 def top_kernels(trace: dict[str, Any], steps: int) -> dict[str, Any]:
-    """{"busy_ms": of a step, "top": the thirty names with the most time}; on a CPU of its operators,
+    """{"busy_ms": of a step, "top": the thirty names with the most time}; on a CPU of operators,
     which contain each other."""
     kinds = ("cpu_op",) if DEVICE.type == "cpu" else ("kernel", "gpu_memcpy", "gpu_memset")
     times: dict[str, list[float]] = defaultdict(list)

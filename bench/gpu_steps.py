@@ -130,10 +130,13 @@ def _sampled(keyword: str) -> list[str]:
     return ["-k", keyword] if REHEARSAL else []
 
 
+LOSSES = ["0-fp32"] if REHEARSAL else ["bf16 and not inplace", "fp32 and not inplace", "inplace"]
+
+
 def kernels() -> list[Step]:
     return [
         program("machine", 40, "machine"),
-        bench_step("cross_entropy", 150, "0-fp32" if REHEARSAL else ""),
+        *(bench_step("cross_entropy", 90, keyword) for keyword in LOSSES),
         bench_step("adamw", 90, "split" if REHEARSAL else ""),
         bench_step("clip_grad_norm", 40),
         bench_step("linear_cross_entropy", 120, "half" if REHEARSAL else ""),
@@ -160,7 +163,7 @@ ROWS = [
     Row("fastlm"),
     Row("residual-dtype float32", ("--residual-dtype", "float32")),
     Row("attention cudnn", ("--attention", "cudnn"), needs_cuda=True),
-    Row("joint-projections", ("--joint-projections",)),
+    Row("joint-projections off", ("--joint-projections", "False")),
     Row("fp8-head", ("--fp8-head",), needs_cuda=True),
     Row(
         "64 x 1024 tokens, 125 steps",
@@ -194,8 +197,7 @@ def trainer() -> list[Step]:
         *(program(f"profile of {name}", 90, name, "--profile") for name in ("nanogpt", "fastlm")),
         *map(ours, switches),
     ]
-    chosen = re.compile(os.environ.get("ROWS", ""))
-    return [step for step in steps if chosen.search(step.name)]
+    return steps
 
 
 def presets() -> list[Step]:
@@ -213,6 +215,11 @@ PARTS = {
     "trainer": trainer,
     "presets": presets,
 }
+
+
+def steps_of(part: str) -> list[Step]:
+    chosen = re.compile(os.environ.get("ROWS", ""))
+    return [step for step in PARTS[part]() if chosen.search(step.name)]
 
 
 # --- running them ---
@@ -288,7 +295,7 @@ def run_part(part: str, out: Path, minutes: float, used: float) -> int:
         partial.replace(path)
 
     write()
-    for step in PARTS[part]():
+    for step in steps_of(part):
         left = deadline - time.perf_counter()
         if left < 10:
             told = {"name": step.name, "exit_code": None, "cut_off": True, "seconds": 0.0}

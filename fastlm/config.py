@@ -153,9 +153,9 @@ class TrainingConfig:
     attention: Literal["auto", "cudnn", "flash", "fa3"] = "auto"
     """Attention's kernel on CUDA. auto: torch's choice; fa3: FlashAttention 3, whose package
     flash_attn_interface must be installed."""
-    joint_projections: bool = False
+    joint_projections: bool | None = None
     """One matmul for queries, keys and values, and one for the feed-forward's w1 and w3. Weights
-    and checkpoints stay as they are. For --compile on a GPU; CPUs are slower with it."""
+    and checkpoints stay as they are. None: on CUDA; CPUs are slower with it."""
     fp8_head: bool = False
     """In training, compute logits from float8 numbers, on NVIDIA GPUs from Ada and Hopper on:
     faster, and less exact. Evaluations do not."""

@@ -57,7 +57,7 @@ def test_a_parts_commands_name_what_exists(part, rehearsal, monkeypatch):
 
 def test_rows_are_chosen(monkeypatch):
     monkeypatch.setenv("ROWS", "^guard|profile of f")
-    assert [step.name for step in gpu_steps.trainer()] == ["profile of fastlm", "guard off"]
+    assert [step.name for step in gpu_steps.steps_of("trainer")] == ["profile of fastlm", "guard off"]
 
 
 def test_what_a_part_found_is_kept(tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_the_row_of_a_run(rehearsed):
     found = rehearsed("fastlm", "--name", "guard off", "--full", "--options=--guard off")
     assert found["name"] == "guard off" and found["full"] and found["steps"] == 12
     assert found["tokens"] == 12 * 1024 and found["tokens_per_second"] > 0
-    assert 0 < found["loss"] < 7 and found["peak_memory_bytes"] > 0
+    assert 0 < found["loss"] < 8.5 and found["peak_memory_bytes"] > 0
 
 
 def test_the_row_of_a_demo_and_of_the_machine(rehearsed):
@@ -187,8 +187,8 @@ def test_nanogpts_row_has_the_batches_of_ours(rehearsed, monkeypatch):
     for program in ("nanogpt", "fastlm"):
         asked[program] = []
         found = rehearsed(program, "--full")
-        assert found["tokens"] == 12 * 1024 and found["loss"] < 7
-        assert found["flops_per_token"] > 6 * 512 * 32
+        assert found["tokens"] == 12 * 1024 and found["loss"] < 8.5
+        assert found["flops_per_token"] > 6 * 4096 * 32
     # Both warm up with the first of them; and fastlm evaluates once before and after.
     assert asked["nanogpt"] == [*range(0, 32, 2)] * 2 + [*range(0, 12 * 32, 2)]
     assert set(asked["nanogpt"]) <= set(asked["fastlm"])
