@@ -28,10 +28,12 @@ CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}  # bytes
 
 
-def compile_kernel(kernel, target: str, types: dict[str, str], constants: dict, options: dict):
+def compile_kernel(
+    kernel, target: str, types: dict[str, str], constants: dict, options: dict, divisible=()
+):
     """The compiled kernel, for a launch whose tensors all start at multiples of 16 bytes.
 
-    types: of the arguments that are not constants.
+    types: of the arguments that are not constants. divisible: numbers that are multiples of 16.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -45,6 +47,8 @@ def compile_kernel(kernel, target: str, types: dict[str, str], constants: dict, 
             if target.startswith("gfx"):
                 # What the launcher adds for tensors below 2 GiB: other instructions are chosen.
                 attributes[(i,)] += [["tt.pointer_range", 32]]
+        elif name in divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
@@ -237,5 +241,9 @@ def table(results: list[dict]) -> str:
 
 if __name__ == "__main__":
     tests = Path(__file__).resolve().parents[1]
-    for file in ("ops/test_triton_compile.py", "optim/test_triton_compile_optimizer.py"):
-        print(table(compile_all(str(tests / file), "all", *sys.argv[1:])))
+    for file in (
+        "ops/test_triton_compile",
+        "ops/test_triton_compile_model",
+        "optim/test_triton_compile_optimizer",
+    ):
+        print(table(compile_all(str(tests / f"{file}.py"), "all", *sys.argv[1:])))
