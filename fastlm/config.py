@@ -86,6 +86,9 @@ class TrainingConfig:
     train_minutes: float | None = None
     """Choose total_steps so that training takes about this long, by a calibration at the start.
     Without effect if total_steps is set on the command line or in a file."""
+    max_epochs: float | None = None
+    """With train_minutes: at most so many passes over the training data, however fast the machine.
+    Of a small text a model remembers more and predicts less with each."""
     max_minutes: float | None = None
     """Save and stop after this much training time, finished or not."""
     log_every: int = 50
@@ -247,7 +250,7 @@ class TrainingConfig:
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must not be negative")
-        for name in ("train_minutes", "max_minutes", "ckpt_minutes", "tokens_per_step"):
+        for name in ("train_minutes", "max_epochs", "max_minutes", "ckpt_minutes", "tokens_per_step"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must be positive")
         if not all(0 <= beta < 1 for beta in self.betas):

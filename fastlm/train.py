@@ -223,7 +223,7 @@ def _train(
         if cfg.compile:
             print(f"[compile] done in {runner.compile_seconds:.1f} s, not counted in tokens/s")
         if cfg.train_minutes is not None:
-            cfg = _calibrated(cfg, runner, stop, world)
+            cfg = _calibrated(cfg, runner, len(data.train), stop, world)
         samples_seen, clock = 0, Clock(device, begin, resumed and resumed.payload)
         if resumed:
             _restore_state(runner, resumed, compiled=cfg.compile)
@@ -265,16 +265,23 @@ def _restore_state(runner: TrainStep, resumed: Resumed, *, compiled: bool) -> No
 
 
 def _calibrated(
-    cfg: TrainingConfig, runner: TrainStep, stop: StopSignals, world: World
+    cfg: TrainingConfig, runner: TrainStep, data_tokens: int, stop: StopSignals, world: World
 ) -> TrainingConfig:
-    """`cfg` with the number of steps that take cfg.train_minutes on this machine."""
+    """`cfg` with the number of steps that take cfg.train_minutes on this machine, or fewer that make
+    cfg.max_epochs of the data."""
     mine = runner.seconds_per_step(stop=lambda: stop.requested)
     seconds = world.decide(lambda: mine)
     stop.leave_together(world)
     steps = max(10, round(cfg.train_minutes * 60 / seconds / 10) * 10)
+    minutes, why = f"{cfg.train_minutes:g}", ""
+    if cfg.max_epochs is not None:
+        most = max(10, round(cfg.max_epochs * data_tokens / runner.tokens))
+        if most < steps:
+            steps, minutes = most, f"{most * seconds / 60:.2g}"
+            why = f" and are {cfg.max_epochs:g} passes over the data, --max-epochs"
     print(
-        f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about "
-        f"{cfg.train_minutes:g} minutes (the same run again: --total-steps {steps})"
+        f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about {minutes} "
+        f"minutes{why} (the same run again: --total-steps {steps})"
     )
     follows = cfg.cosine_iters == cfg.total_steps
     return replace(

@@ -77,6 +77,7 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
         kernels = f", attention by {attention_kernel(cfg, runner.device, runner.dtype)}"
     length = (
         f"as many steps as take {cfg.train_minutes:g} minutes"
+        + (f", {cfg.max_epochs:g} passes over the data at most" if cfg.max_epochs else "")
         if cfg.train_minutes is not None
         else f"{cfg.total_steps:,} steps"
     )

@@ -354,13 +354,22 @@ def test_a_calibrated_run_is_the_run_of_that_many_steps(tmp_path, monkeypatch, c
     )
 
 
-def test_the_calibration_fills_the_minutes():
+def test_the_calibration_fills_the_minutes(capsys):
     class Measured:
+        tokens = 100
+
         def seconds_per_step(self, stop):
             return 0.25
 
     cfg = tiny_config("unused", train_minutes=2.0)
-    chosen = _calibrated(cfg, Measured(), StopSignals(), ALONE)
+    chosen = _calibrated(cfg, Measured(), 2000, StopSignals(), ALONE)
     assert (chosen.total_steps, chosen.cosine_iters, chosen.train_minutes) == (480, 480, None)
-    chosen = _calibrated(replace(cfg, cosine_iters=7), Measured(), StopSignals(), ALONE)
+    chosen = _calibrated(replace(cfg, cosine_iters=7), Measured(), 2000, StopSignals(), ALONE)
     assert (chosen.total_steps, chosen.cosine_iters) == (480, 7)
+    assert "480 steps take about 2 minutes (" in capsys.readouterr().out
+    # No more passes over the data than asked: 2,000 tokens are 20 steps.
+    for epochs, steps in ((6.0, 120), (24.0, 480), (100.0, 480)):
+        limited = replace(cfg, max_epochs=epochs)
+        chosen = _calibrated(limited, Measured(), 2000, StopSignals(), ALONE)
+        assert (chosen.total_steps, chosen.cosine_iters) == (steps, steps)
+        assert ("passes over the data" in capsys.readouterr().out) == (steps < 480)
