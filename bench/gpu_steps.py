@@ -130,16 +130,19 @@ def _sampled(keyword: str) -> list[str]:
     return ["-k", keyword] if REHEARSAL else []
 
 
+# The cases of a file of benches in several steps, those of the goals first.
 LOSSES = ["0-fp32"] if REHEARSAL else ["bf16 and not inplace", "fp32 and not inplace", "inplace"]
+HEADS = ["half"] if REHEARSAL else ["default", "small or half"]
+OPTIMIZERS = ["split"] if REHEARSAL else ["124", "split or 2000"]
 
 
 def kernels() -> list[Step]:
     return [
         program("machine", 40, "machine"),
         *(bench_step("cross_entropy", 90, keyword) for keyword in LOSSES),
-        bench_step("adamw", 90, "split" if REHEARSAL else ""),
+        *(bench_step("linear_cross_entropy", 90, keyword) for keyword in HEADS),
+        *(bench_step("adamw", 60, keyword) for keyword in OPTIMIZERS),
         bench_step("clip_grad_norm", 40),
-        bench_step("linear_cross_entropy", 120, "half" if REHEARSAL else ""),
         bench_step("gather_batch", 40, "32-256" if REHEARSAL else ""),
         bench_step("causal_attention", 120, "fp32-one query" if REHEARSAL else "bf16"),
     ]
