@@ -97,6 +97,7 @@ class LossOptions(Options):
         return torch.ones((), dtype=torch.float32, device=device) * self.num_items
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _OF_ROWS = tuple(field.name for field in fields(Options))
 _SCHEMA_TYPES = {int: "int", float: "float", float | None: "float?"}
 OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[f.type]} {f.name}" for f in fields(Options))
@@ -242,6 +243,16 @@ def define_cross_entropy(
     The function takes (logits, targets, checked options, inplace).
     """
 
+    def runs_eagerly(*tensors: Tensor | None) -> bool:
+        """Can a call leave out the dispatcher, whose way through Python takes longer than a GPU?
+        Only compilers, dispatch modes and subclasses of tensors need it."""
+        return (
+            not torch.compiler.is_compiling()
+            and not torch._C._len_torch_dispatch_stack()
+            and all(type(x) in _PLAIN for x in tensors)
+            and tensors[0].device.type in device_types  # else the dispatcher says what is missing
+        )
+
     # After release, rename an op whenever its schema changes: compiled graphs that torch caches on
     # disk call ops by name, and outlive an upgrade.
     def op(name: str, schema: str, mutates: tuple[str, ...] = ()):
@@ -249,13 +260,7 @@ def define_cross_entropy(
             f"{namespace}::{name}", mutates_args=mutates, device_types=device_types, schema=schema
         )
 
-    @op(
-        "cross_entropy_loss",
-        "(Tensor logits, Tensor targets, Tensor? num_items, str reduction, bool return_lse, "
-        f"bool with_gradient, bool inplace, {OPTIONS_SCHEMA}) "
-        "-> (Tensor loss, Tensor lse, Tensor saved, Tensor scale, Tensor gradient)",
-    )
-    def forward(
+    def losses_of(
         logits, targets, num_items, reduction, return_lse, with_gradient, inplace, *options
     ):  # inplace is for backward alone
         kernels, options = row_kernels(logits.device), Options(*options)
@@ -273,6 +278,13 @@ def define_cross_entropy(
             scale,
             logits.new_empty(0) if gradient is None else gradient.view(logits.shape),
         )
+
+    forward = op(
+        "cross_entropy_loss",
+        "(Tensor logits, Tensor targets, Tensor? num_items, str reduction, bool return_lse, "
+        f"bool with_gradient, bool inplace, {OPTIONS_SCHEMA}) "
+        "-> (Tensor loss, Tensor lse, Tensor saved, Tensor scale, Tensor gradient)",
+    )(losses_of)
 
     @forward.register_fake
     def _(logits, targets, num_items, reduction, return_lse, with_gradient, *rest):
@@ -325,7 +337,10 @@ def define_cross_entropy(
             return (gradient.float() * factor).to(gradient.dtype)  # one loop, once it is compiled
         if torch._C._autograd._get_current_graph_task_keep_graph():
             gradient = gradient.clone()
-        scale_(gradient, factor)
+        if runs_eagerly(gradient, factor):
+            row_kernels(gradient.device).scale_in_place(gradient, factor)
+        else:
+            scale_(gradient, factor)
         return gradient
 
     def setup_context(ctx, inputs, output):
@@ -364,6 +379,21 @@ def define_cross_entropy(
 
     forward.register_autograd(backward, setup_context=setup_context)
 
+    class CrossEntropyLoss(torch.autograd.Function):
+        """The op and its autograd formula, for calls that run eagerly."""
+
+        @staticmethod
+        def forward(ctx, *inputs):
+            # As in the op: here nothing is recorded, not even that a result is a view.
+            with torch._C._AutoDispatchBelowAutograd():
+                output = losses_of(*inputs)
+            setup_context(ctx, inputs, output)
+            return output[:2]
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return backward(ctx, *gradients)
+
     def loss_of(logits: Tensor, targets: Tensor, options: LossOptions, inplace: bool):
         if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(
@@ -385,8 +415,10 @@ def define_cross_entropy(
             and not torch.compiler.is_compiling()
         )
         # Labels in int64 before any comparison: in a narrower dtype V and ignore_index would wrap.
-        loss, lse, *_ = forward(
-            logits, targets.long(), options.items_on(logits.device), options.reduction,
+        targets, items = targets.long(), options.items_on(logits.device)
+        eagerly = runs_eagerly(logits, targets, *(() if items is None else (items,)))
+        loss, lse, *_ = (CrossEntropyLoss.apply if eagerly else forward)(
+            logits, targets, items, options.reduction,
             options.return_lse, with_gradient, inplace, *options.of_rows,
         )  # fmt: skip
         return (loss, lse) if options.return_lse else loss
