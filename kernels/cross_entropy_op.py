@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from .collect import is_dtensor
 
@@ -99,6 +100,7 @@ class LossOptions(Options):
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _OF_ROWS = tuple(field.name for field in fields(Options))
+_CASTS = tuple(int if field.type is int else float for field in fields(Options))
 _SCHEMA_TYPES = {int: "int", float: "float", float | None: "float?"}
 OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[f.type]} {f.name}" for f in fields(Options))
 
@@ -243,24 +245,43 @@ def define_cross_entropy(
     The function takes (logits, targets, checked options, inplace).
     """
 
-    def runs_eagerly(*tensors: Tensor | None) -> bool:
-        """Can a call leave out the dispatcher, whose way through Python takes longer than a GPU?
-        Only compilers, dispatch modes and subclasses of tensors need it."""
+    def eager(*arguments: Any) -> bool:
+        """Can a call leave out the dispatcher? Only compilers, dispatch modes and subclasses of
+        tensors need it, and its way through Python takes longer than a GPU computes."""
         return (
             not torch.compiler.is_compiling()
             and not torch._C._len_torch_dispatch_stack()
-            and all(type(x) in _PLAIN for x in tensors)
-            and tensors[0].device.type in device_types  # else the dispatcher says what is missing
+            and not any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in arguments)
+            and arguments[0].device.type in device_types  # else the dispatcher says what is missing
         )
 
     # After release, rename an op whenever its schema changes: compiled graphs that torch caches on
     # disk call ops by name, and outlive an upgrade.
     def op(name: str, schema: str, mutates: tuple[str, ...] = ()):
-        return torch.library.custom_op(
+        registered = torch.library.custom_op(
             f"{namespace}::{name}", mutates_args=mutates, device_types=device_types, schema=schema
         )
 
-    def losses_of(
+        def decorate(function):
+            def call(first, *others):
+                if not eager(first, *others):
+                    return call.op(first, *others)
+                if mutates:
+                    increment_version(first)
+                return function(first, *others)
+
+            call.op, call.function = registered(function), function
+            return call
+
+        return decorate
+
+    @op(
+        "cross_entropy_loss",
+        "(Tensor logits, Tensor targets, Tensor? num_items, str reduction, bool return_lse, "
+        f"bool with_gradient, bool inplace, {OPTIONS_SCHEMA}) "
+        "-> (Tensor loss, Tensor lse, Tensor saved, Tensor scale, Tensor gradient)",
+    )
+    def forward(
         logits, targets, num_items, reduction, return_lse, with_gradient, inplace, *options
     ):  # inplace is for backward alone
         kernels, options = row_kernels(logits.device), Options(*options)
@@ -272,21 +293,14 @@ def define_cross_entropy(
             gradient_scale=scale if with_gradient else None,
         )  # fmt: skip
         return (
-            losses.view(targets.shape) if reduction == "none" else kernels.sum_rows(losses, scale),
-            lse.view(targets.shape) if return_lse else lse.new_empty(0),
+            losses.view_as(targets) if reduction == "none" else kernels.sum_rows(losses, scale),
+            lse.view_as(targets) if return_lse else lse.new_empty(0),
             saved,
             scale,
-            logits.new_empty(0) if gradient is None else gradient.view(logits.shape),
+            logits.new_empty(0) if gradient is None else gradient.view_as(logits),
         )
 
-    forward = op(
-        "cross_entropy_loss",
-        "(Tensor logits, Tensor targets, Tensor? num_items, str reduction, bool return_lse, "
-        f"bool with_gradient, bool inplace, {OPTIONS_SCHEMA}) "
-        "-> (Tensor loss, Tensor lse, Tensor saved, Tensor scale, Tensor gradient)",
-    )(losses_of)
-
-    @forward.register_fake
+    @forward.op.register_fake
     def _(logits, targets, num_items, reduction, return_lse, with_gradient, *rest):
         return (
             fp32(targets.shape if reduction == "none" else (), logits.device),
@@ -313,7 +327,7 @@ def define_cross_entropy(
         write_gradient(rows, targets, saved, grad_losses, grad_lse, options, as_rows(gradient))
         return gradient
 
-    @gradient_of.register_fake
+    @gradient_of.op.register_fake
     def _(logits, *rest):
         return logits.new_empty(logits.shape)
 
@@ -329,7 +343,7 @@ def define_cross_entropy(
         row_kernels(x.device).scale_in_place(x, factor)
 
     for mutating in (gradient_over, scale_):
-        mutating.register_fake(lambda *arguments: None)
+        mutating.op.register_fake(lambda *arguments: None)
 
     def times(gradient: Tensor, factor: Tensor) -> Tensor:
         """gradient * factor (0-d), in fp32. In its own memory if no later backward can want it."""
@@ -337,10 +351,7 @@ def define_cross_entropy(
             return (gradient.float() * factor).to(gradient.dtype)  # one loop, once it is compiled
         if torch._C._autograd._get_current_graph_task_keep_graph():
             gradient = gradient.clone()
-        if runs_eagerly(gradient, factor):
-            row_kernels(gradient.device).scale_in_place(gradient, factor)
-        else:
-            scale_(gradient, factor)
+        scale_(gradient, factor)
         return gradient
 
     def setup_context(ctx, inputs, output):
@@ -377,16 +388,19 @@ def define_cross_entropy(
         gradient_over(gradient, *arguments)
         return gradient, *none
 
-    forward.register_autograd(backward, setup_context=setup_context)
+    forward.op.register_autograd(backward, setup_context=setup_context)
+
+    compute = forward.function
 
     class CrossEntropyLoss(torch.autograd.Function):
-        """The op and its autograd formula, for calls that run eagerly."""
+        """The op with its derivative, for eager calls."""
 
         @staticmethod
         def forward(ctx, *inputs):
-            # As in the op: here nothing is recorded, not even that a result is a view.
-            with torch._C._AutoDispatchBelowAutograd():
-                output = losses_of(*inputs)
+            # Nothing is recorded here: were a result known as a view, it could not be changed in
+            # place.
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                output = compute(*inputs)
             setup_context(ctx, inputs, output)
             return output[:2]
 
@@ -416,10 +430,13 @@ def define_cross_entropy(
         )
         # Labels in int64 before any comparison: in a narrower dtype V and ignore_index would wrap.
         targets, items = targets.long(), options.items_on(logits.device)
-        eagerly = runs_eagerly(logits, targets, *(() if items is None else (items,)))
-        loss, lse, *_ = (CrossEntropyLoss.apply if eagerly else forward)(
+        call, of_rows = forward.op, options.of_rows
+        if eager(logits, targets, items):
+            call = CrossEntropyLoss.apply
+            of_rows = [x if x is None else cast(x) for cast, x in zip(_CASTS, of_rows, strict=True)]
+        loss, lse, *_ = call(
             logits, targets, items, options.reduction,
-            options.return_lse, with_gradient, inplace, *options.of_rows,
+            options.return_lse, with_gradient, inplace, *of_rows,
         )  # fmt: skip
         return (loss, lse) if options.return_lse else loss
 
@@ -428,7 +445,9 @@ def define_cross_entropy(
 
 def as_rows(logits: Tensor) -> Tensor:
     """(..., V) as (N, V) with adjacent elements: a view where the strides allow it."""
-    rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])  # of no rows, too
+    rows = logits
+    if logits.dim() != 2:
+        rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])  # of no rows, too
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
