@@ -257,11 +257,7 @@ def define_cross_entropy(
 
     # After release, rename an op whenever its schema changes: compiled graphs that torch caches on
     # disk call ops by name, and outlive an upgrade.
-    def op(name: str, schema: str, mutates: tuple[str, ...] = ()):
-        registered = torch.library.custom_op(
-            f"{namespace}::{name}", mutates_args=mutates, device_types=device_types, schema=schema
-        )
-
+    def op(name: str, schema: str, mutates: tuple[str, ...] = (), fake=lambda *arguments: None):
         def decorate(function):
             def call(first, *others):
                 if not eager(first, *others):
@@ -270,16 +266,30 @@ def define_cross_entropy(
                     increment_version(first)
                 return function(first, *others)
 
-            call.op, call.function = registered(function), function
+            call.function, call.op = function, torch.library.custom_op(
+                f"{namespace}::{name}", function, mutates_args=mutates, device_types=device_types,
+                schema=schema,
+            )  # fmt: skip
+            call.op.register_fake(fake)
             return call
 
         return decorate
+
+    def fake_forward(logits, targets, num_items, reduction, return_lse, with_gradient, *rest):
+        return (
+            fp32(targets.shape if reduction == "none" else (), logits.device),
+            fp32(targets.shape if return_lse else 0, logits.device),
+            row_kernels(logits.device).empty_saved(targets.numel(), logits.device),
+            fp32((), logits.device),
+            logits.new_empty(logits.shape if with_gradient else 0),
+        )
 
     @op(
         "cross_entropy_loss",
         "(Tensor logits, Tensor targets, Tensor? num_items, str reduction, bool return_lse, "
         f"bool with_gradient, bool inplace, {OPTIONS_SCHEMA}) "
         "-> (Tensor loss, Tensor lse, Tensor saved, Tensor scale, Tensor gradient)",
+        fake=fake_forward,
     )
     def forward(
         logits, targets, num_items, reduction, return_lse, with_gradient, inplace, *options
@@ -300,16 +310,6 @@ def define_cross_entropy(
             logits.new_empty(0) if gradient is None else gradient.view_as(logits),
         )
 
-    @forward.op.register_fake
-    def _(logits, targets, num_items, reduction, return_lse, with_gradient, *rest):
-        return (
-            fp32(targets.shape if reduction == "none" else (), logits.device),
-            fp32(targets.shape if return_lse else 0, logits.device),
-            row_kernels(logits.device).empty_saved(targets.numel(), logits.device),
-            fp32((), logits.device),
-            logits.new_empty(logits.shape if with_gradient else 0),
-        )
-
     def write_gradient(logits, targets, saved, grad_losses, grad_lse, options, out):
         row_kernels(logits.device).row_gradients(
             logits, targets.reshape(-1).contiguous(), saved, flat(grad_losses), flat(grad_lse),
@@ -320,16 +320,15 @@ def define_cross_entropy(
         "Tensor targets, Tensor saved, Tensor? grad_losses, Tensor? grad_lse, " + OPTIONS_SCHEMA
     )
 
-    @op("cross_entropy_gradient", f"(Tensor logits, {gradient_schema}) -> Tensor")
+    @op(
+        "cross_entropy_gradient", f"(Tensor logits, {gradient_schema}) -> Tensor",
+        fake=lambda logits, *others: logits.new_empty(logits.shape),
+    )  # fmt: skip
     def gradient_of(logits, targets, saved, grad_losses, grad_lse, *options):
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         rows = as_rows(logits)
         write_gradient(rows, targets, saved, grad_losses, grad_lse, options, as_rows(gradient))
         return gradient
-
-    @gradient_of.op.register_fake
-    def _(logits, *rest):
-        return logits.new_empty(logits.shape)
 
     @op("cross_entropy_gradient_", f"(Tensor(a!) logits, {gradient_schema}) -> ()", ("logits",))
     def gradient_over(logits, targets, saved, grad_losses, grad_lse, *options):
@@ -341,9 +340,6 @@ def define_cross_entropy(
     @op("scale_", "(Tensor(a!) x, Tensor factor) -> ()", ("x",))
     def scale_(x, factor):
         row_kernels(x.device).scale_in_place(x, factor)
-
-    for mutating in (gradient_over, scale_):
-        mutating.op.register_fake(lambda *arguments: None)
 
     def times(gradient: Tensor, factor: Tensor) -> Tensor:
         """gradient * factor (0-d), in fp32. In its own memory if no later backward can want it."""
@@ -390,23 +386,15 @@ def define_cross_entropy(
 
     forward.op.register_autograd(backward, setup_context=setup_context)
 
-    compute = forward.function
+    def eager_forward(ctx, *inputs):
+        # Nothing is recorded: were a result known as a view, it could not be changed in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            output = forward.function(*inputs)
+        setup_context(ctx, inputs, output)
+        return output[:2]
 
-    class CrossEntropyLoss(torch.autograd.Function):
-        """The op with its derivative, for eager calls."""
-
-        @staticmethod
-        def forward(ctx, *inputs):
-            # Nothing is recorded here: were a result known as a view, it could not be changed in
-            # place.
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                output = compute(*inputs)
-            setup_context(ctx, inputs, output)
-            return output[:2]
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            return backward(ctx, *gradients)
+    methods = {"forward": staticmethod(eager_forward), "backward": staticmethod(backward)}
+    in_eager = type("CrossEntropyLoss", (torch.autograd.Function,), methods)
 
     def loss_of(logits: Tensor, targets: Tensor, options: LossOptions, inplace: bool):
         if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -432,7 +420,7 @@ def define_cross_entropy(
         targets, items = targets.long(), options.items_on(logits.device)
         call, of_rows = forward.op, options.of_rows
         if eager(logits, targets, items):
-            call = CrossEntropyLoss.apply
+            call = in_eager.apply
             of_rows = [x if x is None else cast(x) for cast, x in zip(_CASTS, of_rows, strict=True)]
         loss, lse, *_ = call(
             logits, targets, items, options.reduction,
