@@ -5,6 +5,7 @@ parameter's, DTensors (takes the local parts), parameters on several devices, of
 Tables are made for one step and not kept. Imports torch and siblings only.
 """
 
+import functools
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
@@ -89,7 +90,7 @@ class Collected:
     def rows_of(self, tensor: Tensor) -> list[int]:
         """To be asked for every parameter, with a gradient or not: all ranks then have the same
         tables, and add up their sums in the same order."""
-        key = tensor.device, other_ranks(tensor) if is_dtensor(tensor) else None
+        key = tensor.device, other_ranks(tensor)
         if (rows := self.rows.get(key)) is None:
             rows = self.rows[key] = []
         return rows
@@ -97,13 +98,14 @@ class Collected:
     def addresses(self, what: str, *tensors: Tensor | None) -> list[int]:
         """Where the tensors of a row lie."""
         self.held.append(tensors)
-        for t in tensors:
-            if t is not None and t.numel() and not t.data_ptr():
+        found = [0 if t is None else t.data_ptr() for t in tensors]
+        for t, address in zip(tensors, found, strict=True):
+            if not address and t is not None and t.numel():
                 raise ValueError(
                     f"{what}, its gradient or its state has no memory of its own "
                     f"({type(t).__name__} on {t.device}): it cannot be updated"
                 )
-        return [0 if t is None else t.data_ptr() for t in tensors]
+        return found
 
     def make_tables(self, caches: dict) -> None:
         for key, rows in self.rows.items():
@@ -268,6 +270,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
     """Does the same index lead to the same place in memory?"""
+    if a.shape == b.shape and a.stride() == b.stride():
+        return True
     strides = zip(a.stride(), b.stride(), a.shape, strict=True)
     return a.shape == b.shape and all(x == y for x, y, size in strides if size > 1)
 
@@ -308,10 +312,13 @@ def _step_counter(entry: dict, device: torch.device) -> Tensor:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    if type(tensor) in _PLAIN:  # at once
-        return False
+    return _is_dtensor_class(type(tensor))
+
+
+@functools.cache
+def _is_dtensor_class(kind: type) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and issubclass(kind, module.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -357,11 +364,15 @@ def other_ranks(tensor: Tensor) -> Ranks | None:
     """The ranks with other parts of `tensor`; None if all of it is here."""
     if not is_dtensor(tensor):
         return None
-    placements = tensor.placements  # type: ignore[attr-defined]
+    split = _split_dimensions(tensor.placements)  # type: ignore[attr-defined]
+    return Ranks(tensor.device_mesh, split) if split else None  # type: ignore[attr-defined]
+
+
+@functools.lru_cache
+def _split_dimensions(placements: tuple) -> tuple[int, ...]:
     if any(placement.is_partial() for placement in placements):
         raise ValueError(
             f"a gradient has the placements {placements}: sum it over its mesh first "
             f"(grad.redistribute)"
         )
-    split = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
-    return Ranks(tensor.device_mesh, split) if split else None  # type: ignore[attr-defined]
+    return tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
