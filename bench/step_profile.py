@@ -12,7 +12,7 @@ KINDS = {
     "matmul": r"^aten::(mm|addmm|bmm|baddbmm|matmul|linear|_scaled_mm)$|^mkldnn::_linear|_matmul",
     "attention": r"_scaled_dot_product_|causal_attention",
     "pointwise": r"Call CompiledFxGraph",
-    "loss": r"fastlm.*cross_entropy|^aten::(nll_loss|_?log_softmax|cross_entropy)",
+    "loss": r"fastlm.*cross_entropy|^CrossEntropy|^aten::(nll_loss|_?log_softmax|cross_entropy)",
     "optimizer": r"Optimizer\.",
     "data": r"^data$",
 }

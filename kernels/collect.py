@@ -5,7 +5,9 @@ parameter's, DTensors (takes the local parts), parameters on several devices, of
 Tables are made for one step and not kept. Imports torch and siblings only.
 """
 
+import functools
 import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,6 +24,8 @@ CODE = {
     torch.float16: FLOAT16,
     torch.float64: FLOAT64,
 }
+
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 # The columns of a table: six addresses, sizes and types, the parameter's place.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, STEP = range(6)
@@ -43,6 +47,7 @@ class TensorTable:
     ranks: "Ranks | None"  # they hold other parts of these tensors
     rows: Tensor
     cache: dict  # a kernel module's own; lives on from step to step
+    on_device: Any = None  # a kernel module's own copy
 
     @property
     def norm_dtype(self) -> torch.dtype:
@@ -79,28 +84,34 @@ class Collected:
     held: list[Any] = field(default_factory=list)  # the tensors at the addresses
     # Views with gaps, and dense copies that kernels update in their place.
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    # The rows of each table to be, by device and Ranks.
-    rows: dict[Any, list[list[int]]] = field(default_factory=dict)
+    # The rows of each table to be, end to end, by device and Ranks.
+    rows: dict[Any, list[int]] = field(default_factory=dict)
 
-    def rows_of(self, tensor: Tensor) -> list[list[int]]:
+    def rows_of(self, tensor: Tensor) -> list[int]:
         """To be asked for every parameter, with a gradient or not: all ranks then have the same
         tables, and add up their sums in the same order."""
-        return self.rows.setdefault((tensor.device, other_ranks(tensor)), [])
+        key = tensor.device, other_ranks(tensor)
+        if (rows := self.rows.get(key)) is None:
+            rows = self.rows[key] = []
+        return rows
 
     def addresses(self, what: str, *tensors: Tensor | None) -> list[int]:
         """Where the tensors of a row lie."""
         self.held.append(tensors)
-        for t in tensors:
-            if t is not None and t.numel() and not t.data_ptr():
+        found = [0 if t is None else t.data_ptr() for t in tensors]
+        for t, address in zip(tensors, found, strict=True):
+            if not address and t is not None and t.numel():
                 raise ValueError(
                     f"{what}, its gradient or its state has no memory of its own "
                     f"({type(t).__name__} on {t.device}): it cannot be updated"
                 )
-        return [0 if t is None else t.data_ptr() for t in tensors]
+        return found
 
     def make_tables(self, caches: dict) -> None:
         for key, rows in self.rows.items():
-            values = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, COLUMNS)
+            # Not torch.tensor, which takes three times as long.
+            values = torch.frombuffer(array("q", rows or [0]), dtype=torch.int64)
+            values = values[: len(rows)].view(-1, COLUMNS)
             self.tables.append(TensorTable(*key, values, caches.setdefault(key, {})))
 
     def dense(self, local: Tensor) -> Tensor:
@@ -166,7 +177,7 @@ def collect_step(groups: Sequence[dict], state: Any, split: bool, caches: dict) 
                 rest = _state_part(entry, "remainder", param, target, torch.int16, what)
             step = _step_counter(entry, local.device)
             addresses = found.addresses(what, target, grad, *moments, rest, step)
-            rows.append([*addresses, local.numel(), code, CODE[grad.dtype], group, index])
+            rows += *addresses, local.numel(), code, CODE[grad.dtype], group, index
     found.make_tables(caches)
     return found
 
@@ -176,6 +187,10 @@ def collect_gradients(params: Iterable[Tensor], caches: dict | None = None) -> C
 
     `caches` gives each table its cache, as in collect_step.
     """
+    params = list(params)
+    caches = {} if caches is None else caches
+    if (found := _plain_gradients(params, caches)) is not None:
+        return found
     found, seen = Collected(), set()
     for param in params:
         found.rows_of(param)
@@ -185,11 +200,33 @@ def collect_gradients(params: Iterable[Tensor], caches: dict | None = None) -> C
         found.updated.append(grad)
         check_gradient(grad, "a parameter")
         target = found.dense(local_part(grad))
-        addresses = found.addresses("a parameter", None, target, None, None, None, None)
+        (address,) = found.addresses("a parameter", target)
         code = CODE[target.dtype]
-        found.rows_of(grad).append([*addresses, target.numel(), code, code, 0, 0])
-    found.make_tables({} if caches is None else caches)
+        rows = found.rows_of(grad)
+        rows += 0, address, 0, 0, 0, 0, target.numel(), code, code, 0, 0
+    found.make_tables(caches)
     return found
+
+
+def _plain_gradients(params: Sequence[Tensor], caches: dict) -> Collected | None:
+    """collect_gradients column by column, in half the time, if there is one table of ordinary dense
+    tensors; else None."""
+    grads = list({id(g): g for p in params if (g := p.grad) is not None}.values())
+    if not {*map(type, params), *map(type, grads)} <= _PLAIN or len({g.device for g in grads}) != 1:
+        return None
+    if {g.layout for g in grads} != {torch.strided} or not all([g.is_contiguous() for g in grads]):
+        return None
+    addresses, codes = [g.data_ptr() for g in grads], [CODE.get(g.dtype) for g in grads]
+    if not all(addresses) or None in codes:
+        return None
+    columns = torch.frombuffer(
+        array("q", [*addresses, *(g.numel() for g in grads), *codes]), dtype=torch.int64
+    )
+    rows = torch.zeros(len(grads), COLUMNS, dtype=torch.int64, device="cpu")
+    rows[:, GRAD], rows[:, NUMEL], rows[:, PARAM_CODE] = columns.view(3, -1)
+    rows[:, GRAD_CODE] = rows[:, PARAM_CODE]
+    key = grads[0].device, None
+    return Collected([TensorTable(*key, rows, caches.setdefault(key, {}))], grads)
 
 
 def position_name(groups: Sequence[dict], group: int, index: int) -> str:
@@ -233,6 +270,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
     """Does the same index lead to the same place in memory?"""
+    if a.shape == b.shape and a.stride() == b.stride():
+        return True
     strides = zip(a.stride(), b.stride(), a.shape, strict=True)
     return a.shape == b.shape and all(x == y for x, y, size in strides if size > 1)
 
@@ -273,8 +312,13 @@ def _step_counter(entry: dict, device: torch.device) -> Tensor:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
+    return _is_dtensor_class(type(tensor))
+
+
+@functools.cache
+def _is_dtensor_class(kind: type) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and issubclass(kind, module.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -320,11 +364,15 @@ def other_ranks(tensor: Tensor) -> Ranks | None:
     """The ranks with other parts of `tensor`; None if all of it is here."""
     if not is_dtensor(tensor):
         return None
-    placements = tensor.placements  # type: ignore[attr-defined]
+    split = _split_dimensions(tensor.placements)  # type: ignore[attr-defined]
+    return Ranks(tensor.device_mesh, split) if split else None  # type: ignore[attr-defined]
+
+
+@functools.lru_cache
+def _split_dimensions(placements: tuple) -> tuple[int, ...]:
     if any(placement.is_partial() for placement in placements):
         raise ValueError(
             f"a gradient has the placements {placements}: sum it over its mesh first "
             f"(grad.redistribute)"
         )
-    split = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
-    return Ranks(tensor.device_mesh, split) if split else None  # type: ignore[attr-defined]
+    return tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())

@@ -7,6 +7,7 @@ every launch can go into a CUDA graph. With TRITON_INTERPRET=1 all of it runs on
 Shapes: N rows, V vocabulary.
 """
 
+import functools
 import threading
 
 import torch
@@ -142,26 +143,41 @@ def denominator_scale(
     return scale
 
 
-def _unit(*tensors: Tensor, lengths: tuple[int, ...]) -> int:
-    """Elements in 16 bytes, which the compiler then takes at once, or 1 where rows do not fit."""
-    unit = 16 // tensors[0].element_size()
-    return 1 if any(x.data_ptr() % 16 for x in tensors) or any(n % unit for n in lengths) else unit
+def _unit(itemsize: int, addresses: int, *lengths: int) -> int:
+    """Elements in 16 bytes, which the compiler then takes at once, or 1 where rows do not fit.
+    addresses: those of all tensors, by bitwise or."""
+    unit = 16 // itemsize
+    return 1 if addresses % 16 or any(n % unit for n in lengths) else unit
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _row_arguments(logits: Tensor, out: Tensor, options: Options) -> dict[str, object]:
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if logits.dtype not in _DTYPES:
         raise TypeError(f"logits has dtype {logits.dtype}: it must be float32, bfloat16 or float16")
     for name, x in (("logits", logits), ("out", out)):
         if x.dim() != 2 or (x.stride(1) != 1 and x.shape[1] != 1):
             raise ValueError(f"{name} has strides {x.stride()}: it must be (N, V), rows dense")
-        if x.shape != logits.shape or x.dtype != logits.dtype:
-            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}, logits {tuple(logits.shape)}")
-    V, softcap, itemsize = logits.shape[1], float(options.softcap or 0.0), logits.element_size()
-    unit = _unit(logits, out, lengths=(V, logits.stride(0), out.stride(0)))
+    if out is not logits and (out.shape != logits.shape or out.dtype != logits.dtype):
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)}, logits {logits.dtype} {tuple(logits.shape)}"
+        )
+    addresses = logits.data_ptr() | out.data_ptr()
+    strides = logits.stride(0), out.stride(0)
+    return _launch_arguments(logits.shape[1], logits.dtype, *strides, addresses % 16, options)
+
+
+@functools.lru_cache  # it takes the host as long as the launch itself
+def _launch_arguments(
+    V: int, dtype: torch.dtype, stride: int, out_stride: int, addresses: int, options: Options
+) -> dict[str, object]:
+    softcap, itemsize = float(options.softcap or 0.0), dtype.itemsize
+    unit = _unit(itemsize, addresses, V, stride, out_stride)
     config = configs.row_config(V, itemsize, _ROCM, softcap=softcap > 0.0, aligned=unit > 1)
     return {
-        "row_units": logits.stride(0) // unit, "out_units": out.stride(0) // unit,
-        "units": V // unit, "UNIT": unit, "ignore_index": options.ignore_index,
+        "row_units": stride // unit, "out_units": out_stride // unit, "units": V // unit,
+        "UNIT": unit, "ignore_index": options.ignore_index,
         "smoothing": float(options.label_smoothing), "z_loss": float(options.z_loss),
         "softcap": softcap,
         "SOFTCAP": 0 if not softcap else 2 if softcap <= 1000.0 and itemsize == 2 else 1,
@@ -183,16 +199,17 @@ def row_losses(
 
     The gradient goes to `out` or a new (N, V) tensor. Raises where logits and out do not fit.
     """
-    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    N = logits.shape[0]
+    losses = torch.empty(N, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(losses)
     wanted = gradient_scale is not None
     if wanted and out is None:
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     written, scale = (out, gradient_scale) if wanted else (logits, losses)  # else neither is used
     arguments = _row_arguments(logits, written, options)
-    if len(losses):
+    if N:
         with torch.cuda.device_of(logits):
-            row_losses_kernel[(len(losses),)](
+            row_losses_kernel[(N,)](
                 logits, targets.contiguous(), losses, lse, written, scale,
                 all_lse=int(all_lse), GRADIENT=wanted, **arguments,
             )  # fmt: skip
@@ -225,7 +242,7 @@ def sum_rows(losses: Tensor, scale: Tensor) -> Tensor:
     """scale * sum(losses), () fp32, of losses (N,) fp32 and scale () fp32; in a fixed order."""
     total, config = torch.empty_like(scale), configs.labels_config(_ROCM)
     with torch.cuda.device_of(losses):
-        sum_rows_kernel[(1,)](losses.contiguous(), scale, total, len(losses), **config)
+        sum_rows_kernel[(1,)](losses.contiguous(), scale, total, losses.numel(), **config)
     return total
 
 
@@ -236,7 +253,7 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
     """
     if not x.is_contiguous():
         raise ValueError(f"x has strides {x.stride()}: it must be contiguous")
-    unit = _unit(x, lengths=(x.numel(),))
+    unit = _unit(x.element_size(), x.data_ptr(), x.numel())
     config, most = configs.scale_config(_ROCM)
     if programs := min(triton.cdiv(x.numel(), config["BLOCK"]), most):
         with torch.cuda.device_of(x):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from .collect import is_dtensor
 
@@ -97,7 +98,9 @@ class LossOptions(Options):
         return torch.ones((), dtype=torch.float32, device=device) * self.num_items
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _OF_ROWS = tuple(field.name for field in fields(Options))
+_CASTS = tuple(int if field.type is int else float for field in fields(Options))
 _SCHEMA_TYPES = {int: "int", float: "float", float | None: "float?"}
 OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[f.type]} {f.name}" for f in fields(Options))
 
@@ -242,11 +245,43 @@ def define_cross_entropy(
     The function takes (logits, targets, checked options, inplace).
     """
 
+    def eager(*arguments: Any) -> bool:
+        """Can a call leave out the dispatcher? Only compilers, dispatch modes and subclasses of
+        tensors need it, and its way through Python takes longer than a GPU computes."""
+        return (
+            not torch.compiler.is_compiling()
+            and not torch._C._len_torch_dispatch_stack()
+            and not any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in arguments)
+            and arguments[0].device.type in device_types  # else the dispatcher says what is missing
+        )
+
     # After release, rename an op whenever its schema changes: compiled graphs that torch caches on
     # disk call ops by name, and outlive an upgrade.
-    def op(name: str, schema: str, mutates: tuple[str, ...] = ()):
-        return torch.library.custom_op(
-            f"{namespace}::{name}", mutates_args=mutates, device_types=device_types, schema=schema
+    def op(name: str, schema: str, mutates: tuple[str, ...] = (), fake=lambda *arguments: None):
+        def decorate(function):
+            def call(first, *others):
+                if not eager(first, *others):
+                    return call.op(first, *others)
+                if mutates:
+                    increment_version(first)
+                return function(first, *others)
+
+            call.function, call.op = function, torch.library.custom_op(
+                f"{namespace}::{name}", function, mutates_args=mutates, device_types=device_types,
+                schema=schema,
+            )  # fmt: skip
+            call.op.register_fake(fake)
+            return call
+
+        return decorate
+
+    def fake_forward(logits, targets, num_items, reduction, return_lse, with_gradient, *rest):
+        return (
+            fp32(targets.shape if reduction == "none" else (), logits.device),
+            fp32(targets.shape if return_lse else 0, logits.device),
+            row_kernels(logits.device).empty_saved(targets.numel(), logits.device),
+            fp32((), logits.device),
+            logits.new_empty(logits.shape if with_gradient else 0),
         )
 
     @op(
@@ -254,6 +289,7 @@ def define_cross_entropy(
         "(Tensor logits, Tensor targets, Tensor? num_items, str reduction, bool return_lse, "
         f"bool with_gradient, bool inplace, {OPTIONS_SCHEMA}) "
         "-> (Tensor loss, Tensor lse, Tensor saved, Tensor scale, Tensor gradient)",
+        fake=fake_forward,
     )
     def forward(
         logits, targets, num_items, reduction, return_lse, with_gradient, inplace, *options
@@ -267,21 +303,11 @@ def define_cross_entropy(
             gradient_scale=scale if with_gradient else None,
         )  # fmt: skip
         return (
-            losses.view(targets.shape) if reduction == "none" else kernels.sum_rows(losses, scale),
-            lse.view(targets.shape) if return_lse else lse.new_empty(0),
+            losses.view_as(targets) if reduction == "none" else kernels.sum_rows(losses, scale),
+            lse.view_as(targets) if return_lse else lse.new_empty(0),
             saved,
             scale,
-            logits.new_empty(0) if gradient is None else gradient.view(logits.shape),
-        )
-
-    @forward.register_fake
-    def _(logits, targets, num_items, reduction, return_lse, with_gradient, *rest):
-        return (
-            fp32(targets.shape if reduction == "none" else (), logits.device),
-            fp32(targets.shape if return_lse else 0, logits.device),
-            row_kernels(logits.device).empty_saved(targets.numel(), logits.device),
-            fp32((), logits.device),
-            logits.new_empty(logits.shape if with_gradient else 0),
+            logits.new_empty(0) if gradient is None else gradient.view_as(logits),
         )
 
     def write_gradient(logits, targets, saved, grad_losses, grad_lse, options, out):
@@ -294,16 +320,15 @@ def define_cross_entropy(
         "Tensor targets, Tensor saved, Tensor? grad_losses, Tensor? grad_lse, " + OPTIONS_SCHEMA
     )
 
-    @op("cross_entropy_gradient", f"(Tensor logits, {gradient_schema}) -> Tensor")
+    @op(
+        "cross_entropy_gradient", f"(Tensor logits, {gradient_schema}) -> Tensor",
+        fake=lambda logits, *others: logits.new_empty(logits.shape),
+    )  # fmt: skip
     def gradient_of(logits, targets, saved, grad_losses, grad_lse, *options):
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         rows = as_rows(logits)
         write_gradient(rows, targets, saved, grad_losses, grad_lse, options, as_rows(gradient))
         return gradient
-
-    @gradient_of.register_fake
-    def _(logits, *rest):
-        return logits.new_empty(logits.shape)
 
     @op("cross_entropy_gradient_", f"(Tensor(a!) logits, {gradient_schema}) -> ()", ("logits",))
     def gradient_over(logits, targets, saved, grad_losses, grad_lse, *options):
@@ -315,9 +340,6 @@ def define_cross_entropy(
     @op("scale_", "(Tensor(a!) x, Tensor factor) -> ()", ("x",))
     def scale_(x, factor):
         row_kernels(x.device).scale_in_place(x, factor)
-
-    for mutating in (gradient_over, scale_):
-        mutating.register_fake(lambda *arguments: None)
 
     def times(gradient: Tensor, factor: Tensor) -> Tensor:
         """gradient * factor (0-d), in fp32. In its own memory if no later backward can want it."""
@@ -362,7 +384,17 @@ def define_cross_entropy(
         gradient_over(gradient, *arguments)
         return gradient, *none
 
-    forward.register_autograd(backward, setup_context=setup_context)
+    forward.op.register_autograd(backward, setup_context=setup_context)
+
+    def eager_forward(ctx, *inputs):
+        # Nothing is recorded: were a result known as a view, it could not be changed in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            output = forward.function(*inputs)
+        setup_context(ctx, inputs, output)
+        return output[:2]
+
+    methods = {"forward": staticmethod(eager_forward), "backward": staticmethod(backward)}
+    in_eager = type("CrossEntropyLoss", (torch.autograd.Function,), methods)
 
     def loss_of(logits: Tensor, targets: Tensor, options: LossOptions, inplace: bool):
         if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -385,9 +417,14 @@ def define_cross_entropy(
             and not torch.compiler.is_compiling()
         )
         # Labels in int64 before any comparison: in a narrower dtype V and ignore_index would wrap.
-        loss, lse, *_ = forward(
-            logits, targets.long(), options.items_on(logits.device), options.reduction,
-            options.return_lse, with_gradient, inplace, *options.of_rows,
+        targets, items = targets.long(), options.items_on(logits.device)
+        call, of_rows = forward.op, options.of_rows
+        if eager(logits, targets, items):
+            call = in_eager.apply
+            of_rows = [x if x is None else cast(x) for cast, x in zip(_CASTS, of_rows, strict=True)]
+        loss, lse, *_ = call(
+            logits, targets, items, options.reduction,
+            options.return_lse, with_gradient, inplace, *of_rows,
         )  # fmt: skip
         return (loss, lse) if options.return_lse else loss
 
@@ -396,7 +433,9 @@ def define_cross_entropy(
 
 def as_rows(logits: Tensor) -> Tensor:
     """(..., V) as (N, V) with adjacent elements: a view where the strides allow it."""
-    rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])  # of no rows, too
+    rows = logits
+    if logits.dim() != 2:
+        rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])  # of no rows, too
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import collect
 from .collect import TensorTable
 from .configs import OPTIMIZER_CHUNK
 
@@ -99,7 +100,8 @@ class Mirror:
         if _capturing(self.device):
             return self._capture(values)
         if self.sent is None or not torch.equal(self.sent, values):
-            self.sent, self.copy = values.clone(), _send(values, self.device)
+            self.sent = values.clone(memory_format=torch.contiguous_format)
+            self.copy = _send(self.sent, self.device)
         return self.copy
 
     def prepare_captures(self) -> None:
@@ -139,7 +141,7 @@ class DeviceTable:
     """
 
     def __init__(self, described: Tensor, device: torch.device):
-        self.described = described.clone()
+        self.described = described.clone(memory_format=torch.contiguous_format)
         chunks = (described[:, 0] + (OPTIMIZER_CHUNK - 1)) // OPTIMIZER_CHUNK
         kinds = described[:, 1] * len(ELEMENTS) + described[:, 2]
         order = torch.argsort(kinds, stable=True)  # rows of one combination stand together
@@ -158,7 +160,10 @@ class DeviceTable:
 
 def on_device(table: TensorTable) -> tuple[DeviceTable, Tensor]:
     """The table on its device, kept in its cache while only pointers change, and its pointers."""
-    pointers, described, _ = (part.contiguous() for part in table.rows.split([6, 4, 1], 1))
+    if table.on_device is not None:
+        return table.on_device
+    pointers = table.rows[:, : collect.NUMEL]
+    described = table.rows[:, collect.NUMEL : collect.INDEX]
     found, capturing = table.cache.get("device_table"), _capturing(table.device)
     if found is None or not torch.equal(found.described, described):
         if capturing:
@@ -169,4 +174,5 @@ def on_device(table: TensorTable) -> tuple[DeviceTable, Tensor]:
         found = table.cache["device_table"] = DeviceTable(described, table.device)
     if capturing and not any(x is found for x in _captured):
         _captured.append(found)
-    return found, found.pointers.on_device(pointers)
+    table.on_device = found, found.pointers.on_device(pointers)
+    return table.on_device

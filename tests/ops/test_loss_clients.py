@@ -3,15 +3,18 @@
 N rows, D model width, V vocabulary.
 """
 
+import contextlib
 import os
 import sys
 
 import fastlm.kernels
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tolerance import assert_bitwise_equal
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm import cross_entropy_loss, linear_cross_entropy_loss, linear_cross_entropy_plan
@@ -269,6 +272,56 @@ def test_a_sure_row_has_no_loss_below_zero(loss):
 
 
 @only_cpp
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"inplace": True}], ids=str)
+def test_a_dispatch_mode_sees_the_ops(options):
+    """Eager calls leave out the dispatcher; where someone listens, they do not."""
+    hidden, weight, targets = make()
+    results = []
+    for mode in (Seen(), contextlib.nullcontext()):
+        with mode:
+            loss = of_logits(hidden, weight, targets, **options)
+            results.append([loss, *torch.autograd.grad(loss.sum(), (hidden, weight))])
+        if isinstance(mode, Seen):
+            names = [name.partition("::")[2] for name in mode.ops if not name.startswith("aten")]
+            assert names[0] == "cross_entropy_loss" and len(names) == 2, names
+    for got, expected in zip(*results, strict=True):
+        assert_bitwise_equal(got, expected)
+
+
+def test_results_may_be_changed_in_place():
+    hidden, weight, targets = make()
+    for reduction in ("mean", "none"):
+        loss, lse = of_logits(hidden, weight, targets, reduction=reduction, return_lse=True)
+        loss *= 2
+        lse += 1
+        (gradient,) = torch.autograd.grad(loss.sum() + 0 * lse.sum(), weight)
+        once = of_logits(hidden, weight, targets, reduction=reduction)
+        (expected,) = torch.autograd.grad(once.sum(), weight)
+        torch.testing.assert_close(gradient, 2 * expected)
+
+
+def test_options_of_numpy():
+    hidden, weight, targets = make()
+    options = {"label_smoothing": 0.125, "softcap": 4.0, "z_loss": 0.5, "ignore_index": 3}
+    numpys = {n: np.float32(v) if v != 3 else np.int16(v) for n, v in options.items()}
+    for reduction in ("mean", "none"):
+        got, expected = (
+            of_logits(hidden, weight, targets.clamp(min=0), reduction=reduction, **given)
+            for given in (numpys, options)
+        )
+        assert_bitwise_equal(got, expected)
+
+
 def test_flops_are_counted():
     hidden, weight, targets = make(16, 8, 32, ignored=False)
     product = 2 * 16 * 8 * 32

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fastlm.kernels import collect
 from tolerance import DEVICES, assert_as_accurate, assert_bitwise_equal
 
 from fastlm import clip_gradients
@@ -129,6 +130,27 @@ def test_mixed_dtypes():
     params = parameters(dtype=torch.float64, scale=1e-3) + params
     before = copies(params)
     assert_clipped(params, clip_gradients(params, 0.1), before, 0.1)
+
+
+def test_both_ways_to_read_the_gradients(monkeypatch):
+    """Ordinary tensors are read column by column, anything else one by one."""
+    shapes = [(7,), (), (5, 6)]
+    params = parameters(shapes) + parameters(shapes, torch.bfloat16) + parameters(shapes, seed=1)
+    params[1].grad, params[6].grad = None, params[0].grad
+    with torch.device("meta"):  # a default for factories changes nothing
+        found = collect.collect_gradients(params)
+        with monkeypatch.context() as patch:
+            patch.setattr(collect, "_plain_gradients", lambda *arguments: None)
+            general = collect.collect_gradients(params)
+    assert [(t.device, t.ranks) for t in found.tables] == [(torch.device("cpu"), None)]
+    assert found.tables[0].rows.tolist() == general.tables[0].rows.tolist()
+    assert len(found.tables[0].rows) == 7
+    assert all(x is y for x, y in zip(found.updated, general.updated, strict=True))
+    own = torch.ones(3).as_subclass(type("Own", (torch.Tensor,), {}))
+    for gradient in (torch.ones(5, 6).t(), torch.ones(0), own):
+        other = torch.nn.Parameter(torch.ones(gradient.shape))
+        other.grad = gradient
+        assert collect._plain_gradients([*params, other], {}) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
