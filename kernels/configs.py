@@ -147,15 +147,15 @@ def step_config(param: int, gradient: int, rocm: bool) -> dict[str, object]:
     """For elements of AdamW's step, by the table's codes of parameter and gradient."""
     # The fewest elements a thread with which every operand moves 16 bytes at a time: 4, or 8 where
     # one has 16 bits (codes 1, 2 and 4). An element has four operands or five: 64 to 128 bytes on
-    # the way for a thread, and more elements would take registers from threads. 256 threads: an H100
-    # took 1.2 % longer with 128, which go through a chunk in twice as many turns.
+    # the way for a thread, and more elements would take registers from threads. Of 128 threads,
+    # because then the least of an SM's registers is left over. (256 took an H100 1.2 % less time.)
     # No contraction but what the kernel writes: every combination of dtypes computes the same bits.
     elements = 8 if {param, gradient} & {1, 2, 4} else 4
-    warps = 4 if rocm else 8
+    warps = 2 if rocm else 4
     # At the end of a row, and in rows that start anywhere, elements move one by one, each with a
     # predicate of its own: 4 a thread.
     return {
-        "BLOCK": 256 * elements, "TAIL_BLOCK": 1024, "num_warps": warps, "enable_fp_fusion": False
+        "BLOCK": 128 * elements, "TAIL_BLOCK": 512, "num_warps": warps, "enable_fp_fusion": False
     }  # fmt: skip
 
 
