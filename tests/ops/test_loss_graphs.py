@@ -10,7 +10,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastlm import cross_entropy_loss, linear_cross_entropy_loss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Dynamo warns users of a cached function in what it traces.
+    pytest.mark.filterwarnings("error:.*lru_cache"),
+]
 
 SIZES = [7, 12, 5, 33, 8, 64, 21, 12, 100, 3, 46, 19]  # as in clients.md: 12 sizes
 
