@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +25,10 @@ from .collect import is_dtensor
 class Options:
     """What the loss of a row depends on besides its logits and its label.
 
-    A new option is a field here and its check in LossOptions; a term in ops/cross_entropy.py
-    (reference, torch's path), kernels/cross_entropy.py and csrc/cross_entropy.inc; a field of
-    csrc/cross_entropy.h, in the same order. Signatures, schemas and bindings follow from the field.
+    A new option is a field here, its check in LossOptions, its type in LossKeywords; a term in
+    ops/cross_entropy.py (reference, torch's path), kernels/cross_entropy.py and
+    csrc/cross_entropy.inc; a field of csrc/cross_entropy.h, in the same order. Signatures, schemas
+    and bindings follow from the field.
     """
 
     ignore_index: int = -100
@@ -97,12 +98,24 @@ class LossOptions(Options):
         return torch.ones((), dtype=torch.float32, device=device) * self.num_items
 
 
+class LossKeywords(TypedDict, total=False):
+    """LossOptions for type checkers, without return_lse, on which the result's type depends."""
+
+    ignore_index: int
+    label_smoothing: float
+    softcap: float | None
+    z_loss: float
+    reduction: str
+    num_items: Tensor | float | None
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 _OF_ROWS = tuple(field.name for field in fields(Options))
 _SCHEMA_TYPES = {int: "int", float: "float", float | None: "float?"}
 OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[f.type]} {f.name}" for f in fields(Options))
 
 
-def shows_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def shows_options(function: F) -> F:
     """Lets help() name what `function` takes as **options."""
     own = inspect.signature(function)
     shown = {p.name: p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD}

@@ -5,7 +5,7 @@ of this folder in another project and fastlm itself do not meet.
 """
 
 import os
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,24 @@ _loss_of, _ = define_cross_entropy(
 )
 
 
+@overload
+def cross_entropy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    inplace: bool = ...,
+    return_lse: Literal[False] = ...,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def cross_entropy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    inplace: bool = ...,
+    return_lse: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
 @shows_options
 def cross_entropy_loss(
     logits: Tensor, targets: Tensor, *, inplace: bool = False, **options

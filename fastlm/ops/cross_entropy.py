@@ -13,6 +13,7 @@ Shapes: N = any leading dimensions, V vocabulary.
 
 import sys
 from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,35 @@ from fastlm.kernels.cross_entropy_op import (
 )
 from fastlm.ops.dispatch import implementation, resolve_implementation
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastlm.kernels.cross_entropy_op import LossKeywords
+
 row_kernels = cache(partial(implementation, "cross_entropy", "auto"))  # the module for a device
 _loss_of, times = define_cross_entropy("fastlm", ("cpu", "cuda"), row_kernels)
 
 
+@overload
+def cross_entropy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    inplace: bool = ...,
+    impl: str = ...,
+    return_lse: Literal[False] = ...,
+    **options: "Unpack[LossKeywords]",
+) -> Tensor: ...
+@overload
+def cross_entropy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    inplace: bool = ...,
+    impl: str = ...,
+    return_lse: Literal[True],
+    **options: "Unpack[LossKeywords]",
+) -> tuple[Tensor, Tensor]: ...
 @shows_options
 def cross_entropy_loss(
     logits: Tensor,  # (..., V) fp32, bf16 or fp16; fp64 runs impl "torch"
@@ -38,7 +64,7 @@ def cross_entropy_loss(
     *,
     inplace: bool = False,
     impl: str = "auto",
-    **options,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mean (or sum, or per-row) cross-entropy of `targets` under softmax(`logits`), in nats.
 
