@@ -59,9 +59,12 @@ gpu-wheels: $(VENV)/.installed
 	test -z "$(NANOGPT)" || { mkdir .gpu/nanoGPT && cp $(NANOGPT)/*.py .gpu/nanoGPT/; }
 	du -sh .gpu/wheels .gpu/corpus
 
+# mypy sees the package as a wheel has it, with kernels/ inside.
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/typed && mkdir -p build/typed/fastlm && ln -s $(CURDIR)/fastlm/* $(CURDIR)/kernels build/typed/fastlm
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.inc csrc/*.cpp tests/csrc/*.h tests/csrc/*.cpp
 
 format: $(VENV)/.linters
@@ -75,9 +78,10 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wil
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[test]"
 	touch $@
 
-# What the integrations are tested with. Where the package index has one not, its tests are skipped.
+# What the integrations and the packages are tested with. Where the package index has one not, its
+# tests are skipped.
 $(VENV)/.extras: $(VENV)/.installed
-	for package in transformers accelerate tensorboard wandb pyarrow zstandard; do \
+	for package in transformers accelerate tensorboard wandb pyarrow zstandard twine cibuildwheel; do \
 		$(BIN)/python -m pip install --quiet --retries 1 --timeout 20 $(PIP_FLAGS) -c constraints.txt \
 			$$package || echo "$$package: not installed, its tests are skipped"; \
 	done
@@ -98,7 +102,7 @@ $(VENV)-oldest/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csr
 
 $(VENV)/.linters: pyproject.toml constraints.txt | check
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt ruff clang-format
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt ruff clang-format mypy torch numpy
 	touch $@
 
 # What the recipes above stand on, each with how to get it.

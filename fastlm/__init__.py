@@ -50,7 +50,7 @@ from fastlm.step import create_model_and_optimizer, set_seed
 if TYPE_CHECKING:
     from fastlm.train import train_loop
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdamW",
@@ -97,10 +97,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Lazily: `python -m fastlm.train` warns when the package has imported its module already.
-    if name == "train_loop":
-        from fastlm.train import train_loop
+if not TYPE_CHECKING:  # by which every name would exist
 
-        return train_loop
-    raise AttributeError(f"module 'fastlm' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        # Lazily: `python -m fastlm.train` warns when the package has imported its module already.
+        if name == "train_loop":
+            from fastlm.train import train_loop
+
+            return train_loop
+        raise AttributeError(f"module 'fastlm' has no attribute {name!r}")

@@ -22,6 +22,7 @@ from torch import nn
 from fastlm.checkpoint_file import remove_stale_temporaries as remove_stale_temporaries
 from fastlm.checkpoint_file import write_checkpoint
 from fastlm.checkpoint_reading import (
+    FORMAT_VERSION,
     MODEL_KEYS,
     OPTIMIZER_KEYS,
     count_of,
@@ -47,7 +48,6 @@ from fastlm.kernels.collect import is_dtensor
 from fastlm.parallel.commit import SUFFIX, is_sharded
 from fastlm.parallel.together import Group, together
 
-FORMAT_VERSION = 1
 Reader = Callable[[str | os.PathLike], dict[str, Any]]  # read_checkpoint, or read_values
 
 

@@ -19,6 +19,9 @@ from fastlm.huggingface import is_model_directory, read_model_directory
 from fastlm.parallel.commit import is_sharded, read_header
 from fastlm.parallel.together import Group, rank_in, together
 
+# What save_checkpoint writes as format_version. Raised when a reader of the number before would
+# misread a file, not for a key more.
+FORMAT_VERSION = 1
 # fastlm's keys first, then those of other programs.
 MODEL_KEYS = ("model_state", "model_state_dict", "model")
 OPTIMIZER_KEYS = ("optimizer_state", "optimizer_state_dict", "optimizer")
@@ -39,7 +42,8 @@ def read_checkpoint(src: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
     """The checkpoint's content on the CPU, its digest checked (other programs' files have none).
 
     Of a model directory of transformers, too (huggingface.py). Raises CheckpointError for a file
-    that is missing, damaged, none, or compressed, which could fill the memory from a few bytes.
+    that is missing, damaged, none, of a newer format, or compressed, which could fill the memory
+    from a few bytes.
     """
     if isinstance(src, str | os.PathLike) and is_sharded(src):
         from fastlm.parallel.sharded import read_sharded  # takes a second
@@ -111,6 +115,12 @@ def _loaded(src: str | os.PathLike | IO[bytes], **options: Any) -> dict[str, Any
         raise CheckpointError(f"{src}: is no readable checkpoint ({first_line(error)})") from error
     if not isinstance(payload, Mapping):
         raise CheckpointError(f"{src}: is no checkpoint but a {type(payload).__name__}")
+    found = payload.get("format_version")
+    if "model_state" in payload and isinstance(found, int) and found > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{src}: is of format {found}, and this fastlm reads up to {FORMAT_VERSION}; update "
+            f"fastlm"
+        )
     return dict(payload)
 
 

@@ -250,7 +250,8 @@ class TrainingConfig:
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must not be negative")
-        for name in ("train_minutes", "max_epochs", "max_minutes", "ckpt_minutes", "tokens_per_step"):
+        optional = "train_minutes max_epochs max_minutes ckpt_minutes tokens_per_step"
+        for name in optional.split():
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must be positive")
         if not all(0 <= beta < 1 for beta in self.betas):

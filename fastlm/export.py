@@ -1,20 +1,23 @@
 """A checkpoint as transformers loads it: python -m fastlm.export --ckpt F --out DIR"""
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlm.data.staging import staging_directory
-from fastlm.data.text import END_OF_TEXT
 from fastlm.errors import CheckpointError, OutputError, run_command
-from fastlm.huggingface import CONFIG, INDEX, TOKENIZER, WEIGHTS, config_json, exported_state
+from fastlm.huggingface import CONFIG, INDEX, WEIGHTS, config_json, exported_state
+from fastlm.huggingface_tokenizer import (
+    GENERATION_CONFIG,
+    TextEnds,
+    write_json,
+    write_tokenizer,
+)
 from fastlm.model import TransformerLM
 from fastlm.pretrained import load_model
 
@@ -28,6 +31,7 @@ def export(
     *,
     tokenizer: str | None = None,
     end_of_text: int | None = None,
+    conversations: bool = False,
     dtype: torch.dtype = torch.float32,
     file_bytes: int = _FILE_BYTES,
 ) -> None:
@@ -35,39 +39,25 @@ def export(
 
     Its logits there are `model`'s own but for rounding, in fp32. It appears when all of it is
     written. tokenizer: the content of a tokenizer.json. end_of_text: the id of the token between
-    documents; by default `<|endoftext|>`'s, if the tokenizer has it. file_bytes: weights of more
-    are written to several files, with an index.
+    documents; by default `<|endoftext|>`'s, if the tokenizer has it. conversations: was it trained
+    on chats (prepare --chat)? Then the end of a turn ends a text, too, and there is a chat
+    template. file_bytes: weights of more are written to several files, with an index.
     Raises OutputError if `out` is not empty or cannot be written, CheckpointError for an
     architecture that no model of transformers has.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"--out {out}: is there already; remove it, or choose another name")
-    end = None
-    if tokenizer is not None:
-        from tokenizers import Tokenizer
-
-        known = Tokenizer.from_str(tokenizer)
-        if end_of_text is None:
-            end_of_text = known.token_to_id(END_OF_TEXT)
-        end = None if end_of_text is None else known.id_to_token(end_of_text)
+    ends = TextEnds.of(tokenizer, end_of_text, conversations)
     config = model.config
-    content = config_json(config, dtype=dtype, end_of_text=end_of_text)
+    content = config_json(config, dtype=dtype, ends=ends.ids)
     state = exported_state(model.state_dict(), config)
     with staging_directory(out, re.compile("(?!)"), overwrite=False) as staging:
         _write_weights(staging, state, dtype, file_bytes)
-        _write_json(staging / CONFIG, content)
+        write_json(staging / CONFIG, content)
+        if ends.end_of_text is not None:
+            write_json(staging / GENERATION_CONFIG, ends.ids)
         if tokenizer is not None:
-            (staging / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-            _write_json(
-                staging / "tokenizer_config.json",
-                {
-                    "tokenizer_class": "PreTrainedTokenizerFast",
-                    "bos_token": end,
-                    "eos_token": end,
-                    "model_max_length": config.max_seq_len,
-                    "clean_up_tokenization_spaces": False,
-                },
-            )
+            write_tokenizer(staging, tokenizer, ends, config.max_seq_len)
 
 
 def _write_weights(
@@ -87,7 +77,7 @@ def _write_weights(
     if len(groups) > 1:
         total = sum(t.numel() for t in state.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        _write_json(directory / INDEX, index)
+        write_json(directory / INDEX, index)
 
 
 def _grouped(
@@ -104,10 +94,6 @@ def _grouped(
         group[name] = tensor
         held += size
     yield group
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             export(
                 model, arguments.out, tokenizer=tokenizer, dtype=DTYPES[arguments.dtype],
                 end_of_text=payload.get("end_of_text"),
+                conversations=payload.get("conversations", False),
             )  # fmt: skip
         except CheckpointError as error:
             raise CheckpointError(f"{arguments.ckpt}: {error}") from error

@@ -6,9 +6,9 @@ B samples at once, T prompt tokens, V vocabulary.
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fastlm.data.tokenizer import encode_batch, encoding_plain_text
 from fastlm.errors import ConfigError, run_command
 from fastlm.evaluate import evaluating
 from fastlm.hardware import select_device
+from fastlm.huggingface_tokenizer import special_tokens
 from fastlm.model import KVCache, TransformerLM
 from fastlm.model_interface import model_class
 from fastlm.pretrained import load_model
@@ -126,13 +127,16 @@ def sample_texts(
     seed: int = 0,
     context_len: int | None = None,
     end_of_text: int | None = None,
+    begin: Sequence[int] = (),
+    ends: Iterable[int] = (),
 ) -> list[str]:
     """`num_samples` continuations of `prompt`, each cut at the end of its document, or of a turn in
     a conversation.
 
     An empty prompt starts a new document. Without a tokenizer the texts are token ids.
     context_len: of a model that does not tell its own (see generate). end_of_text: the token that
-    stands between documents; by default `<|endoftext|>`, if the tokenizer has it.
+    stands between documents; by default `<|endoftext|>`, if the tokenizer has it. begin: ids in its
+    place before the prompt. ends: ids that end a text, too.
     """
     tokenizer = None
     ids = [0]
@@ -142,8 +146,8 @@ def sample_texts(
         tokenizer = Tokenizer.from_str(tokenizer_json)
         if end_of_text is None:
             end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-        stops = {end_of_text, *(tokenizer.token_to_id(t.end) for t in (CHATML, LLAMA_3))}
-        start = [] if end_of_text is None else [end_of_text]
+        stops = {end_of_text, *ends, *(tokenizer.token_to_id(t.end) for t in (CHATML, LLAMA_3))}
+        start = list(begin) or ([] if end_of_text is None else [end_of_text])
         prompt_ids = encode_prompt(tokenizer, prompt)
         ids = start + prompt_ids
         if not ids:
@@ -233,6 +237,10 @@ def _print_samples(arguments: GenerateArguments) -> None:
             raise ConfigError(f"{name}={getattr(arguments, name)}: it must be at least 1")
     check_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     model, payload = load_model(arguments.ckpt, select_device(arguments.device))
+    marks: dict[str, Any] = {"end_of_text": payload.get("end_of_text")}
+    if "huggingface_config" in payload:
+        config = payload["huggingface_config"]
+        marks = special_tokens(arguments.ckpt, payload.get("tokenizer"), config)._asdict()
     texts = sample_texts(
         model,
         payload.get("tokenizer"),
@@ -243,7 +251,7 @@ def _print_samples(arguments: GenerateArguments) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
-        end_of_text=payload.get("end_of_text"),
+        **marks,
     )
     for index, text in enumerate(texts):
         if len(texts) > 1:

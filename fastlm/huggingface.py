@@ -80,7 +80,7 @@ def read_settings(directory: str | os.PathLike) -> tuple[ModelConfig, dict[str, 
     Raises CheckpointError, naming it, for what a TransformerLM does not have.
     """
     path = Path(directory) / CONFIG
-    config = _read_json(path)
+    config = read_json(path)
 
     def refuse(name: str, reason: str) -> None:
         raise CheckpointError(f"{path}: {name}={shown(config.get(name))}: {reason}")
@@ -248,9 +248,10 @@ def _swapped(tensor: Tensor, sizes: tuple[int, int, int]) -> Tensor:
 
 
 def config_json(
-    config: ModelConfig, *, dtype: torch.dtype, end_of_text: int | None
+    config: ModelConfig, *, dtype: torch.dtype, ends: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """config.json for a TransformerLM of this architecture. Raises CheckpointError, naming what no
+    """config.json for a TransformerLM of this architecture; ends: its bos_token_id and
+    eos_token_id. Raises CheckpointError, naming what no
     model of transformers has."""
     if config.qkv_bias and config.qk_norm:
         raise CheckpointError("qkv_bias with qk_norm: no model of transformers has both")
@@ -276,8 +277,7 @@ def config_json(
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": end_of_text,  # which a new document begins behind
-        "eos_token_id": end_of_text,
+        **ends,
         # As transformers 5 reads it, and as 4 and other programs do.
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
@@ -315,7 +315,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     if (directory / INDEX).is_file():
-        files = _read_json(directory / INDEX).get("weight_map")
+        files = read_json(directory / INDEX).get("weight_map")
         if not isinstance(files, dict) or not all(map(is_base_name, files.values())):
             raise CheckpointError(f"{directory / INDEX}: its weight_map names no files beside it")
         names = sorted(set(files.values()))
@@ -335,7 +335,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"larger than {_MAX_BYTES >> 20} MiB")

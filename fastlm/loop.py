@@ -359,6 +359,7 @@ class Run:
             "sampler_version": SAMPLER_VERSION,
             "tokenizer": self.data.tokenizer_json,
             "end_of_text": self.data.end_of_text,
+            "conversations": self.data.train.ignored is not None,
             "fastlm_version": __version__,
             **({"model_class": name} if (name := model_class(runner.model)) else {}),
         }

@@ -22,8 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         lr_min=2.5e-4,
         warmup_iters=50,
     ),
-    # The default on a CUDA device: the same data, a model that a GPU can be seen to work on, and few
-    # enough passes over 2.3 M tokens that it does not learn them by heart (bench/LOG.md).
+    # The default on a CUDA device: the same data and recipe, a model that a GPU can be seen to work
+    # on. From about eight passes over the 2.3 M tokens on it learns them by heart (bench/LOG.md).
     "demo-gpu": dict(
         batch_size=64,
         context_len=512,

@@ -267,8 +267,8 @@ def _restore_state(runner: TrainStep, resumed: Resumed, *, compiled: bool) -> No
 def _calibrated(
     cfg: TrainingConfig, runner: TrainStep, data_tokens: int, stop: StopSignals, world: World
 ) -> TrainingConfig:
-    """`cfg` with the number of steps that take cfg.train_minutes on this machine, or fewer that make
-    cfg.max_epochs of the data."""
+    """`cfg` with the number of steps that take cfg.train_minutes on this machine, or fewer, that
+    are cfg.max_epochs of the data."""
     mine = runner.seconds_per_step(stop=lambda: stop.requested)
     seconds = world.decide(lambda: mine)
     stop.leave_together(world)

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .cross_entropy_op import Options, bad_label
+from .cross_entropy_op import bad_label
 from .cross_entropy_rows import row_gradients_kernel, row_losses_kernel
+from .loss_options import Options
 
 _ROCM = torch.version.hip is not None
 

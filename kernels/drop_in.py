@@ -5,14 +5,15 @@ of this folder in another project and fastlm itself do not meet.
 """
 
 import os
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import adamw as _adamw
 from . import cross_entropy as _row_kernels
-from .cross_entropy_op import LossOptions, check_rows, define_cross_entropy, shows_options
+from .cross_entropy_op import check_rows, define_cross_entropy
+from .loss_options import LossOptions, shows_options
 from .optimizer import FusedAdamW
 
 _device_types = ["cuda"]  # ROCm's, too
@@ -24,6 +25,24 @@ _loss_of, _ = define_cross_entropy(
 )
 
 
+@overload
+def cross_entropy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    inplace: bool = ...,
+    return_lse: Literal[False] = ...,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def cross_entropy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    inplace: bool = ...,
+    return_lse: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
 @shows_options
 def cross_entropy_loss(
     logits: Tensor, targets: Tensor, *, inplace: bool = False, **options

@@ -1,6 +1,6 @@
 """silu(gate) * value in Triton, for CUDA and ROCm, of gates and values that one matmul has made.
 
-    h = silu(g) v          dg = dh v s (1 + g (1 - s))          dv = dh silu(g)          s = sigmoid(g)
+    h = silu(g) v      dg = dh v s (1 + g (1 - s))      dv = dh silu(g)      s = sigmoid(g)
 
 in fp32, rounded once. Both halves of a row are read, and both halves of its gradient written, in
 one pass: 3 and 5 times the size of h.

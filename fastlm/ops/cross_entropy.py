@@ -13,24 +13,45 @@ Shapes: N = any leading dimensions, V vocabulary.
 
 import sys
 from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.kernels.cross_entropy_op import (
-    LossOptions,
-    bad_label,
-    check_rows,
-    define_cross_entropy,
-    shows_options,
-)
+from fastlm.kernels.cross_entropy_op import bad_label, check_rows, define_cross_entropy
+from fastlm.kernels.loss_options import LossOptions, shows_options
 from fastlm.ops.dispatch import implementation, resolve_implementation
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastlm.kernels.loss_options import LossKeywords
 
 row_kernels = cache(partial(implementation, "cross_entropy", "auto"))  # the module for a device
 _loss_of, times = define_cross_entropy("fastlm", ("cpu", "cuda"), row_kernels)
 
 
+@overload
+def cross_entropy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    inplace: bool = ...,
+    impl: str = ...,
+    return_lse: Literal[False] = ...,
+    **options: "Unpack[LossKeywords]",
+) -> Tensor: ...
+@overload
+def cross_entropy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    inplace: bool = ...,
+    impl: str = ...,
+    return_lse: Literal[True],
+    **options: "Unpack[LossKeywords]",
+) -> tuple[Tensor, Tensor]: ...
 @shows_options
 def cross_entropy_loss(
     logits: Tensor,  # (..., V) fp32, bf16 or fp16; fp64 runs impl "torch"
@@ -38,7 +59,7 @@ def cross_entropy_loss(
     *,
     inplace: bool = False,
     impl: str = "auto",
-    **options,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mean (or sum, or per-row) cross-entropy of `targets` under softmax(`logits`), in nats.
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastlm.extension import extension
-from fastlm.kernels.cross_entropy_op import Options, bad_label
+from fastlm.kernels.cross_entropy_op import bad_label
+from fastlm.kernels.loss_options import Options
 
 KIND = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 

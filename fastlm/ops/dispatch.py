@@ -83,8 +83,8 @@ def active_implementation(
 
 
 def on_gpu(*tensors: torch.Tensor) -> bool:
-    """Do the model's own kernels (rope, swiglu) take these? Not in torch.func's transforms, of which
-    they know nothing."""
+    """Do the model's own kernels (rope, swiglu) take these? Not in torch.func's transforms, which
+    they do not know."""
     known = all(
         x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors
     )

@@ -6,8 +6,7 @@ are made between the compiled steps.
 B batch, T context length.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from fastlm.extension import extension
 from fastlm.hardware import select_device
 
 # A 1-D array or CPU tensor of tokens, or a sequence of arrays seen end to end.
-TokenSource = Any
+TokenSource = np.ndarray | Tensor | Iterable[np.ndarray]
 
 
 def gather_batch(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastlm.extension import extension
-from fastlm.kernels.cross_entropy_op import Options, RowKernels, fp32
+from fastlm.kernels.cross_entropy_op import RowKernels, fp32
+from fastlm.kernels.loss_options import Options
 
 # Bytes of a chunk's scratch by default: on a CPU six chunks at Llama 3's head (V = 128256,
 # D = 4096) and 8192 rows in bf16, less than a quarter of the logits.

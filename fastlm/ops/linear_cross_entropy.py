@@ -7,21 +7,20 @@ weight and bias are computed with the loss, while the chunk is there, and kept f
 Shapes: N = any leading dimensions, D model width, V vocabulary.
 """
 
+from typing import TYPE_CHECKING, Any, Literal, overload
+
 import torch
 from torch import Tensor
 
 from fastlm.kernels.collect import is_dtensor
 from fastlm.kernels.cross_entropy_op import (
-    OPTIONS_SCHEMA,
-    LossOptions,
-    Options,
     check_rows,
     flat,
     fp32,
     refuse_other_backwards,
     refuse_transforms,
-    shows_options,
 )
+from fastlm.kernels.loss_options import OPTIONS_SCHEMA, LossOptions, Options, shows_options
 from fastlm.ops.cross_entropy import (
     cross_entropy_loss,
     cross_entropy_loss_reference,
@@ -32,7 +31,40 @@ from fastlm.ops.dispatch import compute_dtype, resolve_implementation
 from fastlm.ops.flops import count_flops
 from fastlm.ops.head import Head, LinearCrossEntropyPlan, head_gradients, head_losses
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from fastlm.kernels.loss_options import LossKeywords
+
+
+@overload
+def linear_cross_entropy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    memory_budget: int | None = ...,
+    num_valid: int | None = ...,
+    fp8: bool = ...,
+    impl: str = ...,
+    return_lse: Literal[False] = ...,
+    **options: "Unpack[LossKeywords]",
+) -> Tensor: ...
+@overload
+def linear_cross_entropy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    memory_budget: int | None = ...,
+    num_valid: int | None = ...,
+    fp8: bool = ...,
+    impl: str = ...,
+    return_lse: Literal[True],
+    **options: "Unpack[LossKeywords]",
+) -> tuple[Tensor, Tensor]: ...
 @shows_options
 def linear_cross_entropy_loss(
     hidden: Tensor,  # (..., D) fp32, bf16 or fp16
@@ -44,7 +76,7 @@ def linear_cross_entropy_loss(
     num_valid: int | None = None,
     fp8: bool = False,
     impl: str = "auto",
-    **options,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """cross_entropy_loss(hidden @ weight.T + bias, targets, ...) without the memory for the logits.
 

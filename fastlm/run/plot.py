@@ -8,11 +8,14 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastlm.schedule import cosine_lr_schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TRAIN_COLOR, _VAL_COLOR, _LR_COLOR = "#1f77b4", "#ff7f0e", "#7f7f7f"
 
@@ -139,7 +142,7 @@ def plot_lr_schedule(
     cosine_iters: int,
     total_steps: int | None = None,
     path: str | Path | None = None,
-) -> Any:
+) -> "Figure":
     """The curve of cosine_lr_schedule over `total_steps` (default 1.2 * cosine_iters).
 
     Returns the matplotlib figure, which a notebook shows; writes it to `path` if one is given.

@@ -109,8 +109,8 @@ def assert_right(loss, gradient, logits, targets, **options):
         size = 2 * size
         torchs_gradient = true_gradient + 1.2 * (torchs_gradient.double() - true_gradient)
         torchs_gradient = torchs_gradient.to(gradient.dtype)
-    # x - m is rounded by up to 8 ULP of its exponential, torch's x - lse by as many, elsewhere: of a
-    # few thousand elements either has the largest. (An H100: 8.6, torch's own 7.1.)
+    # x - m is rounded by up to 8 ULP of its exponential, torch's x - lse by as many, elsewhere: of
+    # a few thousand elements either has the largest. (An H100: 8.6, torch's own 7.1.)
     draw = 2.0 if logits.is_cuda and logits.dtype == torch.float32 else 0.0
     assert_as_accurate(
         gradient, torchs_gradient, true_gradient, magnitude=size, slack=draw, rms_slack=0.0,

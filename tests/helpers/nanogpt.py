@@ -1,6 +1,6 @@
-"""nanoGPT's own files with the patches that README shows, for tests that run them.
+"""nanoGPT's own files with the patches of README and docs/nanogpt.md, for tests that run them.
 
-A python block of README whose first line is `# FILE.py of nanoGPT, at the top` patches that file.
+A python block there whose first line is `# FILE.py of nanoGPT, at the top` patches that file.
 Its first lines of code go there; further comments say what becomes of the code below them:
 
     # in place of: START      replaces the one line that starts so; the indentation stays
@@ -32,9 +32,11 @@ def nanogpt_folder() -> Path:
     return folder
 
 
-def readme_patches() -> list[tuple[str, str]]:
-    """(file, edits) of each patch in README, in its order: the loss, the linear loss, AdamW."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+def shown_patches() -> list[tuple[str, str]]:
+    """(file, edits) of each patch, in order: the loss, the linear loss, AdamW of README; then those
+    of docs/nanogpt.md."""
+    text = "\n".join((ROOT / n).read_text("utf-8") for n in ("README.md", "docs/nanogpt.md"))
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     heads = [re.match(r"# (\w+\.py) of nanoGPT, ", block) for block in blocks]
     return [
         (head[1], "# " + block[head.end() :])

@@ -6,7 +6,7 @@ N rows, V vocabulary. Random numbers are the CPU's, so that they are the same on
 import torch
 import torch.nn.functional as F
 from fastlm.kernels.cross_entropy import row_gradients, row_losses
-from fastlm.kernels.cross_entropy_op import Options
+from fastlm.kernels.loss_options import Options
 from interpreter import DEVICE, INTERPRETED
 from tolerance import assert_as_accurate, assert_bitwise_equal
 
@@ -74,8 +74,8 @@ def assert_right(actual, logits, targets, options, grad_losses, grad_lse):
     magnitude = magnitude.scatter_add(-1, labels, magnitude.sum(-1, keepdim=True) / 2)
     # NumPy's float32 exp, which the interpreter uses, is off by up to 3 units on some processors.
     slack = 3.0 if INTERPRETED and logits.dtype == torch.float32 else 0.0
-    # A GPU fuses softcap * t - m: of a product near 47,000, whose rounding the interpreter and torch
-    # have in x and in m alike, 2^-9 is left in the exponent, two ULP of float16.
+    # A GPU fuses softcap * t - m: of a product near 47,000, whose rounding the interpreter and
+    # torch have in x and in m alike, 2^-9 is left in the exponent, two ULP of float16.
     if not INTERPRETED and options.softcap is not None and options.softcap > 1000.0:
         slack = 2.0
     assert_as_accurate(

@@ -15,7 +15,7 @@ from fastlm.kernels.cross_entropy import (
     scale_in_place,
     sum_rows,
 )
-from fastlm.kernels.cross_entropy_op import Options
+from fastlm.kernels.loss_options import Options
 from interpreter import DEVICE, INTERPRETED, sampled
 from tolerance import assert_as_accurate, assert_bitwise_equal
 from triton_rows import DTYPES, OPTIONS, check, make

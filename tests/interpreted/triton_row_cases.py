@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastlm.kernels import configs
 from fastlm.kernels.cross_entropy import _row_arguments, row_gradients, row_losses
-from fastlm.kernels.cross_entropy_op import Options
+from fastlm.kernels.loss_options import Options
 from interpreter import sampled
 from tolerance import assert_bitwise_equal
 from triton_rows import DTYPES, OPTIONS, by_torch, check, make

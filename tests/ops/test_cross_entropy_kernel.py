@@ -327,7 +327,7 @@ def test_gpu_waits_for_nothing_and_can_be_captured():
 
     def loss_and_its_gradient():
         loss = cross_entropy_loss(logits, targets)
-        # Not backward(): a leaf accumulates on the stream of its first use, which a capture refuses.
+        # Not backward(): a leaf accumulates on the stream of its first use; captures refuse that.
         (gradient,) = torch.autograd.grad(loss, logits)
         return loss.detach(), gradient
 

@@ -1,4 +1,4 @@
-"""Rotary positions and SwiGLU as ops: values, gradients, torch.compile, opcheck; on a GPU by kernels.
+"""Rotary positions and SwiGLU as ops: values, gradients, torch.compile, opcheck; kernels on a GPU.
 
 B batch, T positions, H heads, H_kv heads of keys, d head width.
 """

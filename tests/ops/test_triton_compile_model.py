@@ -74,7 +74,7 @@ def compile_case(case: dict):
 
 
 def an_element(result: dict) -> float | None:
-    """Of the loop over heads, or over a row, by the elements that a thread takes in an iteration."""
+    """Of the loop over heads, or over a row, by the elements of a thread's iteration."""
     longest = max(result["loops"], key=lambda loop: loop["instructions"])
     return longest["instructions"] / result["elements"]
 

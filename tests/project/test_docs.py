@@ -9,7 +9,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-OF_OTHERS = ("huggingface",)  # test_huggingface_docs.py runs its code
+OF_OTHERS = ("huggingface", "nanogpt")  # test_huggingface_docs.py and test_nanogpt.py run them
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 

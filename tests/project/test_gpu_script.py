@@ -57,7 +57,10 @@ def test_a_parts_commands_name_what_exists(part, rehearsal, monkeypatch):
 
 def test_rows_are_chosen(monkeypatch):
     monkeypatch.setenv("ROWS", "^guard|profile of f")
-    assert [step.name for step in gpu_steps.steps_of("trainer")] == ["profile of fastlm", "guard off"]
+    assert [step.name for step in gpu_steps.steps_of("trainer")] == [
+        "profile of fastlm",
+        "guard off",
+    ]
 
 
 def test_what_a_part_found_is_kept(tmp_path, monkeypatch):

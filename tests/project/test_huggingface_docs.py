@@ -91,5 +91,10 @@ def test_fabric(here):
 
 def test_the_commands_and_files_it_names_exist():
     root = Path(__file__).parents[2]
-    assert set(re.findall(r"python -m fastlm\.(\w+)", PAGE)) == {"prepare", "train", "export"}
+    assert set(re.findall(r"python -m fastlm\.(\w+)", PAGE)) == {
+        "prepare",
+        "train",
+        "export",
+        "generate",
+    }
     assert all((root / path).exists() for path in re.findall(r"`(tests/[\w/.]+)`", PAGE))

@@ -4,6 +4,7 @@ the repository; the errors of a broken installation; and the Makefile's check of
 Needs no network: nothing is built in isolation, and no dependency is installed.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -19,6 +20,11 @@ import pytest
 import torch
 
 import fastlm
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = fastlm.__version__
@@ -199,6 +205,43 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert len(binaries) == 1 and binaries.pop().startswith("fastlm/_C.")
     rest = {name for name in names if name.startswith("fastlm/") and not name.endswith(".so")}
     assert rest == modules | {"fastlm/py.typed", "fastlm/_C.pyi"}
+
+
+def needs(tool: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        importlib.util.find_spec(tool) is None, reason=f"{tool} is not installed"
+    )
+
+
+@needs("twine")
+def test_the_package_index_takes_them(sdist, wheel):
+    told = succeed(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel, cwd=ROOT)
+    assert told.count("PASSED") == 2
+
+
+@needs("cibuildwheel")
+@pytest.mark.parametrize(
+    "system, machine, tag",
+    [
+        ("linux", "x86_64", "manylinux_x86_64"),
+        ("linux", "aarch64", "manylinux_aarch64"),
+        ("macos", "arm64", "macosx_arm64"),
+    ],
+)
+def test_the_wheels_of_a_release(system, machine, tag):
+    command = (sys.executable, "-m", "cibuildwheel", "--print-build-identifiers")
+    told = succeed(*command, "--platform", system, "--archs", machine, cwd=ROOT)
+    assert told.split() == [f"cp31{minor}-{tag}" for minor in range(5)]
+
+
+def test_what_a_release_tries_in_each_wheel(installed):
+    """cibuildwheel's test-command, in the wheel that was built here."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    command, path = settings["test-command"], f"{installed[0].parent}:{os.environ['PATH']}"
+    succeed("sh", "-c", command, cwd=Path("/"), PATH=path)
+    assert "log(8)" in command  # it can fail
+    broken = run("sh", "-c", command.replace("log(8)", "log(9)"), cwd=Path("/"), PATH=path)
+    assert broken.returncode == 1 and "AssertionError: tensor(2.07" in broken.stderr
 
 
 def test_installed_wheel_works_from_anywhere(installed, checkout):

@@ -13,7 +13,13 @@ from torch import nn
 from training_runs import same
 
 from fastlm import AdamW, CheckpointError, load_checkpoint, save_checkpoint
-from fastlm.checkpoint import checkpoint_files, newest_readable, read_checkpoint
+from fastlm.checkpoint import (
+    FORMAT_VERSION,
+    checkpoint_files,
+    checkpoint_payload,
+    newest_readable,
+    read_checkpoint,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -267,6 +273,19 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
         load_checkpoint(make_model(), None, tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
     assert "weights_only" not in str(caught.value)  # nor is it recommended to run it
+
+
+def test_a_newer_format_is_refused_by_name(tmp_path):
+    model = make_model()
+    payload = {**checkpoint_payload(model, None, 3), "format_version": FORMAT_VERSION + 1}
+    torch.save(payload, tmp_path / "new.pt")
+    with pytest.raises(
+        CheckpointError, match=r"new\.pt: is of format 2, .* up to 1; update fastlm"
+    ):
+        load_checkpoint(model, None, tmp_path / "new.pt")
+    # Of another program the key means something else, or nothing.
+    torch.save({"model": model.state_dict(), "format_version": 7}, tmp_path / "other.pt")
+    assert load_checkpoint(model, None, tmp_path / "other.pt") == 0
 
 
 def test_a_missing_file_is_named(tmp_path):

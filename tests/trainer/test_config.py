@@ -59,8 +59,9 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
     new = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in NOTEBOOK_DEFAULTS}
     assert new == dict(
         data=(), val_data=(), data_dtype=None, grad_accum=1, tie_embeddings=False, dropout=0.0,
-        train_minutes=None, max_epochs=None, max_minutes=None, eval_batches=20, weight_decay_all=False,
-        schedule="cosine", dtype="auto", compile=False, activation_checkpointing=False, seed=0,
+        train_minutes=None, max_epochs=None, max_minutes=None, eval_batches=20,
+        weight_decay_all=False, schedule="cosine", dtype="auto", compile=False,
+        activation_checkpointing=False, seed=0,
         init_from=None, eval_only=False, overwrite=False,
         final_eval_tokens=10_000_000,
         ckpt_minutes=None, keep_last=3, sync_save=False,

@@ -1,10 +1,12 @@
-"""README's patches, applied to nanoGPT's own files: the same training, eager, compiled and resumed.
+"""README's and docs/nanogpt.md's patches, applied to nanoGPT's own files: the same training, eager,
+compiled and resumed.
 
 nanogpt.py in tests/helpers says where nanoGPT is looked for; without it everything here is skipped.
 """
 
 import importlib.util
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from command_server import commands
-from nanogpt import FILES, nanogpt_folder, patched, readme_patches
+from nanogpt import FILES, ROOT, nanogpt_folder, patched, shown_patches
 from training_runs import VOCAB_SIZE, tokens
+
+from fastlm import TrainingConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LOSS, LINEAR_LOSS, OPTIMIZER = range(3)  # of readme_patches()
+LOSS, LINEAR_LOSS, OPTIMIZER, *PAGE = range(5)  # of shown_patches()
 SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
 RUN = dict(
     **SIZES, device="cpu", compile=False, dataset="tiny", batch_size=4, warmup_iters=2,
@@ -27,12 +31,12 @@ RUN = dict(
 
 
 def write_nanogpt(directory: Path, *patches: int) -> Path:
-    """nanoGPT with these patches of README, and data for it."""
+    """nanoGPT with these patches, and data for it."""
     directory.mkdir(parents=True)
     for name in FILES:
         shutil.copy(nanogpt_folder() / name, directory)
     for index in patches:
-        name, edits = readme_patches()[index]
+        name, edits = shown_patches()[index]
         (directory / name).write_text(patched((directory / name).read_text(), edits))
     data = directory / "data" / "tiny"
     data.mkdir(parents=True)
@@ -64,10 +68,23 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_every_patch_is_shown_and_fits():
-    assert [name for name, _ in readme_patches()] == ["model.py", "model.py", "train.py"]
-    for name, edits in readme_patches():
+    names = [name for name, _ in shown_patches()]
+    assert names == ["model.py", "model.py", "train.py", "model.py", "train.py"]
+    for name, edits in shown_patches():
         source = (nanogpt_folder() / name).read_text()
         compile(patched(source, edits), name, "exec")
+
+
+def test_the_pages_settings_are_those_of_both():
+    rows = re.findall(r"^\| (`.+?) \| (.*) \|$", (ROOT / "docs" / "nanogpt.md").read_text(), re.M)
+    rows = [row for row in rows if "--" in row[1]]
+    flags = {
+        flag.replace("-", "_") for _, right in rows for flag in re.findall(r"--([a-z-]+)", right)
+    }
+    assert len(flags) > 20 and flags <= {*TrainingConfig.__dataclass_fields__, "resume"}
+    names = {name for left, _ in rows for name in re.findall(r"`(\w+)`", left)}
+    source = (nanogpt_folder() / "train.py").read_text()
+    assert names - set(re.findall(r"^(\w+) = ", source, re.MULTILINE)) == set()
 
 
 def test_an_edit_that_fits_nowhere_is_an_error():
@@ -152,10 +169,11 @@ def saved(directory: Path) -> dict:
     [
         ((LOSS,), {}),
         ((LOSS, OPTIMIZER), {}),
+        (PAGE, {}),
         ((LINEAR_LOSS, OPTIMIZER), dict(dtype="float16")),  # the loss scaled, unscaled in the step
         pytest.param((LINEAR_LOSS, OPTIMIZER), dict(compile=True), marks=pytest.mark.exhaustive),
     ],
-    ids=["loss", "loss and optimizer", "all, scaled", "all, compiled"],
+    ids=["loss", "loss and optimizer", "the page", "all, scaled", "all, compiled"],
 )
 def test_a_patched_run_is_the_stock_run(tmp_path, stock, patches, settings):
     own, expected = train(write_nanogpt(tmp_path / "own", *patches), **settings), saved(stock)
