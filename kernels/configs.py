@@ -43,8 +43,8 @@ class RowConfig:
 # What decides is registers: of 1024 threads each has 64, of two programs of 512, too.
 # tests/ops/test_triton_compile.py compiles every line for every target, refuses spills, and counts
 # registers, programs an SM and instructions an element. A thread should have 32 to 64 bytes on the
-# way: about 32 KB an SM are what hides the latency of an H100's memory. Measured there: rows of
-# bf16, V = 32000, 50304 and 128256, at 0.89 to 0.92 of a copy's rate (bench/LOG.md, with what was slower).
+# way: about 32 KB an SM are what hides the latency of an H100's memory. There bf16 rows of 32000,
+# 50304 and 128256 run at 0.89 to 0.92 of a copy's rate (bench/LOG.md, with what was slower).
 #
 # Two passes: the second one starts from the end of the row and finds what the caches still hold: of
 # rows up to 64 KB, two an SM, L1 of an H100 (256 KB) all. So few rows should be in flight beyond
