@@ -1,9 +1,10 @@
 """The programs behind bench/gpu_steps.py's rows, each in a process of its own.
 
-    python bench/gpu_rows.py machine|fastlm|nanogpt|demo|kill --out FILE [--name NAME] ...
+    python bench/gpu_rows.py machine|fastlm|nanogpt|steps|demo|kill --out FILE [--name NAME] ...
 
 machine: copy and matmul rates. fastlm: a run of `python -m fastlm.train` on the preset gpt2-124m.
-nanogpt: nanoGPT's model in its loop, on the same batches. demo: the preset demo-gpu for its four
+nanogpt: nanoGPT's model in its loop, on the same batches. steps: steps of each --variant, of 131,072
+tokens, in turns in one process: what a switch is worth, in a tenth of the time. demo: the preset demo-gpu for its four
 minutes. kill: a run that is killed with SIGKILL and resumed, against one that is not.
 
 Data: the prepared directory that DATA names, else .gpu/corpus, else the default corpus.
@@ -15,6 +16,7 @@ import json
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,8 +34,13 @@ from fastlm.corpus import default_corpus
 from fastlm.data.files import open_data
 from fastlm.data.loader import TrainLoader
 from fastlm.hardware import PeakMemory, matmul_ceiling, select_dtype, synchronize
+from fastlm.model import training_flops_per_token
+from fastlm.model_loss import ModelLoss
 from fastlm.presets import PRESETS
+from fastlm.run.backends import backends
+from fastlm.run.cli import parse
 from fastlm.schedule import learning_rate
+from fastlm.step import TrainStep, create_model_and_optimizer, set_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 REHEARSAL = os.environ.get("DEVICE") == "cpu"
@@ -174,6 +181,55 @@ def nanogpt_row(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def steps_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each variant. Rounds of one step each, from an idle device until it is idle."""
+    torch._dynamo.config.recompile_limit = 4 * len(args.variant) + 8  # of the code they share
+    data = open_data((str(data_directory()),))
+    variants, rows = [], []
+    for variant in args.variant:
+        name, options = variant.split("=", 1)
+        chosen = settings(full=True)
+        if not REHEARSAL:
+            chosen |= {"batch_size": 64, "tokens_per_step": 131_072}
+        words = ["--preset=gpt2-124m", f"--device={DEVICE.type}", "--compile", *flags(chosen)]
+        words += [*shlex.split(options), *["--no-compile"] * REHEARSAL]
+        cfg = parse(words).config.accumulated(1)
+        loader = TrainLoader(data.train, cfg.batch_size, cfg.context_len, seed=0, device=DEVICE)
+        set_seed(cfg.seed)
+        with backends(cfg):
+            model, optimizer, _ = create_model_and_optimizer(cfg)
+            runner = TrainStep(ModelLoss(model, DEVICE, cfg), optimizer, loader, cfg)
+            memory = PeakMemory(DEVICE)
+            runner.warm_up()
+            memory.sample()
+        variants.append((cfg, runner))
+        rows.append({
+            "name": f"steps: {name}", "options": options, "steps": 0, "tokens": 0,
+            "peak_memory_bytes": memory.bytes, "compile_seconds": runner.compile_seconds,
+            "flops_per_token": training_flops_per_token(model, cfg.context_len),
+        })  # fmt: skip
+    seconds: list[list[float]] = [[] for _ in rows]
+    for number in range(2 if REHEARSAL else 7):
+        for (cfg, runner), row, times in zip(variants, rows, seconds, strict=True):
+            synchronize(DEVICE)
+            begin = time.perf_counter()
+            with backends(cfg):
+                loss = runner.run(number * runner.samples, learning_rate(number, cfg))
+            synchronize(DEVICE)
+            times.append(time.perf_counter() - begin)
+            row |= {
+                "loss": float(loss),
+                "steps": number + 1,
+                "tokens": (number + 1) * runner.tokens,
+            }
+    ceiling = matmul_ceiling(DEVICE, variants[0][1].dtype)
+    for (_, runner), row, times in zip(variants, rows, seconds, strict=True):
+        speed = runner.tokens / statistics.median(times[1:])
+        row |= {"tokens_per_second": speed, "mfu": speed * row["flops_per_token"] / ceiling}
+        row |= {"matmul_ceiling_flops": ceiling, "step_seconds": sum(times)}
+    return rows
+
+
 def profiled(work: Any, steps: int) -> dict[str, Any]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if DEVICE.type == "cuda":
@@ -285,6 +341,7 @@ ROWS = {
     "machine": machine_row,
     "fastlm": fastlm_row,
     "nanogpt": nanogpt_row,
+    "steps": steps_rows,
     "demo": demo_row,
     "kill": kill_row,
 }
@@ -297,15 +354,18 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--full", action="store_true", help="steps of the preset's 524,288 tokens")
     parser.add_argument("--options", default="", help="fastlm.train's, as one word")
+    parser.add_argument("--variant", action="append", help="of steps: NAME=OPTIONS, once or more")
     parser.add_argument("--profile", action="store_true", help="the ten kernels with the most time")
     return parser.parse_args(words)
 
 
 def main(words: list[str] | None = None) -> None:
     args = arguments(words)
+    found = ROWS[args.row](args)
     row = {"name": args.name or args.row, "program": args.row, "options": args.options}
-    row |= {"full": args.full, **ROWS[args.row](args)}
-    args.out.write_text(json.dumps({"rows": [row]}, indent=1) + "\n")
+    row |= {"full": args.full}
+    rows = [{**row, **each} for each in (found if isinstance(found, list) else [found])]
+    args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

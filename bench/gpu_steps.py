@@ -190,11 +190,16 @@ def trainer() -> list[Step]:
         arguments = [*["--full"] * row.full, f"--options={shlex.join(options)}"]
         return program(row.name, 240 if row.full else 150, "fastlm", *arguments)
 
+    def variant(row: Row) -> str:
+        options = () if row.needs_cuda and REHEARSAL else row.options
+        return f"--variant={row.name}={shlex.join(options)}"
+
     full, (plain, *switches) = [r for r in ROWS if r.full], [r for r in ROWS if not r.full]
     steps = [
         program("machine", 40, "machine"),
         program("nanoGPT, the preset's step", 200, "nanogpt", "--full"),
         *map(ours, full),
+        program("switches", 300, "steps", *map(variant, (plain, *switches))),
         program("nanoGPT", 100, "nanogpt"),
         ours(plain),
         *(program(f"profile of {name}", 90, name, "--profile") for name in ("nanogpt", "fastlm")),

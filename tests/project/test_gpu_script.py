@@ -144,8 +144,8 @@ def rehearsed(tmp_path, monkeypatch, without_extras, one_thread):
     def row(*arguments) -> dict:
         out = tmp_path / "found.json"
         gpu_rows.main([*arguments, "--out", str(out)])
-        (found,) = json.loads(out.read_text())["rows"]
-        return found
+        found = json.loads(out.read_text())["rows"]
+        return found if len(found) > 1 else found[0]
 
     return row
 
@@ -155,6 +155,17 @@ def test_the_row_of_a_run(rehearsed):
     assert found["name"] == "guard off" and found["full"] and found["steps"] == 12
     assert found["tokens"] == 12 * 1024 and found["tokens_per_second"] > 0
     assert 0 < found["loss"] < 8.5 and found["peak_memory_bytes"] > 0
+
+
+def test_switches_in_turns(rehearsed):
+    variants = ["--variant=fastlm=", "--variant=guard off=--guard off"]
+    fastlm, off = rehearsed("steps", *variants)
+    assert (fastlm["name"], off["name"], off["options"]) == (
+        "steps: fastlm", "steps: guard off", "--guard off",
+    )  # fmt: skip
+    assert fastlm["loss"] == off["loss"] > 7 and fastlm["steps"] == off["steps"] == 2
+    assert min(row["tokens_per_second"] for row in (fastlm, off)) > 0
+    assert fastlm["tokens"] == 2048 and fastlm["peak_memory_bytes"] > 0
 
 
 def test_the_row_of_a_demo_and_of_the_machine(rehearsed):
