@@ -11,7 +11,8 @@
 # pybind11, a C++ compiler and, for the sanitizer, CUDA's tools; no package index and no network.
 # What it lacks comes from .gpu/wheels, .gpu/corpus and .gpu/nanoGPT, which git ignores: take them
 # along; `make gpu-wheels NANOGPT=DIR` fetches them where there is an index. (QuACK is measured where
-# it is installed.) A _C that was built for that interpreter before, fastlm/_C.*.so, saves a minute.
+# it is installed.) A _C that was built for that interpreter before, fastlm/_C.*.so, saves 50 s: where
+# one is built, OUT_DIR has a copy of it to take along the next time.
 #
 #     PYTHON=python3.12       the interpreter that has torch
 #     COMMIT=abc1234          what is measured, where there is no .git
@@ -21,8 +22,12 @@
 #     DEVICE=cpu              a rehearsal: every line, tiny shapes, the interpreter; no figures
 #
 # Where a machine is lent for minutes, the goals' figures first, in one command (`;`, not `&&`: a part
-# that was cut off exits with 1):
-#     MINUTES=3 bench/gpu.sh correctness OUT; MINUTES=6 ROWS="preset's step$" bench/gpu.sh trainer OUT
+# that was cut off exits with 1). On an H100 with 16 cores nanoGPT's row takes 35 to 60 s, fastlm's
+# 65 s, half of it compilation; "switches" 30 s and 10 to 30 s for each; a case of the losses 15 s; the
+# Triton cases and tests/gpu half a minute each.
+#     MINUTES=3.5 ROWS="preset's step$|switches" bench/gpu.sh trainer OUT
+#     MINUTES=2 ROWS="bf16 and not|default|124" bench/gpu.sh kernels OUT
+#     MINUTES=3 bench/gpu.sh correctness OUT
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -60,6 +65,7 @@ if ! "$python" -c 'from fastlm.extension import extension; extension()' 2> .gpu/
         -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > .gpu/build.log
     cmake --build .gpu/build --parallel >> .gpu/build.log
     cmake --install .gpu/build --prefix . >> .gpu/build.log
+    cp fastlm/_C.*.so "$out"
     "$python" -c 'from fastlm.extension import extension; extension()'
 fi
 echo "[gpu] setup: $((SECONDS - started)) s"

@@ -3,9 +3,9 @@
     python bench/gpu_rows.py machine|fastlm|nanogpt|steps|demo|kill --out FILE [--name NAME] ...
 
 machine: copy and matmul rates. fastlm: a run of `python -m fastlm.train` on the preset gpt2-124m.
-nanogpt: nanoGPT's model in its loop, on the same batches. steps: steps of each --variant, of 131,072
-tokens, in turns in one process: what a switch is worth, in a tenth of the time. demo: the preset demo-gpu for its four
-minutes. kill: a run that is killed with SIGKILL and resumed, against one that is not.
+nanogpt: nanoGPT's model in its loop, on the same batches. steps: steps of each --variant, of
+131,072 tokens, in turns in one process: what a switch is worth, in a tenth of the time. demo: the
+preset demo-gpu. kill: a run that is killed with SIGKILL and resumed, against one that is not.
 
 Data: the prepared directory that DATA names, else .gpu/corpus, else the default corpus.
 """

@@ -42,7 +42,6 @@ HEADLINES = [
     ("train_step", NOTEBOOK, COMPOSITION, "a training step, notebook preset (29 M parameters)"),
     ("train_step", NOTEBOOK, NANOGPT, "the same"),
     ("train_step", DEMO, COMPOSITION, "a training step, demo preset (1.9 M parameters)"),
-    ("train_step", DEMO, NANOGPT, "the same"),
 ]  # fmt: skip
 
 Run = dict[str, Any]  # one JSON file: the circumstances of its comparisons

@@ -8,9 +8,9 @@ PEAKS = {"H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s of the data sheets
 NANOGPT, FASTLM = "nanoGPT, the preset's step", "fastlm, the preset's step"
 # The rows of README's table, once there are figures: op, case, peer, README's name for the work.
 HEADLINES = [
-    ("cross_entropy", "8192 x 50304 bfloat16", "F.cross_entropy, compiled",
-     "loss of 8192 x 50304 bf16 logits and its gradient"),
-    ("cross_entropy", "8192 x 50304 bfloat16", "Liger", "the same"),
+    ("cross_entropy", "8192 x 32000 bfloat16", "F.cross_entropy, compiled",
+     "loss of 8192 x 32000 bf16 logits and its gradient"),
+    ("cross_entropy", "8192 x 32000 bfloat16", "Liger", "the same"),
     ("cross_entropy", "8192 x 128256 bfloat16", "Liger", "the same, vocabulary of 128,256"),
     ("linear_cross_entropy", "8192 x 4096 x 128256 bf16, default budget", "Liger",
      "head and loss in one, 8192 x 4096 x 128256 bf16"),
@@ -66,9 +66,9 @@ def trainer_table(rows: dict[str, dict[str, Any]], gpu: str) -> list[str]:
         "",
         "### The trainer",
         "",
-        "gpt2-124m: the preset's step has 524,288 tokens, those in turns (steps: …) 131,072; the others",
-        "16,384, and their loss is that after 500 steps on the same batches (nanoGPT's of another",
-        "model).",
+        "gpt2-124m: the preset's step has 524,288 tokens, those in turns (steps: …) 131,072, or",
+        "what they say; the others 16,384, and their loss is that after 500 steps on the same",
+        "batches (nanoGPT's of another model).",
         "",
         _row(header),
         "|---" * len(header) + "|",
@@ -147,7 +147,7 @@ def outcome(run: dict[str, Any], step: dict[str, Any]) -> str:
 def readme_table(
     runs: dict[str, dict[str, Any]], cases: dict[str, dict[Any, tuple[Any, dict[str, Any]]]]
 ) -> list[str]:
-    """The GPU's lines of README, for the GPU of the newest run; none without one.
+    """The GPU's rows of README's table, for the GPU of the newest run; none without one.
 
     cases: report.py's {machine: {(op, case, allocator): (run, comparison)}}.
     """
@@ -155,21 +155,17 @@ def readme_table(
         return []
     newest = list(runs.values())[-1]
     gpu, rows = newest["gpu"], rows_of(runs, newest["gpu"])
-    lines = [
-        "",
-        f"{gpu}, torch {newest['versions']['torch']}, {newest['date'][:10]}, by CUDA events:",
-        "",
-        "| work | peer | peer's time / ours |",
-        "|---|---|---|",
-    ]
+    when = f"torch {newest['versions']['torch']}, {newest['date'][:10]}, by CUDA events"
+    lines = [_row((f"**{gpu}**, {when}:", "", "", ""))]
     for op, case, peer, name in HEADLINES:
         _, comparison = cases.get(gpu, {}).get((op, case, "as-is"), (None, {"rows": []}))
         ratios = [row["device_ratio_to_ours"] for row in comparison["rows"] if row["name"] == peer]
-        lines += [_row((name, peer, f"{ratio:.2f}")) for ratio in ratios]
+        name += " (each alone)" if "each alone" in comparison.get("note", "") else ""
+        lines += [_row((name, peer, f"{ratio:.2f}", "")) for ratio in ratios]
     if NANOGPT in rows and FASTLM in rows:
         ratio = rows[FASTLM]["tokens_per_second"] / rows[NANOGPT]["tokens_per_second"]
         peer = "nanoGPT's model and loop, compiled"
-        lines.append(_row(("a training step, gpt2-124m", peer, f"{ratio:.2f}")))
+        lines.append(_row(("a training step, gpt2-124m", peer, f"{ratio:.2f}", "")))
     return lines
 
 
