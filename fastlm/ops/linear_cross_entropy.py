@@ -143,13 +143,14 @@ def linear_cross_entropy_plan(
     *,
     bias: Tensor | None = None,
     memory_budget: int | None = None,
+    fp8: bool = False,
 ) -> LinearCrossEntropyPlan:
     """The chunks that linear_cross_entropy_loss uses for these tensors, under this autocast state.
 
     Raises ValueError, naming the least that works, for a budget that is too small.
     """
     N = hidden.shape[:-1].numel()
-    return Head(weight, bias, compute_dtype(hidden)).plan(N, memory_budget)
+    return Head(weight, bias, compute_dtype(hidden), fp8).plan(N, memory_budget)
 
 
 def linear_cross_entropy_loss_reference(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from linear_cross_entropy_cases import results
 from tolerance import DEVICES
 
-from fastlm import linear_cross_entropy_loss
+from fastlm import linear_cross_entropy_loss, linear_cross_entropy_plan
 from fastlm.ops.head import fp8_product, to_fp8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,3 +145,17 @@ def test_what_it_does_not_take(D, V, impl, message):
     hidden, weight, _, targets = case(D=D, V=V)
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy_loss(hidden, weight, targets, fp8=True, impl=impl)
+
+
+def test_the_plan_counts_the_float8_weight():
+    hidden, weight, _, targets = case()
+    plain, fp8 = (linear_cross_entropy_plan(hidden, weight, fp8=on) for on in (False, True))
+    assert fp8.weight_bytes - plain.weight_bytes == weight.numel() * (1 + 2)
+    assert fp8.chunks == plain.chunks == 1
+    # What fits without float8 alone is refused, by the loss as by the plan.
+    least = linear_cross_entropy_plan(hidden[:1], weight).extra_bytes
+    linear_cross_entropy_loss(hidden, weight, targets, memory_budget=least)
+    with pytest.raises(ValueError, match="memory_budget"):
+        linear_cross_entropy_plan(hidden, weight, fp8=True, memory_budget=least)
+    with pytest.raises(ValueError, match="memory_budget"):
+        linear_cross_entropy_loss(hidden, weight, targets, fp8=True, memory_budget=least)

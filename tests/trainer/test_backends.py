@@ -80,6 +80,9 @@ def test_attention_that_torch_would_not_choose_is_an_error(on_cuda, tmp_path, mo
         assert kernels()[0] == "cudnn"
 
 
+@pytest.mark.skipif(
+    not hasattr(attention, "restore_flash_attention_impl"), reason="torch 2.10 activates none"
+)
 def test_flash_attention_3_is_active_during_the_run_alone(on_cuda, tmp_path, monkeypatch):
     cfg, events = tiny_config(tmp_path, attention="fa3"), []
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
