@@ -136,7 +136,7 @@ def compare(
     elif device.type == "cuda":
         seconds = min(
             seconds, 1.0
-        )  # tens of rounds, whose times differ little; its minutes are few
+        )  # tens of rounds, whose times differ little
     gc.collect()  # a process that holds the memory of the last comparison measures the allocator
     peers = dict(peers)
     if work.bytes:
