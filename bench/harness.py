@@ -134,9 +134,7 @@ def compare(
     if TINY:
         seconds, least_rounds = 0.0, 1
     elif device.type == "cuda":
-        seconds = min(
-            seconds, 1.0
-        )  # tens of rounds, whose times differ little
+        seconds = min(seconds, 1.0)  # tens of rounds, whose times differ little
     gc.collect()  # a process that holds the memory of the last comparison measures the allocator
     peers = dict(peers)
     if work.bytes:
