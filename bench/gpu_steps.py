@@ -166,7 +166,7 @@ ROWS = [
     Row("fastlm"),
     Row("residual-dtype float32", ("--residual-dtype", "float32")),
     Row("attention cudnn", ("--attention", "cudnn"), needs_cuda=True),
-    Row("joint-projections off", ("--joint-projections", "False")),
+    Row("joint-projections", ("--joint-projections",)),
     Row("fp8-head", ("--fp8-head",), needs_cuda=True),
     Row(
         "64 x 1024 tokens, 125 steps",
@@ -211,7 +211,7 @@ def trainer() -> list[Step]:
 def presets() -> list[Step]:
     return [
         program("killed and resumed", 150, "kill"),
-        program("demo-gpu, 4 minutes", 420, "demo"),
+        program("demo-gpu", 420, "demo"),
         bench_step("train_step", 150, "demo" if REHEARSAL else "notebook"),
     ]
 

@@ -87,8 +87,8 @@ class TrainingConfig:
     """Choose total_steps so that training takes about this long, by a calibration at the start.
     Without effect if total_steps is set on the command line or in a file."""
     max_epochs: float | None = None
-    """With train_minutes: at most so many passes over the training data, however fast the machine.
-    Of a small text a model remembers more and predicts less with each."""
+    """Limits what train_minutes chooses to so many passes over the training data: of a small text
+    a model remembers more and predicts less with each."""
     max_minutes: float | None = None
     """Save and stop after this much training time, finished or not."""
     log_every: int = 50
@@ -156,9 +156,10 @@ class TrainingConfig:
     attention: Literal["auto", "cudnn", "flash", "fa3"] = "auto"
     """Attention's kernel on CUDA. auto: torch's choice; fa3: FlashAttention 3, whose package
     flash_attn_interface must be installed."""
-    joint_projections: bool | None = None
-    """One matmul for queries, keys and values, and one for the feed-forward's w1 and w3. Weights
-    and checkpoints stay as they are. None: on CUDA; CPUs are slower with it."""
+    joint_projections: bool = False
+    """In training, one matmul for queries, keys and values, and one for the feed-forward's w1 and
+    w3. Weights and checkpoints stay as they are. For CUDA, where a tenth more memory is needed;
+    CPUs are slower with it."""
     fp8_head: bool = False
     """In training, compute logits from float8 numbers, on NVIDIA GPUs from Ada and Hopper on:
     faster, and less exact. Evaluations do not."""

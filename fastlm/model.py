@@ -111,7 +111,7 @@ class Attention(nn.Module):
     By causal_attention; with dropout of the attention weights, in training, by PyTorch's SDPA.
     """
 
-    joint = False  # one matmul for queries, keys and values
+    joint = False  # in training, one matmul for queries, keys and values
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -143,14 +143,15 @@ class Attention(nn.Module):
             return y.unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
 
         layers = (self.q_proj, self.k_proj, self.v_proj)
+        joint = self.joint and self.training  # a token of generation would join all weights for it
         plain = cache is None and mask is None and cos.dim() == 2 and not self.qk_norm
-        if self.joint and plain and on_gpu(x):
+        if joint and plain and on_gpu(x):
             numbers = self.num_heads, self.num_kv_heads
             turned = rotate_joint(_joint_product(x, layers), cos, sin, numbers)
             q, k, v = (y.transpose(-2, -3) for y in turned)
             y = causal_attention(q, k, v, dropout_p=dropout_p)
             return self.output_proj(y.transpose(-3, -2).flatten(-2))
-        q, k, v = map(heads, _products(x, layers, self.joint))
+        q, k, v = map(heads, _products(x, layers, joint))
         if self.qk_norm:  # before the rotation, which changes no length
             q, k = self.q_norm(q), self.k_norm(k)
         rope = (cos, sin)
@@ -169,7 +170,7 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) (arXiv:2002.05202)."""
 
-    joint = False  # one matmul for w1 and w3
+    joint = False  # in training, one matmul for w1 and w3
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -179,9 +180,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.w1, self.w3)
-        if self.joint and on_gpu(x):
+        joint = self.joint and self.training
+        if joint and on_gpu(x):
             return self.w2(swiglu(_joint_product(x, layers)))
-        gate, value = _products(x, layers, self.joint)
+        gate, value = _products(x, layers, joint)
         return self.w2(F.silu(gate) * value)
 
 

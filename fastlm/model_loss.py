@@ -30,10 +30,8 @@ class ModelLoss(nn.Module):
             narrow = device.type == "cuda" and self.dtype == torch.bfloat16
             narrow = narrow if cfg.residual_dtype == "auto" else cfg.residual_dtype == "bfloat16"
             model.residual_follows_autocast = narrow
-            joint = cfg.joint_projections
-            joint = device.type == "cuda" if joint is None else joint
             for layer in model.layers:
-                layer.attn.joint = layer.ffn.joint = joint
+                layer.attn.joint = layer.ffn.joint = cfg.joint_projections
         self._output = self._model_output
         if cfg.compile:
             check_compiler(device)

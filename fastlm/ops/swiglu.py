@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.kernels.cross_entropy_op import refuse_other_backwards
 from fastlm.ops.registration import LIBRARY, register_op
 
 
@@ -57,9 +58,14 @@ def _gradient(x, dh):
     return dx
 
 
+def _differentiate(ctx, dh):
+    refuse_other_backwards("swiglu", dh, twice="F.silu(gate) * value")
+    return _gradient(*ctx.saved_tensors, dh)
+
+
 torch.library.register_autograd(
     _swiglu,
-    lambda ctx, dh: _gradient(*ctx.saved_tensors, dh),
+    _differentiate,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lib=LIBRARY,
 )

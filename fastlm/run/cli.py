@@ -233,6 +233,11 @@ def _follow(settings: dict, origins: dict, flags: set[str], asked: set[str], sto
         origins["train_minutes"] = "total_steps is set"
     elif settings["train_minutes"] is not None:
         origins["total_steps"] = "follows train_minutes"
+    if "max_epochs" in flags and settings["train_minutes"] is None:
+        raise ConfigError(
+            "--max-epochs limits what --train-minutes chooses, and the run's length is set: give "
+            "--train-minutes, or leave --max-epochs out"
+        )
     if {"tokens_per_step", "grad_accum"} <= asked:
         raise ConfigError("--tokens-per-step sets grad_accum: give one of them")
     if "grad_accum" in asked and settings["tokens_per_step"] is not None:

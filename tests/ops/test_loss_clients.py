@@ -271,7 +271,6 @@ def test_a_sure_row_has_no_loss_below_zero(loss):
 # --- Counters and DTensors ---
 
 
-@only_cpp
 class Seen(TorchDispatchMode):
     def __init__(self):
         super().__init__()

@@ -71,6 +71,8 @@ def test_swiglu(dtype, device):
     )
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), gradient, **close)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(swiglu(x).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("device", COMPILED_DEVICES)

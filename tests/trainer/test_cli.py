@@ -173,6 +173,14 @@ def test_a_number_of_steps_switches_the_calibration_off():
         assert parsed(*argv)[0].train_minutes is None
 
 
+def test_max_epochs_limits_minutes():
+    assert parsed("--max-epochs", "2")[0].max_epochs == 2.0  # the demo's four minutes
+    assert parsed("--preset", "demo-gpu", "--total-steps", "50")[0].train_minutes is None
+    for words in (["--total-steps", "50"], ["--preset", "notebook"]):
+        with pytest.raises(ConfigError, match="--max-epochs limits what --train-minutes chooses"):
+            parsed("--max-epochs", "2", *words)
+
+
 def test_a_resumed_run_is_not_calibrated_anew():
     write_checkpoint(total_steps=100)
     assert parsed("--resume", "run")[0].train_minutes is None

@@ -71,7 +71,7 @@ def test_what_is_new_changes_nothing_of_the_notebooks_run():
         optimizer="adamw", muon_lr=0.02, qk_norm=False, qk_norm_weight=False,
         num_kv_heads=None, head_dim=None, rope_scaling=None, norm_eps=1e-5, qkv_bias=False,
         tf32=True, residual_dtype="auto", attention="auto", compile_mode="default",
-        prefetch=True, fp8_head=False, joint_projections=None,
+        prefetch=True, fp8_head=False, joint_projections=False,
         doc_mask=False, track=(), sample_every=0,
     )  # fmt: skip
 
