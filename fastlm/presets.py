@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         warmup_iters=50,
     ),
     # The default on a CUDA device: the same data and recipe, a model that a GPU can be seen to work
-    # on. From about eight passes over the 2.3 M tokens on it learns them by heart (bench/LOG.md).
+    # on. With more than about eight passes over the 2.3 M tokens the loss turned (bench/LOG.md).
     "demo-gpu": dict(
         batch_size=64,
         context_len=512,
