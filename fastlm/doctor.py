@@ -244,8 +244,8 @@ def _tell_time(
             for seconds in (least, slowest)
         )
         about = f": about {few:,} of them, not compiled" if few else ""
-        passes = f", {cfg.max_epochs:g} passes over the data at most" if cfg.max_epochs else ""
-        _say("time", f"{cfg.train_minutes:g} minutes of steps, as asked{about}{passes}")
+        passes = f" or {cfg.max_epochs:g} passes over the data" if cfg.max_epochs else ""
+        _say("time", f"{cfg.train_minutes:g} minutes of steps{passes}, as asked{about}")
         return most or cfg.total_steps
     known = [
         f"{_duration(cfg.total_steps * seconds)} {what}"

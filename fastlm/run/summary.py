@@ -75,12 +75,12 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
     kernels = ""
     if runner.device.type == "cuda" and model_class(model) is None:
         kernels = f", attention by {attention_kernel(cfg, runner.device, runner.dtype)}"
-    length = (
-        f"as many steps as take {cfg.train_minutes:g} minutes"
-        + (f", {cfg.max_epochs:g} passes over the data at most" if cfg.max_epochs else "")
-        if cfg.train_minutes is not None
-        else f"{cfg.total_steps:,} steps"
-    )
+    if cfg.train_minutes is None:
+        length = f"{cfg.total_steps:,} steps of {runner.tokens:,} tokens"
+    else:
+        length = f"as many steps of {runner.tokens:,} tokens as take {cfg.train_minutes:g} minutes"
+        if cfg.max_epochs is not None:
+            length += f" or {cfg.max_epochs:g} passes over the data"
     print(
         f"[run] model: {count_parameters(model) / 1e6:.2f} M parameters ({describe_model(model)})"
     )
@@ -104,7 +104,7 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
             f"of {cfg.batch_size} x {cfg.context_len} tokens{' each' * bool(each)} in a step"
         )
     print(
-        f"[run] {length} of {runner.tokens:,} tokens, seed {cfg.seed}, into {cfg.target_dir}",
+        f"[run] {length}, seed {cfg.seed}, into {cfg.target_dir}",
         flush=True,
     )
 
