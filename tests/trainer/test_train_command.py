@@ -172,7 +172,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(here, name, code):
     before = listing(here)
     argv = tiny_flags(total_steps=None, train_minutes=1, target_dir="runs/a/b")
     command = commands().start(argv, here)
-    command.until(r"\[run\] as many steps as take 1 minutes")
+    command.until(r"\[run\] as many steps of [\d,]+ tokens as take 1 minutes")
     time.sleep(0.3)  # in the calibration, or the warm-up before it
     command.signal(getattr(signal, name))
     result = command.wait()
