@@ -173,14 +173,6 @@ def test_a_number_of_steps_switches_the_calibration_off():
         assert parsed(*argv)[0].train_minutes is None
 
 
-def test_max_epochs_limits_minutes():
-    assert parsed("--max-epochs", "2")[0].max_epochs == 2.0  # the demo's four minutes
-    assert parsed("--preset", "demo-gpu", "--total-steps", "50")[0].train_minutes is None
-    for words in (["--total-steps", "50"], ["--preset", "notebook"]):
-        with pytest.raises(ConfigError, match="--max-epochs limits what --train-minutes chooses"):
-            parsed("--max-epochs", "2", *words)
-
-
 def test_a_resumed_run_is_not_calibrated_anew():
     write_checkpoint(total_steps=100)
     assert parsed("--resume", "run")[0].train_minutes is None
@@ -423,6 +415,7 @@ def test_mistaken_flags_exit_with_2_and_name_the_nearest(argv, message, capsys):
     [
         (["--preset", "gpt2"], "preset='gpt2' is unknown; did you mean 'gpt2-124m'?"),
         (["--preset", "x"], "preset='x' is unknown; known: demo, demo-gpu, notebook, gpt2-124m"),
+        (["--max-epochs", "2", "--total-steps", "5"], "--max-epochs limits what --train-minutes"),
         (["--num-heads", "3"], "d_model=128 is not divisible by num_heads=3"),
         (["--batch-size", "0"], "batch_size=0: it must be positive"),
     ],
