@@ -144,8 +144,8 @@ class Attention(nn.Module):
 
         layers = (self.q_proj, self.k_proj, self.v_proj)
         joint = self.joint and self.training  # a token of generation would join all weights for it
-        plain = cache is None and mask is None and cos.dim() == 2 and not self.qk_norm
-        if joint and plain and on_gpu(x):
+        plain = cache is None and mask is None and cos.dim() == 2
+        if joint and plain and not self.qk_norm and on_gpu(x):
             numbers = self.num_heads, self.num_kv_heads
             turned = rotate_joint(_joint_product(x, layers), cos, sin, numbers)
             q, k, v = (y.transpose(-2, -3) for y in turned)
@@ -155,7 +155,7 @@ class Attention(nn.Module):
         if self.qk_norm:  # before the rotation, which changes no length
             q, k = self.q_norm(q), self.k_norm(k)
         rope = (cos, sin)
-        if cache is not None or cos.dim() > 2 or mask is not None:
+        if not plain:
             q, k, rope = apply_rope(q, cos, sin), apply_rope(k, cos, sin), None
         if cache is not None:
             k, v = cache(k, v)
