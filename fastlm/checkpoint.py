@@ -34,7 +34,7 @@ from fastlm.checkpoint_reading import (
     read_checkpoint,
 )
 from fastlm.checkpoint_reading import read_values as read_values
-from fastlm.errors import CheckpointError
+from fastlm.errors import CheckpointError, NewerFormatError
 from fastlm.foreign_state import (
     check_optimizer_state,
     first_line,
@@ -316,6 +316,8 @@ def newest_readable(
     for path in checkpoint_files(directory, prefix):
         try:
             return path, read(path)
+        except NewerFormatError:
+            raise  # it is whole: a run that went on from an older one would lose its steps
         except CheckpointError as error:
             print(f"[resume] {error}; trying the one before it")
     raise CheckpointError(

@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from fastlm.checkpoint_file import digest_holds, inflates
-from fastlm.errors import CheckpointError
+from fastlm.errors import CheckpointError, NewerFormatError
 from fastlm.foreign_state import first_line, shape_of, shortened
 from fastlm.huggingface import is_model_directory, read_model_directory
 from fastlm.parallel.commit import is_sharded, read_header
@@ -117,7 +117,7 @@ def _loaded(src: str | os.PathLike | IO[bytes], **options: Any) -> dict[str, Any
         raise CheckpointError(f"{src}: is no checkpoint but a {type(payload).__name__}")
     found = payload.get("format_version")
     if "model_state" in payload and isinstance(found, int) and found > FORMAT_VERSION:
-        raise CheckpointError(
+        raise NewerFormatError(
             f"{src}: is of format {found}, and this fastlm reads up to {FORMAT_VERSION}; update "
             f"fastlm"
         )

@@ -23,6 +23,10 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint is missing, damaged, or belongs to another architecture."""
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint is whole, but of a later version of this package."""
+
+
 class DeviceError(UserError, ValueError, RuntimeError):
     """The requested device is unknown or unavailable.
 

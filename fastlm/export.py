@@ -116,6 +116,11 @@ def main(argv: list[str] | None = None) -> int:
 
     def command() -> None:
         model, payload = load_model(arguments.ckpt, "cpu")
+        if "huggingface_config" in payload:
+            raise CheckpointError(
+                f"{arguments.ckpt}: is a directory of transformers already; --ckpt takes a run or "
+                f"a checkpoint of fastlm.train"
+            )
         tokenizer = payload.get("tokenizer")
         try:
             export(

@@ -139,14 +139,17 @@ def sample_texts(
     place before the prompt. ends: ids that end a text, too.
     """
     tokenizer = None
-    ids = [0]
+    ids = list(begin) or [0 if end_of_text is None else end_of_text]
+    stops = {end_of_text, *ends}
     if tokenizer_json is not None:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_str(tokenizer_json)
+        tokenizer.no_padding()  # published ones may cut or fill every text
+        tokenizer.no_truncation()
         if end_of_text is None:
             end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-        stops = {end_of_text, *ends, *(tokenizer.token_to_id(t.end) for t in (CHATML, LLAMA_3))}
+        stops |= {end_of_text, *(tokenizer.token_to_id(t.end) for t in (CHATML, LLAMA_3))}
         start = list(begin) or ([] if end_of_text is None else [end_of_text])
         prompt_ids = encode_prompt(tokenizer, prompt)
         ids = start + prompt_ids
@@ -179,11 +182,10 @@ def sample_texts(
     ).tolist()
     texts = []
     for row in rows:
-        new = row[len(ids) :]
+        new = list(itertools.takewhile(lambda token: token not in stops, row[len(ids) :]))
         if tokenizer is None:
-            texts.append(" ".join(map(str, row)))
+            texts.append(" ".join(map(str, ids + new)))
             continue
-        new = list(itertools.takewhile(lambda token: token not in stops, new))
         # Decoded as a whole: a character's bytes may stand on both sides of the prompt's end.
         texts.append(tokenizer.decode(prompt_ids + new))
     return texts

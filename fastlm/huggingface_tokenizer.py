@@ -50,6 +50,8 @@ def special_tokens(
     from tokenizers import Tokenizer
 
     known = Tokenizer.from_str(tokenizer)
+    known.no_padding()
+    known.no_truncation()
     begin = _added_before(known)
     settings = _read_if_there(directory / TOKENIZER_CONFIG)
     if not begin and settings.get("add_bos_token"):
@@ -130,6 +132,11 @@ def write_tokenizer(directory: Path, tokenizer: str, ends: TextEnds, max_seq_len
     }
     if ends.template is not None:
         content["chat_template"] = jinja_of(ends.template)
+    known.no_padding()
+    known.no_truncation()
+    if len(known.encode("a").ids) > len(known.encode("a", add_special_tokens=False).ids):
+        # What it adds to a text the model has never seen: prepare leaves it out.
+        tokenizer = json.dumps({**json.loads(tokenizer), "post_processor": None})
     (directory / TOKENIZER).write_text(tokenizer, encoding="utf-8")
     write_json(directory / TOKENIZER_CONFIG, content)
 

@@ -283,6 +283,11 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
         CheckpointError, match=r"new\.pt: is of format 2, .* up to 1; update fastlm"
     ):
         load_checkpoint(model, None, tmp_path / "new.pt")
+    # A run does not go on from an older one, as it does where the newest is damaged.
+    torch.save(checkpoint_payload(model, None, 2), tmp_path / "checkpoint_2.pt")
+    torch.save(payload, tmp_path / "checkpoint_3.pt")
+    with pytest.raises(CheckpointError, match=r"checkpoint_3\.pt: is of format 2"):
+        newest_readable(tmp_path, "checkpoint")
     # Of another program the key means something else, or nothing.
     torch.save({"model": model.state_dict(), "format_version": 7}, tmp_path / "other.pt")
     assert load_checkpoint(model, None, tmp_path / "other.pt") == 0

@@ -103,6 +103,7 @@ def model_directory(place, tokenizer: Tokenizer, settings: dict, generation: dic
     torch.manual_seed(0)
     model = fastlm.TransformerLM(tokenizer.get_vocab_size(), 16, 2, 1, 32)
     export(model, place, tokenizer=tokenizer.to_str())
+    (place / "tokenizer.json").write_text(tokenizer.to_str())  # export leaves the processor out
     (place / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **settings})
     )
@@ -131,6 +132,43 @@ def test_what_begins_a_text_is_what_transformers_puts_there(tmp_path, post_proce
     theirs = transformers.AutoTokenizer.from_pretrained(directory)("def f").input_ids
     plain = tokenizer.encode("def f", add_special_tokens=False).ids
     assert [*special_tokens(directory, tokenizer.to_str(), {}).begin, *plain] == theirs
+
+
+def test_an_export_begins_no_text_as_training_never_did(tmp_path):
+    """Of a tokenizer that adds a BOS, cuts and fills: prepare does none of it, so neither an export
+    nor a prompt has any."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = with_bos(post_processor=True)
+    torch.manual_seed(0)
+    model = fastlm.TransformerLM(tokenizer.get_vocab_size(), 16, 2, 1, 32)
+    export(model, tmp_path / "m", tokenizer=tokenizer.to_str())
+    plain = tokenizer.encode("def f", add_special_tokens=False).ids
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "m")("def f").input_ids == plain
+    whole = generate_module.sample_texts(model, tokenizer.to_str(), prompt="def f", num_samples=1)
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9, direction="left")
+    odd = tokenizer.to_str()
+    assert generate_module.sample_texts(model, odd, prompt="def f", num_samples=1) == whole
+    assert special_tokens(tmp_path / "m", odd, {}).begin == [tokenizer.token_to_id("<s>")]
+
+
+def test_a_directory_of_transformers_is_not_exported_again(tmp_path, capsys):
+    directory = model_directory(tmp_path / "m", with_bos(post_processor=False), {}, {})
+    assert main(["--ckpt", directory, "--out", str(tmp_path / "again")]) == 2
+    assert "is a directory of transformers already" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+def test_without_a_tokenizer_the_ids_begin_and_end_a_text(monkeypatch):
+    model = fastlm.TransformerLM(32, 16, 2, 1, 32)
+    monkeypatch.setattr(
+        generate_module, "generate", lambda model, ids, *_, **__: torch.cat((ids, ENDED), dim=1)
+    )
+    ENDED = torch.tensor([[5, 9, 7]])
+    sample = lambda **marks: generate_module.sample_texts(model, None, num_samples=1, **marks)  # noqa: E731
+    assert sample(ends=[9]) == ["0 5"]
+    assert sample(end_of_text=7) == ["7 5 9"]
+    assert sample(begin=[3], ends=[5]) == ["3"] and sample() == ["0 5 9 7"]
 
 
 @pytest.mark.parametrize(
