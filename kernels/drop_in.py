@@ -5,7 +5,7 @@ of this folder in another project and fastlm itself do not meet.
 """
 
 import os
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from . import cross_entropy as _row_kernels
 from .cross_entropy_op import check_rows, define_cross_entropy
 from .loss_options import LossOptions, shows_options
 from .optimizer import FusedAdamW
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .loss_options import LossKeywords
 
 _device_types = ["cuda"]  # ROCm's, too
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -32,7 +37,7 @@ def cross_entropy_loss(
     *,
     inplace: bool = ...,
     return_lse: Literal[False] = ...,
-    **options: Any,
+    **options: "Unpack[LossKeywords]",
 ) -> Tensor: ...
 @overload
 def cross_entropy_loss(
@@ -41,8 +46,17 @@ def cross_entropy_loss(
     *,
     inplace: bool = ...,
     return_lse: Literal[True],
-    **options: Any,
+    **options: "Unpack[LossKeywords]",
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    inplace: bool = ...,
+    return_lse: bool,
+    **options: "Unpack[LossKeywords]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @shows_options
 def cross_entropy_loss(
     logits: Tensor, targets: Tensor, *, inplace: bool = False, **options

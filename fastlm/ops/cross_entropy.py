@@ -52,6 +52,16 @@ def cross_entropy_loss(
     return_lse: Literal[True],
     **options: "Unpack[LossKeywords]",
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    inplace: bool = ...,
+    impl: str = ...,
+    return_lse: bool,
+    **options: "Unpack[LossKeywords]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @shows_options
 def cross_entropy_loss(
     logits: Tensor,  # (..., V) fp32, bf16 or fp16; fp64 runs impl "torch"

@@ -65,6 +65,20 @@ def linear_cross_entropy_loss(
     return_lse: Literal[True],
     **options: "Unpack[LossKeywords]",
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    memory_budget: int | None = ...,
+    num_valid: int | None = ...,
+    fp8: bool = ...,
+    impl: str = ...,
+    return_lse: bool,
+    **options: "Unpack[LossKeywords]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @shows_options
 def linear_cross_entropy_loss(
     hidden: Tensor,  # (..., D) fp32, bf16 or fp16

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import fastlm
+from fastlm import kernels
 
 
 def losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -27,6 +28,11 @@ def losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         hidden, weight, targets, memory_budget=1 << 30, reduction="none", return_lse=True
     )
     assert_type(joint_pair, tuple[Tensor, Tensor])
+    either = fastlm.cross_entropy_loss(logits, targets, return_lse=loss.is_cuda)
+    assert_type(either, Tensor | tuple[Tensor, Tensor])
+    alone = kernels.cross_entropy_loss(logits, targets, softcap=30.0)
+    assert_type(alone, Tensor)
+    kernels.cross_entropy_loss(logits, targets, ignoreindex=0)  # type: ignore[call-overload]
     plan = fastlm.linear_cross_entropy_plan(hidden, weight, memory_budget=1 << 30)
     assert_type(plan, fastlm.LinearCrossEntropyPlan)
     assert_type(plan.scratch_bytes, int)
