@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlm.kernels.collect import is_dtensor
 from fastlm.model_config import ModelConfig
-from fastlm.ops.causal_attention import apply_rope, causal_attention
+from fastlm.ops.causal_attention import causal_attention
 from fastlm.ops.dispatch import compute_dtype, on_gpu
-from fastlm.ops.rope import rotate_joint
+from fastlm.ops.rope import apply_rope, rotate_joint
 from fastlm.ops.swiglu import swiglu
 
 

@@ -19,16 +19,24 @@ _ROCM = torch.version.hip is not None
 
 
 @triton.jit
+def _gate_and_value(x, row, F, columns):
+    """Of x (R, 2F), gates then values, in fp32; 0 past the end."""
+    here = columns < F
+    gates = x + row * 2 * F + columns
+    g = tl.load(gates, mask=here, other=0.0)
+    v = tl.load(gates + F, mask=here, other=0.0)
+    return g.to(tl.float32), v.to(tl.float32)
+
+
+@triton.jit
 def swiglu_kernel(x, h, F, BLOCK: tl.constexpr):
     """Row program_id(0): x (R, 2F), gates then values; h (R, F)."""
     row = tl.program_id(0).to(tl.int64)
     for start in range(0, F, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        here = columns < F
-        g = tl.load(x + row * 2 * F + columns, mask=here, other=0.0).to(tl.float32)
-        v = tl.load(x + row * 2 * F + F + columns, mask=here, other=0.0).to(tl.float32)
+        g, v = _gate_and_value(x, row, F, columns)
         y = g * tl.sigmoid(g) * v
-        tl.store(h + row * F + columns, y.to(h.dtype.element_ty), mask=here)
+        tl.store(h + row * F + columns, y.to(h.dtype.element_ty), mask=columns < F)
 
 
 @triton.jit
@@ -38,8 +46,7 @@ def swiglu_gradient_kernel(x, dh, dx, F, BLOCK: tl.constexpr):
     for start in range(0, F, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         here = columns < F
-        g = tl.load(x + row * 2 * F + columns, mask=here, other=0.0).to(tl.float32)
-        v = tl.load(x + row * 2 * F + F + columns, mask=here, other=0.0).to(tl.float32)
+        g, v = _gate_and_value(x, row, F, columns)
         d = tl.load(dh + row * F + columns, mask=here, other=0.0).to(tl.float32)
         s = tl.sigmoid(g)
         dg = d * v * (s * (1.0 + g * (1.0 - s)))

@@ -17,9 +17,8 @@ from torch import Tensor
 from fastlm.kernels.collect import is_dtensor
 from fastlm.kernels.cross_entropy_op import is_transformed
 from fastlm.ops import causal_attention_cpp as cpp
-from fastlm.ops.causal_attention_cpp import Rope
 from fastlm.ops.dispatch import autocasts, compute_dtype, on_gpu, resolve_implementation
-from fastlm.ops.rope import rotate
+from fastlm.ops.rope import Rope, apply_rope, rotate
 
 
 def causal_attention(
@@ -62,14 +61,6 @@ def causal_attention(
     else:
         out = _by_sdpa(q, k, v, scale, rope, dropout_p)
     return (out if len(batch) == 1 else out.view(*batch, *out.shape[1:])).transpose(-3, -2)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[2i], x[2i+1]); x: (..., T, d), cos and sin: (T, d/2)."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
 
 
 def causal_attention_reference(

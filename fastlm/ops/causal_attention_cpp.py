@@ -14,9 +14,9 @@ from fastlm.kernels.cross_entropy_op import fp32, refuse_other_backwards, refuse
 from fastlm.ops.cross_entropy_cpp import KIND, _numpy
 from fastlm.ops.flops import count_flops
 from fastlm.ops.registration import LIBRARY, register_op
+from fastlm.ops.rope import Rope
 
 MAX_HEAD_DIM = 256
-Rope = tuple[Tensor, Tensor]  # (cos, sin), (T, d/2) fp32 each
 # Of what there is a second derivative: torch's own fused kernels have none either.
 _TWICE = "impl='torch' inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 

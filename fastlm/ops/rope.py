@@ -1,4 +1,4 @@
-"""Rotary positions as ops of torch's dispatcher, on CUDA by one kernel of this package.
+"""Rotary positions: the formula, and ops of it, on CUDA by one kernel of this package.
 
 torch.compile's own code for the interleaved pairs takes an H100 112 us where the kernel takes 84
 (bench/LOG.md, 2026-11-26); at a copy's rate it would be 67.
@@ -11,7 +11,15 @@ from torch import Tensor
 
 from fastlm.ops.registration import LIBRARY, register_op
 
-Tables = tuple[Tensor, Tensor]  # cos and sin, (T, d/2) fp32 each
+Rope = tuple[Tensor, Tensor]  # (cos, sin), (T, d/2) fp32 each
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x[2i], x[2i+1]); x: (..., T, d), cos and sin: (T, d/2)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -49,7 +57,7 @@ def _of_heads(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
     return qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=-2)
 
 
-def _turn(x: Tensor, tables: Tables | None, out: Tensor, back: bool) -> None:
+def _turn(x: Tensor, tables: Rope | None, out: Tensor, back: bool) -> None:
     """Into `out`; without tables a copy."""
     if x.is_cuda:
         from fastlm.kernels import rope
@@ -58,10 +66,9 @@ def _turn(x: Tensor, tables: Tables | None, out: Tensor, back: bool) -> None:
     elif tables is None:
         out.copy_(x)
     else:
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        c, s = (table.unsqueeze(-2) for table in tables)  # the same for all heads
-        s = -s if back else s
-        out.copy_(torch.stack((even * c - odd * s, even * s + odd * c), dim=-1).flatten(-2))
+        cos, sin = tables
+        turned = apply_rope(x.transpose(1, 2), cos, -sin if back else sin)
+        out.copy_(turned.transpose(1, 2))
 
 
 # --- The ops; on CPUs for tests: there the trainer's attention turns queries and keys itself ---

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastlm.data.staging import locked, sync
-from fastlm.errors import CheckpointError, OutputError
+from fastlm.errors import CheckpointError, NewerFormatError, OutputError
 from fastlm.foreign_state import first_line, shortened
 from fastlm.kernels.collect import is_dtensor
 
@@ -143,7 +143,7 @@ def read_commit(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / COMMIT}: is damaged (its SHA-256 does not match)")
     content = json.loads(raw)
     if content["format"] != _FORMAT:
-        raise CheckpointError(
+        raise NewerFormatError(
             f"{path}: is of format {shortened(content['format'])}, not {_FORMAT}; update fastlm"
         )
     return content

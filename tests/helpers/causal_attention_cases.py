@@ -11,7 +11,8 @@ from tolerance import assert_as_accurate
 from torch import Tensor
 
 from fastlm.model import rope_tables
-from fastlm.ops.causal_attention import apply_rope, causal_attention_reference
+from fastlm.ops.causal_attention import causal_attention_reference
+from fastlm.ops.rope import apply_rope
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("out", "dq", "dk", "dv")

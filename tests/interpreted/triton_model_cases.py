@@ -9,7 +9,7 @@ from interpreter import DEVICE, INTERPRETED
 from tolerance import assert_as_accurate, assert_bitwise_equal
 
 from fastlm.model import rope_tables
-from fastlm.ops.causal_attention import apply_rope
+from fastlm.ops.rope import apply_rope
 
 # (B, T, H, d): one program and several, heads of every kind of width, a part of the last program.
 SHAPES = [

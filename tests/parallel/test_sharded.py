@@ -318,7 +318,7 @@ def test_parts_that_do_not_fill_a_tensor_are_refused(tmp_path):
 # Among others in a directory
 
 
-def test_directories_and_files_are_listed_together(tmp_path, capsys):
+def test_directories_and_files_are_listed_together(tmp_path, capsys, monkeypatch):
     model, optimizer = pair()
     for step in (2, 4, 6):
         payload = checkpoint_payload(model, optimizer, step, run_id="r", saved_at=float(step))
@@ -336,6 +336,12 @@ def test_directories_and_files_are_listed_together(tmp_path, capsys):
     first = list_checkpoints(tmp_path, "c")[0]
     assert (first.step, first.run_id, first.saved_at, first.readable) == (6, "r", 6.0, True)
     assert newest_readable(tmp_path)[0].name == "c_6.dcp"
+    with monkeypatch.context() as older:  # a fastlm that reads another format goes no further back
+        older.setattr("fastlm.parallel.commit._FORMAT", 0)
+        with pytest.raises(
+            CheckpointError, match=r"c_6\.dcp: is of format 1, not 0; update fastlm"
+        ):
+            newest_readable(tmp_path)
     (tmp_path / "c_6.dcp" / "commit.json").unlink()
     path, payload = newest_readable(tmp_path)
     assert path.name == "c_4.pt" and payload["iteration"] == 4
