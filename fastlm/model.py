@@ -9,7 +9,7 @@ F feed-forward width, V vocabulary.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -210,6 +210,10 @@ class TransformerLM(nn.Module):
     from_config takes all of them as an object, and `config` is that object.
     Raises ValueError if d_model is not divisible by num_heads or the head is of odd width.
     """
+
+    if TYPE_CHECKING:  # to type checkers a module's own returns Any
+
+        def __call__(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor: ...
 
     # Under autocast the residual stream has the matmuls' dtype, too. Else it is float32.
     residual_follows_autocast = False

@@ -1,8 +1,8 @@
 """csrc/: its C++ tests with and without sanitizers, and the instruction sets seen from Python.
 
 The C++ tests (tests/csrc/) are built by the CMakeLists.txt that builds the extension, with
-sanitizers. The extension itself is tested through Python, in test_gather_batch*.py and
-test_cross_entropy*.py.
+sanitizers and, where its compiler and emulator are installed, for aarch64. The extension itself is
+tested through Python, in test_gather_batch*.py and test_cross_entropy*.py.
 """
 
 import functools
@@ -26,6 +26,13 @@ BUILDS = {
     "address,undefined": ["-DFASTLM_SANITIZE=address,undefined", "-DFASTLM_OPENMP=OFF"],
     "thread": ["-DFASTLM_SANITIZE=thread"],
 }
+# Debian: apt install g++-aarch64-linux-gnu qemu-user
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+BUILDS_FOR_ARM = [
+    "-DCMAKE_SYSTEM_NAME=Linux",
+    "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+    f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}",
+]
 
 
 def tool(name: str) -> str:
@@ -55,16 +62,20 @@ def build(tmp_path_factory):
         directory = tmp_path_factory.mktemp("csrc")
         if not supports(name, directory):
             pytest.skip(f"the C++ compiler has no runtime library for -fsanitize={name}")
-        ninja = tool("ninja")
-        configure = [tool("cmake"), "-S", ROOT, "-B", directory, "-G", "Ninja"]
-        configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Debug"]
-        configure += ["-DFASTLM_BUILD_TESTS=ON", *BUILDS[name]]
-        for command in (configure, [ninja, "-C", directory]):
-            result = subprocess.run(command, capture_output=True, text=True)
-            assert result.returncode == 0, result.stdout + result.stderr
-        return directory / "csrc_test"
+        return build_tests(directory, "-DCMAKE_BUILD_TYPE=Debug", *BUILDS[name])
 
     return built
+
+
+def build_tests(directory: Path, *options: str) -> Path:
+    """Builds the C++ tests in the directory with these CMake options; the path of the binary."""
+    ninja = tool("ninja")
+    configure = [tool("cmake"), "-S", ROOT, "-B", directory, "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DFASTLM_BUILD_TESTS=ON", *options]
+    for command in (configure, [ninja, "-C", directory]):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return directory / "csrc_test"
 
 
 def run(binary: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -87,12 +98,29 @@ def run(binary: Path, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("name", BUILDS)
 def test_cpp_tests_pass(build, name):
     result = run(build(name))
+    check_passed(result)
+    assert "Sanitizer" not in result.stderr and "runtime error" not in result.stderr
+    assert "OpenMP" not in result.stdout
+
+
+def check_passed(result: subprocess.CompletedProcess) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     summary = re.fullmatch(r"(\d+) passed, 0 failed", result.stdout.splitlines()[-1])
     assert summary, result.stdout
     assert int(summary[1]) > 5_000  # a driver that tests nothing would pass, too
-    assert "Sanitizer" not in result.stderr and "runtime error" not in result.stderr
-    assert "OpenMP" not in result.stdout
+
+
+def test_cpp_tests_pass_on_aarch64(tmp_path):
+    # As built for users, -O3 and OpenMP; all but a fork, which this emulator cannot do.
+    emulator, compiler = shutil.which(ARM_EMULATOR), shutil.which(ARM_COMPILER)
+    if not emulator or not compiler:
+        pytest.skip(f"needs {ARM_COMPILER} and {ARM_EMULATOR}")
+    binary = build_tests(tmp_path, "-DCMAKE_BUILD_TYPE=Release", *BUILDS_FOR_ARM)
+    with binary.open("rb") as file:
+        assert file.read(20)[18:] == b"\xb7\x00"  # the machine in its ELF header: AArch64
+    command = [emulator, "-L", "/usr/aarch64-linux-gnu", binary]
+    environment = {**os.environ, "FASTLM_NO_FORK": "1"}
+    check_passed(subprocess.run(command, capture_output=True, text=True, env=environment))
 
 
 @pytest.mark.parametrize(

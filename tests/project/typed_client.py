@@ -62,6 +62,7 @@ def models(directory: Path) -> fastlm.TransformerLM:
     config = fastlm.ModelConfig(vocab_size=8, d_model=8, num_heads=2, num_layers=1, max_seq_len=8)
     model = assert_type(fastlm.TransformerLM.from_config(config), fastlm.TransformerLM)
     assert_type(model.config, fastlm.ModelConfig)
+    assert_type(model(torch.zeros(1, 4, dtype=torch.long)), Tensor)
     assert_type(model.hidden(torch.zeros(1, 4, dtype=torch.long)), Tensor)
     assert_type(model.lm_head, nn.Linear)
     assert_type(fastlm.count_parameters(model), int)
