@@ -1,11 +1,11 @@
 """What a run's bits depend on beside its settings and data.
 
 On a CPU a run gives the same bits again, resumed or not, on the same kind of processor with the
-same number of threads, dtype, versions and compilation. On CUDA that holds where torch's operations
-do: attention's backward and some reductions may add in another order each time. There
-`deterministic` lets torch choose the operations that do not, and stops with an error at one that
-has no such form; fastlm's own kernels add in a fixed order. On MPS nothing is promised beyond the
-order of the data.
+same number of threads, dtype, versions and compilation; not with compile_mode max-autotune, which
+chooses kernels by their time. On CUDA that holds where torch's operations do: attention's backward
+and some reductions may add in another order each time. There `deterministic` lets torch choose the
+operations that do not, and stops with an error at one that has no such form; fastlm's own kernels
+add in a fixed order. On MPS nothing is promised beyond the order of the data.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def differences(stored: Any, now: Mapping[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+def deterministic_algorithms(wanted: bool, *, warn_only: bool = False) -> Iterator[None]:
     """torch.use_deterministic_algorithms inside, if `wanted`; as before behind it."""
     if not wanted:
         yield
@@ -66,11 +66,14 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every new tensor
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _version(package: str) -> str | None:

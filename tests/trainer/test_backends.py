@@ -268,3 +268,28 @@ def test_a_run_whose_matmuls_are_tuned_computes_the_same(tmp_path):
         found[mode] = loss(ids, ids)
         found[mode].backward()
     torch.testing.assert_close(*found.values())
+
+
+def test_a_compiled_embedding_repeats_its_gradient_on_a_cpu(tmp_path):
+    # 4,096 additions to 16 rows, which torch.compile spreads over the threads in any order.
+    torch.manual_seed(0)
+    table = torch.randn(16, 128, requires_grad=True)
+    tokens, upstream = torch.randint(0, 16, (4096,)), torch.randn(4096, 128)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.compiler.reset()
+        with backends(tiny_config(tmp_path, compile=True)):
+            assert torch.are_deterministic_algorithms_enabled()
+            rows = torch.compile(lambda: torch.nn.functional.embedding(tokens, table) * 1)
+            found = [torch.autograd.grad(rows(), table, upstream)[0] for _ in range(20)]
+            assert all(torch.equal(gradient, found[0]) for gradient in found)
+    finally:
+        torch.set_num_threads(threads)
+    assert not torch.are_deterministic_algorithms_enabled()
+    for settings in (
+        {"compile": False},
+        {"compile": True, "compile_mode": "max-autotune-no-cudagraphs"},
+    ):
+        with backends(tiny_config(tmp_path, **settings)):
+            assert not torch.are_deterministic_algorithms_enabled()
