@@ -79,6 +79,10 @@ class TrainingConfig:
     """Normalise queries and keys: steadier at high learning rates."""
     qk_norm_weight: bool = False
     """With qk_norm: a trained weight for each place in a head."""
+    value_residual: bool = False
+    """Mix each block's values with the first block's, by two trained weights a block."""
+    embedding_residual: bool = False
+    """Mix what enters each block with the token's embedding, by two trained weights a block."""
 
     # === Training steps ===
     total_steps: int = 10_000
@@ -118,6 +122,9 @@ class TrainingConfig:
     """Learning rate after the warm-up."""
     muon_lr: float = 0.02
     """Muon's learning rate after the warm-up; it goes up and down with AdamW's."""
+    embedding_lr: float | None = None
+    """The token embedding's learning rate after the warm-up (tied: the head's, too); it goes up and
+    down with the others'. Default: lr_max."""
     lr_min: float = 3e-5
     """Learning rate at the end."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -251,7 +258,7 @@ class TrainingConfig:
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must not be negative")
-        optional = "train_minutes max_epochs max_minutes ckpt_minutes tokens_per_step"
+        optional = "train_minutes max_epochs max_minutes ckpt_minutes tokens_per_step embedding_lr"
         for name in optional.split():
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must be positive")

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastlm.checkpoint import load_checkpoint, save_checkpoint
-from fastlm.model import Attention, Block, RMSNorm, SwiGLU, TransformerLM, apply_rope, rope_tables
+from fastlm.model import Attention, Block, RMSNorm, SwiGLU, TransformerLM
 from fastlm.model_config import ModelConfig
 from fastlm.ops.cross_entropy import cross_entropy_loss
 from fastlm.ops.gather_batch import get_batch
+from fastlm.ops.rope import apply_rope, rope_tables
 from fastlm.optim import AdamW, clip_gradients
 from fastlm.schedule import cosine_lr_schedule
 

@@ -251,8 +251,13 @@ def config_json(
     config: ModelConfig, *, dtype: torch.dtype, ends: Mapping[str, Any]
 ) -> dict[str, Any]:
     """config.json for a TransformerLM of this architecture; ends: its bos_token_id and
-    eos_token_id. Raises CheckpointError, naming what no
-    model of transformers has."""
+    eos_token_id. Raises CheckpointError, naming what no model of transformers has."""
+    for name in ("value_residual", "embedding_residual"):
+        if getattr(config, name):
+            raise CheckpointError(
+                f"{name}=True: no model of transformers has it; train with "
+                f"--no-{name.replace('_', '-')} what is to be exported"
+            )
     if config.qkv_bias and config.qk_norm:
         raise CheckpointError("qkv_bias with qk_norm: no model of transformers has both")
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"

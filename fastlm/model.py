@@ -20,7 +20,7 @@ from fastlm.kernels.collect import is_dtensor
 from fastlm.model_config import ModelConfig
 from fastlm.ops.causal_attention import causal_attention
 from fastlm.ops.dispatch import compute_dtype, on_gpu
-from fastlm.ops.rope import apply_rope, rotate_joint
+from fastlm.ops.rope import apply_rope, rope_tables, rotate_joint
 from fastlm.ops.swiglu import swiglu
 
 
@@ -38,33 +38,15 @@ class RMSNorm(nn.Module):
         return (wide * scale * self.weight).to(x.dtype)
 
 
-def rope_tables(
-    max_seq_len: int,
-    head_dim: int,
-    theta: float,
-    scaling: tuple[float, float, float, int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of position * theta^(-2i/d), fp32, (max_seq_len, d/2) each (arXiv:2104.09864).
-
-    scaling: ModelConfig.rope_scaling. What turns high_freq_factor times or more within the length
-    before keeps its frequency; low_freq_factor times or less, it turns `factor` times slower;
-    between them both are mixed.
-    """
-    wide = dict(dtype=torch.float64, device="cpu")  # not every device has float64
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, **wide) / head_dim)
-    if scaling is not None:
-        factor, low, high, length_before = scaling
-        turns = frequencies * length_before / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / factor)
-    angles = torch.outer(torch.arange(max_seq_len, **wide), frequencies)
-    return angles.cos().float(), angles.sin().float()
-
-
 def _unit_rms(x: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in fp32; x: (..., d)."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _mix(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """weights[0] * x + weights[1] * y, in fp32; x, y: of one shape and dtype."""
+    return (weights[0] * x.float() + weights[1] * y.float()).to(x.dtype)
 
 
 class KVCache:
@@ -113,7 +95,7 @@ class Attention(nn.Module):
 
     joint = False  # in training, one matmul for queries, keys and values
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, is_first: bool = True):
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.num_kv_heads = config.num_kv_heads
@@ -128,6 +110,9 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
         else:
             self.q_norm = self.k_norm = _unit_rms
+        self.gives_values = config.value_residual and is_first
+        mixes = config.value_residual and not is_first
+        self.value_mix = nn.Parameter(torch.empty(2)) if mixes else None
 
     def forward(
         self,
@@ -136,7 +121,8 @@ class Attention(nn.Module):
         sin: Tensor,  # as cos
         cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         mask: Tensor | None = None,  # (B, 1, T, T) bool, of document_mask
-    ) -> Tensor:  # (B, T, D)
+        first_values: Tensor | None = None,  # (B, H_kv, T, d), of value_residual
+    ) -> Tensor | tuple[Tensor, Tensor]:  # (B, T, D); with first_values if gives_values
         dropout_p = self.dropout if self.training else 0.0
 
         def heads(y: Tensor) -> Tensor:  # (B, T, H * d) -> (B, H, T, d), or H_kv in place of H
@@ -149,9 +135,11 @@ class Attention(nn.Module):
             numbers = self.num_heads, self.num_kv_heads
             turned = rotate_joint(_joint_product(x, layers), cos, sin, numbers)
             q, k, v = (y.transpose(-2, -3) for y in turned)
+            own, v = v, self._mixed(v, first_values)
             y = causal_attention(q, k, v, dropout_p=dropout_p)
-            return self.output_proj(y.transpose(-3, -2).flatten(-2))
+            return self._output(y, own)
         q, k, v = map(heads, _products(x, layers, joint))
+        own, v = v, self._mixed(v, first_values)
         if self.qk_norm:  # before the rotation, which changes no length
             q, k = self.q_norm(q), self.k_norm(k)
         rope = (cos, sin)
@@ -164,7 +152,14 @@ class Attention(nn.Module):
         else:
             groups = {"enable_gqa": True} if q.shape[-3] != k.shape[-3] else {}
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **groups)
-        return self.output_proj(y.transpose(-3, -2).flatten(-2))
+        return self._output(y, own)
+
+    def _output(self, y: Tensor, values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.output_proj(y.transpose(-3, -2).flatten(-2))
+        return (y, values) if self.gives_values else y
+
+    def _mixed(self, values: Tensor, first_values: Tensor | None) -> Tensor:
+        return values if self.value_mix is None else _mix(self.value_mix, values, first_values)
 
 
 class SwiGLU(nn.Module):
@@ -190,17 +185,27 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, is_first: bool = True):
         super().__init__()
+        mixes = config.embedding_residual and not is_first
+        self.embedding_mix = nn.Parameter(torch.empty(2)) if mixes else None
         self.ln1 = RMSNorm(config.d_model, config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, is_first=is_first)
         self.ln2 = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = SwiGLU(config.d_model, config.d_ff)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, mask=None) -> Tensor:
-        x = x + self.drop(self.attn(self.ln1(x), cos, sin, cache, mask))
-        return x + self.drop(self.ffn(self.ln2(x)))
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, mask=None, values=None, embedded=None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As Attention's; embedded: (B, T, D), what entered the first block."""
+        if self.embedding_mix is not None:
+            x = _mix(self.embedding_mix, x, embedded)
+        y = self.attn(self.ln1(x), cos, sin, cache, mask, values)
+        y, *given = y if isinstance(y, tuple) else (y,)
+        x = x + self.drop(y)
+        x = x + self.drop(self.ffn(self.ln2(x)))
+        return (x, *given) if given else x
 
 
 class TransformerLM(nn.Module):
@@ -241,7 +246,7 @@ class TransformerLM(nn.Module):
         with torch.device("meta"):  # layers draw weights of their own, which would be in vain
             self.token_embeddings = nn.Embedding(vocab_size, d_model)
             self.drop = nn.Dropout(config.dropout)
-            self.layers = nn.ModuleList(Block(config) for _ in range(num_layers))
+            self.layers = nn.ModuleList(Block(config, is_first=i == 0) for i in range(num_layers))
             self.ln_final = RMSNorm(d_model, config.norm_eps)
             self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
             table = torch.empty(max_seq_len, config.head_dim // 2, dtype=torch.float32)
@@ -282,6 +287,10 @@ class TransformerLM(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
+            elif isinstance(module, Attention) and module.value_mix is not None:
+                _assign(module.value_mix, torch.tensor([0.5, 0.5], device="cpu"))
+            elif isinstance(module, Block) and module.embedding_mix is not None:
+                _assign(module.embedding_mix, torch.tensor([1.0, 0.0], device="cpu"))
             elif isinstance(module, nn.Linear) and module.weight is not embedding:
                 std = math.sqrt(2 / sum(module.weight.shape))
                 if name.endswith(("output_proj", "w2")):
@@ -329,13 +338,17 @@ class TransformerLM(nn.Module):
         mask = document_mask(tokens, ends) if ends is not None and cache is None else None
         x = self.token_embeddings(tokens)
         x = self.drop(x.to(compute_dtype(x)) if self.residual_follows_autocast else x)
+        embedded, values = x if self.config.embedding_residual else None, None
         for index, layer in enumerate(self.layers):
+            extend = None
             if cache is not None:
-                x = layer(x, cos, sin, partial(cache.extend, index, max_seq_len=self.max_seq_len))
-            elif self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, None, mask, use_reentrant=False)
+                extend = partial(cache.extend, index, max_seq_len=self.max_seq_len)
+            arguments = (x, cos, sin, extend, mask, values, embedded)
+            if cache is None and self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, None, mask)
+                x = layer(*arguments)
+            x, values = x if isinstance(x, tuple) else (x, values)
         if cache is not None:
             cache.length = end
         return self.ln_final(x)
@@ -352,10 +365,15 @@ def document_mask(tokens: Tensor, document_end: int) -> Tensor:  # (B, T) ids
     return same.tril().unsqueeze(-3)
 
 
-@torch.no_grad()
 def _draw_normal(parameter: Tensor, std: float) -> None:
     """Normal numbers of torch's CPU generator, the same on every device and however sharded."""
-    values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu").normal_(std=std)
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+    _assign(parameter, empty.normal_(std=std))
+
+
+@torch.no_grad()
+def _assign(parameter: Tensor, values: Tensor) -> None:
+    """values: all of the parameter's, on the CPU, however it is sharded."""
     if is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
 

@@ -44,6 +44,12 @@ class ModelConfig:
     """Of the embedding, the attention weights and both residual branches, in training mode only."""
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of keeping its activations."""
+    value_residual: bool = False
+    """Behind the first block, values are mixed with the first block's, by two trained weights in
+    each block (arXiv:2410.17897)."""
+    embedding_residual: bool = False
+    """Behind the first block, what enters a block is mixed with the token's embedding, by two
+    trained weights in each block."""
 
     def __post_init__(self):
         if self.head_dim is None:

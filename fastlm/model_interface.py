@@ -29,7 +29,8 @@ from fastlm.model_config import ModelConfig
 # Settings of TransformerLM that a caller would miss in a model of his own.
 _OF_OUR_MODEL = (
     "num_kv_heads", "head_dim", "rope_scaling", "norm_eps", "qkv_bias", "qk_norm", "qk_norm_weight",
-    "tie_embeddings", "dropout", "activation_checkpointing", "joint_projections", "residual_dtype",
+    "value_residual", "embedding_residual", "tie_embeddings", "dropout", "activation_checkpointing",
+    "joint_projections", "residual_dtype",
 )  # fmt: skip
 
 
@@ -91,9 +92,15 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+def embedding_tables(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of its nn.Embedding that are trained, each once."""
+    weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [p for p in weights.values() if p.requires_grad]
+
+
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """The matrices inside its layers (blocks_of) that are trained, embeddings left out."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = {id(p) for p in embedding_tables(model)}
     inside = {id(p): p for block in blocks_of(model) for p in block.parameters()}
     return [p for p in inside.values() if p.ndim == 2 and p.requires_grad and id(p) not in tables]
 

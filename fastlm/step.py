@@ -26,7 +26,7 @@ from fastlm.hardware import select_device, select_dtype, synchronize
 from fastlm.kernels.collect import is_dtensor
 from fastlm.model import TransformerLM
 from fastlm.model_config import ModelConfig
-from fastlm.model_interface import hidden_matrices, model_class
+from fastlm.model_interface import embedding_tables, hidden_matrices, model_class
 from fastlm.model_loss import ModelLoss
 from fastlm.muon import Muon
 from fastlm.optim import AdamW
@@ -58,7 +58,8 @@ def create_model_and_optimizer(
 
 def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
     """The optimizer of `model` that cfg.optimizer names: matrices are decayed and vectors (norms'
-    weights, biases) are not, unless cfg.weight_decay_all. Muon has the matrices of the blocks.
+    weights, biases) are not, unless cfg.weight_decay_all. Muon has the matrices of the blocks, and
+    with cfg.embedding_lr the tables of nn.Embedding are a group of their own.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     hidden = hidden_matrices(model) if cfg.optimizer == "muon" else []
@@ -67,13 +68,25 @@ def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
             f"optimizer='muon': {type(model).__name__} has no matrix inside an nn.ModuleList "
             f"for it to train; use --optimizer adamw"
         )
-    taken = {id(p) for p in hidden}
+    tables = embedding_tables(model) if cfg.embedding_lr is not None else []
+    if cfg.embedding_lr is not None and not tables:
+        raise ConfigError(
+            f"embedding_lr={cfg.embedding_lr}: {type(model).__name__} has no nn.Embedding that is "
+            f"trained; leave it out"
+        )
+    taken = {id(p) for p in hidden + tables}
     parameters = [p for p in parameters if id(p) not in taken]
     decayed = [p for p in parameters if cfg.weight_decay_all or p.dim() >= 2]
     others = [p for p in parameters if not (cfg.weight_decay_all or p.dim() >= 2)]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": cfg.weight_decay}]
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
+    decay = {"weight_decay": cfg.weight_decay}
+    table_scale = (cfg.embedding_lr or cfg.lr_max) / cfg.lr_max
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, **decay},
+        {"params": others, "weight_decay": 0.0},
+        {"params": tables, **decay, "lr_scale": table_scale},
+        {"params": hidden, **decay, "lr_scale": cfg.muon_lr / cfg.lr_max, "momentum": 0.95},
+    ]
+    groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = dict(
         lr=cfg.lr_max,
         betas=cfg.betas,
@@ -84,12 +97,10 @@ def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
     )
     if not hidden:
         return AdamW(groups, **options)
-    scale = {"momentum": 0.95, "lr_scale": cfg.muon_lr / cfg.lr_max}
-    groups.append({"params": hidden, "weight_decay": cfg.weight_decay, **scale})
     dtype = select_dtype(cfg.dtype, hidden[0].device)
     # float16 has too few small numbers for a Gram matrix.
     dtype = torch.float32 if dtype == torch.float16 else dtype
-    return Muon([g for g in groups if g["params"]], **options, matmul_dtype=dtype)
+    return Muon(groups, **options, matmul_dtype=dtype)
 
 
 def create_model(cfg: TrainingConfig, *, meta: bool = False) -> TransformerLM:

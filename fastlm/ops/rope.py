@@ -6,12 +6,37 @@ torch.compile's own code for the interleaved pairs takes an H100 112 us where th
 Shapes: B batch, T positions, H query heads, H_kv key heads, d head width.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastlm.ops.registration import LIBRARY, register_op
 
 Rope = tuple[Tensor, Tensor]  # (cos, sin), (T, d/2) fp32 each
+
+
+def rope_tables(
+    max_seq_len: int,
+    head_dim: int,
+    theta: float,
+    scaling: tuple[float, float, float, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of position * theta^(-2i/d), fp32, (max_seq_len, d/2) each (arXiv:2104.09864).
+
+    scaling: ModelConfig.rope_scaling. What turns high_freq_factor times or more within the length
+    before keeps its frequency; low_freq_factor times or less, it turns `factor` times slower;
+    between them both are mixed.
+    """
+    wide = dict(dtype=torch.float64, device="cpu")  # not every device has float64
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, **wide) / head_dim)
+    if scaling is not None:
+        factor, low, high, length_before = scaling
+        turns = frequencies * length_before / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
+    angles = torch.outer(torch.arange(max_seq_len, **wide), frequencies)
+    return angles.cos().float(), angles.sin().float()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

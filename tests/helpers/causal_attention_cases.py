@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from tolerance import assert_as_accurate
 from torch import Tensor
 
-from fastlm.model import rope_tables
 from fastlm.ops.causal_attention import causal_attention_reference
-from fastlm.ops.rope import apply_rope
+from fastlm.ops.rope import apply_rope, rope_tables
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("out", "dq", "dk", "dv")

@@ -18,7 +18,7 @@ MORE_STEPS = range(3, 6)
 
 VARIANTS = {
     "plain": {},
-    "tied": dict(tie_embeddings=True),
+    "tied": dict(tie_embeddings=True, value_residual=True, embedding_residual=True),
     "split": dict(dtype=torch.bfloat16),  # with its remainders in int16
     "uneven": None,  # shards of one row and of none
 }

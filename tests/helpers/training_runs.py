@@ -26,6 +26,8 @@ TINY = dict(
     # Not the preset's, which the command takes where nothing is said.
     optimizer="adamw",
     qk_norm=False,
+    value_residual=False,
+    embedding_residual=False,
 )
 
 
@@ -55,7 +57,7 @@ def flags(**settings) -> list[str]:
 def tiny_flags(**settings) -> list[str]:
     """The flags of a tiny run on the files of write_tokens, into run/."""
     files = {"data": "train.npy", "val_data": "val.npy", "target_dir": "run"}
-    return flags(**{**TINY, **files, **settings})
+    return flags(**{**TINY, "embedding_lr": "None", **files, **settings})
 
 
 def tokens(count: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> np.ndarray:

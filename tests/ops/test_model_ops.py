@@ -9,11 +9,11 @@ from gpu import COMPILED_DEVICES, DEVICES
 from interpreter import run_kernel_cases
 
 import fastlm.model
-from fastlm.model import Attention, SwiGLU, rope_tables
+from fastlm.model import Attention, SwiGLU
 from fastlm.model_config import ModelConfig
 from fastlm.ops import causal_attention as attention
 from fastlm.ops.dispatch import on_gpu
-from fastlm.ops.rope import rotate, rotate_joint
+from fastlm.ops.rope import rope_tables, rotate, rotate_joint
 from fastlm.ops.swiglu import swiglu
 
 pytestmark = pytest.mark.usefixtures("one_thread")

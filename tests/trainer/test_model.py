@@ -70,9 +70,15 @@ def naive_logits(
             out[2 * i + 1] = a * math.sin(angle) + b * math.cos(angle)
         return out
 
-    xs = [w["token_embeddings.weight"][i] for i in ids]
+    def mix(name, xs, ys):
+        a, b = w.get(name, (1.0, 0.0))
+        return [a * x + b * y for x, y in zip(xs, ys, strict=True)]
+
+    first_values = None
+    xs = embedded = [w["token_embeddings.weight"][i] for i in ids]
     for n in range(num_layers):
         p = f"layers.{n}."
+        xs = mix(p + "embedding_mix", xs, embedded)
         normed = [norm(x, w[p + "ln1.weight"]) for x in xs]
         zero = torch.zeros(())
         q, k, v = (
@@ -80,6 +86,8 @@ def naive_logits(
              for x in normed]
             for c in "qkv"
         )  # fmt: skip
+        first_values = v if n == 0 else first_values
+        v = mix(p + "attn.value_mix", v, first_values)
         q_norm, k_norm = (w.get(f"{p}attn.{c}_norm.weight") for c in "qk")
         width = len(q[0]) // num_heads
         for t in range(len(xs)):
@@ -118,6 +126,30 @@ LLAMA = dict(  # all that the family adds
     num_heads=4, num_kv_heads=2, head_dim=10, norm_eps=1e-2, qkv_bias=True, qk_norm=True,
     qk_norm_weight=True, rope_scaling=(8.0, 1.0, 4.0, 20), rope_theta=100.0,
 )  # fmt: skip
+
+
+RESIDUALS = [
+    dict(value_residual=True),
+    dict(embedding_residual=True),
+    dict(value_residual=True, embedding_residual=True, qk_norm=True),
+]
+
+
+@pytest.mark.parametrize("settings", RESIDUALS)
+def test_residuals_from_the_first_block_equal_the_naive_implementation(settings):
+    model, ids = make_model(num_heads=4, num_kv_heads=2, **settings), random_tokens(1, T)
+    state = model.state_dict()
+    new = {n.partition(".attn")[0] for n in state if n.endswith("_mix")}
+    assert new and not any(n.startswith("layers.0") for n in new)
+    logits = model(ids)[0]
+    naive = naive_logits(state, ids[0].tolist(), 4, 10000.0, "qk_norm" in settings, num_kv_heads=2)
+    torch.testing.assert_close(logits.double(), naive, rtol=1e-4, atol=1e-4)
+    logits.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+    # New weights mix in half of the first values, and nothing of the embedding.
+    for name, weight in TransformerLM(V, D, H, L, T, **settings).named_parameters():
+        if name.endswith("_mix"):
+            assert weight.tolist() == ([0.5, 0.5] if "value" in name else [1.0, 0.0])
 
 
 @pytest.mark.parametrize("left_out", [(), ("num_kv_heads",), ("qk_norm", "qk_norm_weight")])
@@ -273,12 +305,12 @@ def test_dropout_only_in_training_mode():
             assert not torch.equal(model(ids), expected), place
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_activation_checkpointing_gives_the_same_gradients(dropout):
+@pytest.mark.parametrize("settings", [{}, {"dropout": 0.2}, RESIDUALS[-1]])
+def test_activation_checkpointing_gives_the_same_gradients(settings):
     ids = random_tokens(2, T)
     gradients, forwards = [], []
     for recompute in (False, True):
-        model = make_model(dropout=dropout, activation_checkpointing=recompute).train()
+        model = make_model(**settings, activation_checkpointing=recompute).train()
         calls = []
         # Before, not after it: recomputation stops where the last saved tensor is.
         model.layers[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
@@ -290,9 +322,9 @@ def test_activation_checkpointing_gives_the_same_gradients(dropout):
     assert forwards == [1, 2]  # it does recompute
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_cached_logits_equal_those_of_the_whole_sequence(qk_norm):
-    model = make_model(qk_norm=qk_norm).eval()
+@pytest.mark.parametrize("settings", [{}, {"qk_norm": True}, *RESIDUALS])
+def test_cached_logits_equal_those_of_the_whole_sequence(settings):
+    model = make_model(**settings).eval()
     ids = random_tokens(3, T)
     with torch.no_grad():
         expected = model(ids)

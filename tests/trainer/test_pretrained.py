@@ -171,6 +171,11 @@ def test_own_architectures_are_exported(tmp_path, settings):
 
 def test_what_no_model_of_transformers_has_is_refused(tmp_path):
     model = fastlm.TransformerLM(V, 32, 4, 1, T, qkv_bias=True, qk_norm=True)
+    for name in ("value_residual", "embedding_residual"):
+        flag = name.replace("_", "-")
+        mixed = fastlm.TransformerLM(V, 32, 4, 1, T, **{name: True})
+        with pytest.raises(CheckpointError, match=f"{name}=True: no model.*with --no-{flag}"):
+            export(mixed, tmp_path / "out")
     with pytest.raises(CheckpointError, match="qkv_bias with qk_norm"):
         export(model, tmp_path / "out")
     assert not [*tmp_path.iterdir()]
