@@ -6,6 +6,7 @@ import pytest
 import torch
 from in_process import TRAIN, VAL, checkpoint
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import losses, same, state, tiny_config, write_prepared
 
 from fastlm import ConfigError, TransformerLM, train_loop
@@ -33,9 +34,35 @@ def model(**options) -> TransformerLM:
 
 
 def test_the_mask():
-    found = document_mask(torch.tensor([[5, END, 7, 8]]), END)
+    found = document_mask(torch.tensor([[5, END, 7, 8]]), END, torch.bfloat16)
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert found.shape == (1, 1, 4, 4) and found[0, 0].int().tolist() == expected
+    assert found.shape == (1, 1, 4, 4) and found.dtype == torch.bfloat16
+    assert found[0, 0].exp().int().tolist() == expected
+
+
+class Masks(TorchDispatchMode):
+    """Counts the tensors with a place for each pair of 12 positions that are made."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = [x for x in args if isinstance(x, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and result.shape[-2:] == (12, 12):
+            self.count += not any(result.data_ptr() == x.data_ptr() for x in known)
+        return result
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_mask_serves_all_layers(autocast):
+    counts = []
+    for layers in (1, 3):
+        net = TransformerLM(16, 32, 2, layers, 16)
+        net.document_end = END
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Masks() as masks:
+            net(packed()[:, :12]).sum().backward()
+        counts.append(masks.count)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

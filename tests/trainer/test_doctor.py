@@ -155,22 +155,25 @@ def test_a_compiler_that_fails_is_a_problem(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "checkpointing, grad_accum",
+    "checkpointing, grad_accum, doc_mask",
     [
-        (False, 3),
-        (True, 1),
-        pytest.param(False, 1, marks=pytest.mark.exhaustive),
-        pytest.param(True, 3, marks=pytest.mark.exhaustive),
+        (False, 3, False),
+        (True, 1, False),
+        (False, 1, True),
+        pytest.param(False, 1, False, marks=pytest.mark.exhaustive),
+        pytest.param(True, 3, False, marks=pytest.mark.exhaustive),
     ],
 )
-def test_memory_foretold_is_what_a_step_takes(checkpointing, grad_accum):
+def test_memory_foretold_is_what_a_step_takes(checkpointing, grad_accum, doc_mask):
     """Of seven layers, from runs of two and three without content."""
     cfg = tiny_config(
         "unused", num_layers=7, d_model=64, context_len=64, grad_accum=grad_accum,
-        activation_checkpointing=checkpointing, dropout=0.1,
+        activation_checkpointing=checkpointing, dropout=0.1, doc_mask=doc_mask,
     )  # fmt: skip
     told = estimate.memory_needed(cfg, estimate.Sizes.of(cfg), CPU)
-    loss = ModelLoss(create_model(cfg), CPU, cfg)
+    model = create_model(cfg)
+    model.document_end = 0 if doc_mask else None
+    loss = ModelLoss(model, CPU, cfg)
     x = torch.zeros(cfg.batch_size, cfg.context_len, dtype=torch.int64)
     with estimate._LiveBytes() as live:
         for _ in range(grad_accum):
