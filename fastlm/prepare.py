@@ -108,12 +108,14 @@ def prepare(
             raise ConfigError(f"{name} {value}: it must be at least 1")
 
     encoder = load_tokenizer(tokenizer) if tokenizer is not None else None
-    if encoder is not None:
-        end_of_text_id(encoder, tokenizer)  # before any reading
+    asked: Any = vocab_size
+    template = CHATML
+    if encoder is not None:  # its mistakes before any reading
+        end_of_text = end_of_text_id(encoder, tokenizer)
+        asked = [encoder.to_str(), end_of_text]
+        template = template_of(encoder, tokenizer, end_of_text) if chat else template
     if chat:
-        template = CHATML if encoder is None else template_of(encoder, tokenizer)
         files = [replace(file, template=template) for file in files]
-    asked = encoder.to_str() if encoder is not None else vocab_size
     key = _key(files, [asked, val_fraction, shard_tokens])
     with staging_directory(out, _OWN_FILE, overwrite, key) as staging:
         journal = _Journal(staging, key)
