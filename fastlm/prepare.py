@@ -355,12 +355,12 @@ def _command(
 ) -> None:
     """Turn UTF-8 text into token files for python -m fastlm.train.
 
-    A document is a file, or a part of one that <|endoftext|> ends; of .jsonl and .parquet files, a
-    record. Stopped by Ctrl-C or a kill, the same command goes on where it was.
+    A document is a file, or a part of one that <|endoftext|> ends; of JSON lines and .parquet
+    files, a record. Stopped by Ctrl-C or a kill, the same command goes on where it was.
 
     Args:
-        inputs: Files (text, .jsonl, .parquet; text and .jsonl also as .gz or .zst), globs in quotes
-            ('books/**/*.txt'), directories (all of these below, or what datasets saved).
+        inputs: Files (text, .jsonl, .ndjson, .json of lines, also as .gz or .zst; .parquet), globs
+            in quotes ('books/**/*.txt'), directories (all of these below, or what datasets saved).
         out: The directory to write.
         vocab_size: Size of the byte-level BPE tokenizer to train. Default: 10000.
         tokenizer: Use this tokenizer, train none: gpt2, a tokenizer.json, or a directory with one.

@@ -205,9 +205,7 @@ def test_the_end_of_a_message_as_end_of_a_document_is_refused(place, tokens):
     tokenizer = bytes_alone(["</s>", *tokens[1:]])
     config = Path("tokenizer_config.json")
     config.write_text(json.dumps({"eos_token": tokens[-1]}))
-    with pytest.raises(
-        DataError, match=r"tokenizer\.json: <\|\w+\|> ends each message.*let eos"
-    ):
+    with pytest.raises(DataError, match=r"tokenizer\.json: <\|\w+\|> ends each message.*let eos"):
         prepared("out", tokenizer="tokenizer.json")
     config.write_text(json.dumps({"eos_token": "</s>"}))  # what the message says
     assert prepared("out", tokenizer="tokenizer.json").end_of_text == tokenizer.token_to_id("</s>")
@@ -227,7 +225,7 @@ def test_other_mistakes(place):
     with pytest.raises(DataError, match=r"t\.json: has neither <\|im_start\|> and"):
         prepared("out", tokenizer="t.json")
     (place / "a.txt").write_text("text")
-    with pytest.raises(DataError, match=r"a\.txt: --chat reads \.jsonl"):
+    with pytest.raises(DataError, match=r"a\.txt: --chat reads JSON lines"):
         prepare(find_text_files(["a.txt"]), "out", chat=True, log=quiet)
     chats = [[{"role": "user", "content": "alone"}]] * 5
     (place / "chats.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats))
