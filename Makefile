@@ -32,7 +32,7 @@ torture: $(VENV)/.installed
 # The same suite with the newest versions that the package index serves, and with the lowest that
 # pyproject.toml admits.
 test-newest: BIN := $(VENV)-newest/bin
-test-newest: $(VENV)-newest/.installed
+test-newest: $(VENV)-newest/.installed $(VENV)-newest/.extras
 	$(PYTEST) $(ARGS)
 
 test-oldest: BIN := $(VENV)-oldest/bin
@@ -78,11 +78,14 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wil
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[test]"
 	touch $@
 
-# What the integrations and the packages are tested with. Where the package index has one not, its
-# tests are skipped.
-$(VENV)/.extras: $(VENV)/.installed
-	for package in transformers accelerate tensorboard wandb pyarrow zstandard twine cibuildwheel; do \
-		$(BIN)/python -m pip install --quiet --retries 1 --timeout 20 $(PIP_FLAGS) -c constraints.txt \
+# What the integrations, the trackers, the notebook and the packages are tested with. Where the
+# package index has one not, its tests are skipped.
+EXTRAS = transformers accelerate lightning tensorboard wandb trackio nbformat nbclient ipykernel \
+	pyarrow zstandard twine cibuildwheel
+$(VENV)/.extras $(VENV)-newest/.extras: %/.extras: %/.installed
+	for package in $(EXTRAS); do \
+		$(@D)/bin/python -m pip install --quiet --retries 1 --timeout 20 $(PIP_FLAGS) \
+			$(if $(filter $(VENV),$*),-c constraints.txt,--upgrade) \
 			$$package || echo "$$package: not installed, its tests are skipped"; \
 	done
 	touch $@

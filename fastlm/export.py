@@ -39,9 +39,11 @@ def export(
 
     Its logits there are `model`'s own but for rounding, in fp32. It appears when all of it is
     written. tokenizer: the content of a tokenizer.json. end_of_text: the id of the token between
-    documents; by default `<|endoftext|>`'s, if the tokenizer has it. conversations: was it trained
-    on chats (prepare --chat)? Then the end of a turn ends a text, too, and there is a chat
-    template. file_bytes: weights of more are written to several files, with an index.
+    documents; by default `<|endoftext|>`'s or `<|end_of_text|>`'s, if the tokenizer has it.
+    conversations: was it trained on chats (prepare --chat)? Then the end of a turn ends a text,
+    too, and there is a chat template. file_bytes: weights of more are written to several files,
+    with an index.
+
     Raises OutputError if `out` is not empty or cannot be written, CheckpointError for an
     architecture that no model of transformers has.
     """

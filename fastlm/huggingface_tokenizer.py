@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastlm.data.chat import TRAINED_ROLE, template_of
-from fastlm.data.text import END_OF_TEXT, ChatTemplate
+from fastlm.data.text import ChatTemplate
+from fastlm.data.tokenizer import named_end_of_text
 from fastlm.errors import CheckpointError, shown
 from fastlm.huggingface import TOKENIZER, read_json
 
@@ -92,14 +93,14 @@ class TextEnds(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: str | None, end_of_text: int | None, conversations: bool) -> "TextEnds":
-        """end_of_text None: `<|endoftext|>`'s, if the tokenizer has it."""
+        """end_of_text None: `<|endoftext|>`'s or `<|end_of_text|>`'s, if the tokenizer has it."""
         if tokenizer is None:
             return cls(end_of_text, None, None)
         from tokenizers import Tokenizer
 
         known = Tokenizer.from_str(tokenizer)
         if end_of_text is None:
-            end_of_text = known.token_to_id(END_OF_TEXT)
+            end_of_text = named_end_of_text(known)
         if not conversations:
             return cls(end_of_text, None, None)
         template = template_of(known, TOKENIZER)

@@ -1,6 +1,7 @@
 """The training loop: steps, log lines, evaluations, checkpoints, and the end of a run."""
 
 import contextlib
+import hashlib
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -85,7 +86,11 @@ class Run:
             if cfg.track
             else None
         )
-        self.log.metrics("start", step=start_step, config=asdict(cfg), data=data.fingerprint)
+        tokenizer = data.tokenizer_json
+        digest = None if tokenizer is None else hashlib.sha256(tokenizer.encode()).hexdigest()
+        self.log.metrics(
+            "start", step=start_step, config=asdict(cfg), data=data.fingerprint, tokenizer=digest
+        )
         resumed = None if cfg.ckpt_path_to_resume is None else Path(cfg.ckpt_path_to_resume)
         self.saver = Saver(
             directory.checkpoint_path,

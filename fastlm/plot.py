@@ -25,6 +25,9 @@ class Curve:
     means: list[float]  # of all steps since the loss before
     val_x: list[float]
     val_losses: list[float]
+    tokenizer: str | None  # digest of its file; of an earlier fastlm's run, or one without: None
+    vocab_size: int | None
+    bits_per_byte: float | None  # behind the last step
 
 
 def read_curve(path: Path, x: str) -> Curve:
@@ -44,6 +47,8 @@ def read_curve(path: Path, x: str) -> Curve:
     name = _VALUES[x]
     if not all(_finite(row.get(name)) for row in train):
         raise DataError(f"{found[0]}: its run logged no {name}; compare it with --x steps")
+    start = next((row for row in rows if row["event"] == "start"), {})
+    end = rows[-1] if rows[-1]["event"] == "summary" else {}
     unit = 60 if x == "minutes" else 1
     steps, places_x = ([row[key] for row in train] for key in ("step", name))
     places_x = [value / unit for value in places_x]
@@ -54,6 +59,9 @@ def read_curve(path: Path, x: str) -> Curve:
         means=[row["avg_loss"] if _finite(row.get("avg_loss")) else row["loss"] for row in train],
         val_x=[_place(row["step"], steps, places_x) for row in val],
         val_losses=[row["val_loss"] for row in val],
+        tokenizer=start.get("tokenizer"),
+        vocab_size=start.get("config", {}).get("vocab_size"),
+        bits_per_byte=end.get("bits_per_byte"),
     )
 
 
@@ -106,6 +114,26 @@ def _labels(curves: list[Curve]) -> list[str]:
     return labels
 
 
+def note_on_tokenizers(curves: list[Curve]) -> str | None:
+    """A line if the runs' tokenizers differ, as far as their metrics tell; else None."""
+    for of_curve in (lambda c: c.tokenizer, lambda c: c.vocab_size):
+        known = [of_curve(curve) for curve in curves]
+        if None not in known:
+            break
+    else:
+        return None
+    if len(set(known)) == 1:
+        return None
+    shown = (
+        f"{label} {'unknown' if curve.bits_per_byte is None else f'{curve.bits_per_byte:.4f}'}"
+        for curve, label in zip(curves, _labels(curves), strict=True)
+    )
+    return (
+        "note: the runs' tokenizers differ: their nats per token do not compare, bits/byte of the "
+        f"same text do; at the end: {', '.join(shown)}"
+    )
+
+
 def _finite(value: Any) -> bool:
     return type(value) in (int, float) and bool(np.isfinite(value))
 
@@ -125,13 +153,16 @@ def _command(
     """
     if not runs:
         raise ConfigError("no runs are given; name their directories: runs/A runs/B")
-    figure = compare([read_curve(path, x) for path in runs], x)
+    curves = [read_curve(path, x) for path in runs]
+    figure = compare(curves, x)
     try:
         figure.savefig(out)
     except (OSError, ValueError) as error:  # ValueError: an ending that is no format
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"--out {out}: cannot be written ({reason})") from error
     print(f"[plot] {out}: {len(runs)} run{'s' * (len(runs) > 1)} over {x}")
+    if note := note_on_tokenizers(curves):
+        print(f"[plot] {note}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -108,12 +108,14 @@ def prepare(
             raise ConfigError(f"{name} {value}: it must be at least 1")
 
     encoder = load_tokenizer(tokenizer) if tokenizer is not None else None
-    if encoder is not None:
-        end_of_text_id(encoder, tokenizer)  # before any reading
+    asked: Any = vocab_size
+    template = CHATML
+    if encoder is not None:  # its mistakes before any reading
+        end_of_text = end_of_text_id(encoder, tokenizer)
+        asked = [encoder.to_str(), end_of_text]
+        template = template_of(encoder, tokenizer, end_of_text) if chat else template
     if chat:
-        template = CHATML if encoder is None else template_of(encoder, tokenizer)
         files = [replace(file, template=template) for file in files]
-    asked = encoder.to_str() if encoder is not None else vocab_size
     key = _key(files, [asked, val_fraction, shard_tokens])
     with staging_directory(out, _OWN_FILE, overwrite, key) as staging:
         journal = _Journal(staging, key)
@@ -353,12 +355,12 @@ def _command(
 ) -> None:
     """Turn UTF-8 text into token files for python -m fastlm.train.
 
-    A document is a file, or a part of one that <|endoftext|> ends; of .jsonl and .parquet files, a
-    record. Stopped by Ctrl-C or a kill, the same command goes on where it was.
+    A document is a file, or a part of one that <|endoftext|> ends; of JSON lines and .parquet
+    files, a record. Stopped by Ctrl-C or a kill, the same command goes on where it was.
 
     Args:
-        inputs: Files (text, .jsonl, .parquet; text and .jsonl also as .gz or .zst), globs in quotes
-            ('books/**/*.txt'), directories (all of these below, or what datasets saved).
+        inputs: Files (text, .jsonl, .ndjson, .json of lines, also as .gz or .zst; .parquet), globs
+            in quotes ('books/**/*.txt'), directories (all of these below, or what datasets saved).
         out: The directory to write.
         vocab_size: Size of the byte-level BPE tokenizer to train. Default: 10000.
         tokenizer: Use this tokenizer, train none: gpt2, a tokenizer.json, or a directory with one.

@@ -26,10 +26,20 @@ LLAMA_3 = ChatTemplate(
 )
 
 
-def template_of(tokenizer: "Tokenizer", name: Any) -> ChatTemplate:
-    """ChatML or Llama 3's, whichever special tokens there are; DataError for neither."""
+def template_of(tokenizer: "Tokenizer", name: Any, end_of_text: int | None = None) -> ChatTemplate:
+    """ChatML or Llama 3's, whichever special tokens there are.
+
+    end_of_text: the id that is to end each document. DataError if it ends a message, too, or if the
+    tokenizer has the tokens of neither.
+    """
     for template in (CHATML, LLAMA_3):
         if all(tokenizer.token_to_id(token) is not None for token in template.special):
+            if end_of_text is not None and end_of_text == tokenizer.token_to_id(template.end):
+                raise DataError(
+                    f"--tokenizer {name}: {template.end} ends each message and, as its eos_token, "
+                    f"would end each document; let eos_token in its tokenizer_config.json be the "
+                    f"token that ends a whole text"
+                )
             return template
     raise DataError(
         f"--tokenizer {name}: has neither {' and '.join(CHATML.special)} nor "

@@ -13,7 +13,15 @@ from typing import Any
 
 from fastlm.data.chat import conversation
 from fastlm.data.compression import COMPRESSED, inner_suffix, opened, optional
-from fastlm.data.text import Piece, TextFile, cut_document, read_pieces
+from fastlm.data.text import (
+    JSON,
+    JSON_LINES,
+    Piece,
+    TextFile,
+    cut_document,
+    first_record,
+    read_pieces,
+)
 from fastlm.errors import DataError, shown
 
 _ROWS = 1024  # of a table in memory at once
@@ -23,12 +31,12 @@ OnBytes = Callable[[int], object]
 def read_documents(file: TextFile, on_bytes: OnBytes = lambda _: None) -> Iterator[Piece]:
     """The documents of a file of any format, as read_pieces has those of a text file."""
     suffix = inner_suffix(file.path)
-    if suffix == ".jsonl":
+    if suffix in JSON_LINES or (suffix == JSON and _is_json_lines(file.path)):
         values = read_jsonl(file, on_bytes)
     elif suffix in (".parquet", ".arrow"):
         values = read_table(file, on_bytes)
     elif file.template:
-        raise DataError(f"{file.path}: --chat reads .jsonl, .parquet and .arrow files")
+        raise DataError(f"{file.path}: --chat reads JSON lines, .parquet and .arrow files")
     else:
         yield from read_pieces(file.path, on_bytes)
         return
@@ -42,6 +50,17 @@ def read_documents(file: TextFile, on_bytes: OnBytes = lambda _: None) -> Iterat
                 f"field"
             )
         yield from cut_document(index, value or "")
+
+
+def _is_json_lines(path: Path) -> bool:
+    """True; DataError for JSON of another form."""
+    if first_record(path) is None:
+        lines = f"{path.name.split('.')[0]}.jsonl"
+        raise DataError(
+            f"{path}: its first line is no JSON object; of a list of records jq -c '.[]' FILE > "
+            f"{lines} makes JSON lines, and plain text is read from a file called .txt"
+        )
+    return True
 
 
 def read_jsonl(file: TextFile, on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:

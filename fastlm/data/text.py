@@ -7,12 +7,14 @@ as several pieces, which concatenate to exactly the document.
 
 import codecs
 import glob
+import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastlm.data.compression import inner_suffix, opened
 from fastlm.errors import DataError
@@ -24,10 +26,11 @@ CHUNK_BYTES = 4 << 20
 # memory (4 MiB of Python source, `tokenizers` 0.23, 2 cores: 0.81, 0.86, 0.94 s; 91, 161, 316 MB).
 PIECE_CHARACTERS = 1 << 16
 
+# JSON lines, and what is known to be some only when its first line has been read (C4's files).
+JSON_LINES, JSON = (".jsonl", ".ndjson"), ".json"
 # What a directory is searched for; a file that is named itself may have any suffix, and is text
-# unless it is one of RECORDS. Each may be compressed: .jsonl.zst.
-RECORDS = (".jsonl", ".parquet", ".arrow")
-_SEARCHED = (".txt", ".jsonl", ".parquet")
+# unless it holds records. Each may be compressed: .jsonl.zst.
+_SEARCHED = (".txt", *JSON_LINES, ".parquet")
 _SAVED_DATASET, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # of datasets.save_to_disk
 
 
@@ -56,13 +59,19 @@ class Piece(NamedTuple):
     ignored: bool = False  # its tokens are no targets of the loss
 
 
-def find_text_files(inputs: Iterable[str | Path], text_key: str = "text") -> list[TextFile]:
+def find_text_files(
+    inputs: Iterable[str | Path],
+    text_key: str = "text",
+    log: Callable[[str], object] = print,
+) -> list[TextFile]:
     """The files that `inputs` (files, globs with `**`, directories) name.
 
-    A directory stands for all *.txt, *.jsonl and *.parquet below it, .gz and .zst ones, too; one
-    that `datasets` saved, for its records. Sorted by name; a file that is named twice comes once.
+    A directory stands for all *.txt, *.jsonl, *.ndjson and *.parquet below it, and for each *.json
+    whose first line is a record with the field `text_key`, .gz and .zst ones, too; one that
+    `datasets` saved, for its records. Sorted by name; a file that is named twice comes once.
 
     text_key: the field of a JSON line, or the column, that holds a record's text.
+    log: takes a line for each directory of which files are left out; hidden ones are not counted.
 
     Raises DataError if an input names no readable file.
     """
@@ -73,7 +82,7 @@ def find_text_files(inputs: Iterable[str | Path], text_key: str = "text") -> lis
     found = {}
     for argument in inputs:
         try:
-            found.update((os.path.realpath(path), path) for path in _expand(argument))
+            found.update((os.path.realpath(p), p) for p in _expand(argument, text_key, log))
         except OSError as error:
             raise DataError(f"{argument}: cannot be read ({error.strerror})") from error
     paths = [os.path.abspath(path) for path in found.values()]
@@ -84,14 +93,14 @@ def find_text_files(inputs: Iterable[str | Path], text_key: str = "text") -> lis
     return sorted(files, key=lambda file: file.name)
 
 
-def _expand(argument: str) -> list[str]:
+def _expand(argument: str, text_key: str, log: Callable[[str], object]) -> list[str]:
     if not argument:
         raise DataError("an input is the empty string; is a shell variable unset?")
     path = Path(argument).expanduser()
     if path.is_file():
         return [str(path)]
     if path.is_dir():
-        return _files_below(path, argument)
+        return _files_below(path, argument, text_key, log)
     if path.exists():
         raise DataError(f"{argument}: not a regular file; the input is read several times, save it")
     if not glob.has_magic(argument):
@@ -102,7 +111,9 @@ def _expand(argument: str) -> list[str]:
     return matches
 
 
-def _files_below(path: Path, argument: str) -> list[str]:
+def _files_below(
+    path: Path, argument: str, text_key: str, log: Callable[[str], object]
+) -> list[str]:
     if (path / _SAVED_SPLITS).is_file():
         splits = sorted(state.parent.name for state in path.glob(f"*/{_SAVED_DATASET}")) or [""]
         raise DataError(
@@ -118,14 +129,49 @@ def _files_below(path: Path, argument: str) -> list[str]:
                 f"{path / _SAVED_DATASET}: not a dataset of datasets.save_to_disk ({error}); save "
                 f"it again"
             ) from error
-    below = sorted(match for match in path.rglob("*") if inner_suffix(match) in _SEARCHED)
-    matches = [str(match) for match in below if match.is_file()]
+    matches, others = [], Counter[str]()
+    for match in sorted(path.rglob("*")):
+        suffix = inner_suffix(match)
+        if suffix not in _SEARCHED and any(p[0] == "." for p in match.relative_to(path).parts):
+            continue
+        if not match.is_file():
+            continue
+        is_record = suffix == JSON and text_key in (first_record(match) or ())
+        if suffix in _SEARCHED or is_record:
+            matches.append(str(match))
+        else:
+            compressed = suffix if match.suffix.lower() != suffix else ""
+            others[f"{compressed}{match.suffix.lower()}" or "no ending"] += 1
     if not matches:
         raise DataError(
-            f"{argument}: no *.txt, *.jsonl or *.parquet file in this directory; name other files "
-            f"by a glob in quotes, such as '{path / '**' / '*.md'}'"
+            f"{argument}: no *.txt, *.jsonl, *.ndjson or *.parquet file in this directory, and no "
+            f"*.json of lines with the field {text_key!r}; name other files by a glob in quotes, "
+            f"such as '{path / '**' / '*.md'}'"
+        )
+    if others:
+        count = others.total()
+        kinds = ", ".join(kind for kind, _ in others.most_common(5))
+        log(
+            f"{argument}: left out: {count:,} file{'s' * (count > 1)} "
+            f"({kinds}{', …' * (len(others) > 5)})"
         )
     return matches
+
+
+def first_record(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file's first line, {} of an empty file; None for anything else."""
+    with opened(path) as content:
+        lines = io.BufferedReader(content, 1 << 16)
+        if not (begin := lines.peek(1)):
+            return {}
+        if not begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            return None  # an array on one line may be as large as the file
+        line = next(line for line in lines if line.strip())
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def read_pieces(

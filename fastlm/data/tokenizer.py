@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
+# Llama 3's, too: of its chat models the eos_token is the end of a turn.
+_ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")
 
 
 def train_tokenizer(
@@ -94,13 +96,19 @@ def parse_tokenizer(text: str) -> Tokenizer:
     return encoding_plain_text(tokenizer)
 
 
+def named_end_of_text(tokenizer: Tokenizer) -> int | None:
+    """The id of the token whose name says that it ends a text, if there is one."""
+    ids = map(tokenizer.token_to_id, _ENDS_OF_TEXT)
+    return next((found for found in ids if found is not None), None)
+
+
 def end_of_text_id(tokenizer: Tokenizer, name: str | Path | None = None) -> int:
     """The id of the token that ends a document.
 
-    `<|endoftext|>`'s; else, of a tokenizer that was loaded by `name`, that of the eos_token in the
-    tokenizer_config.json beside it. DataError if there is none.
+    `<|endoftext|>`'s, else `<|end_of_text|>`'s; else, of a tokenizer that was loaded by `name`,
+    that of the eos_token in the tokenizer_config.json beside it. DataError if there is none.
     """
-    found = tokenizer.token_to_id(END_OF_TEXT)
+    found = named_end_of_text(tokenizer)
     if found is not None:
         return found
     path = Path(name or ".")

@@ -1,12 +1,13 @@
 """Conversations: the assistant's words and the end of its messages are targets, nothing else."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from prepared_data import quiet, shard_tokens
+from prepared_data import bytes_tokenizer, quiet, shard_tokens
 from tokenizers import AddedToken, Tokenizer
 from training_runs import tiny_config
 
@@ -19,6 +20,7 @@ from fastlm.data.manifest import Manifest
 from fastlm.data.text import find_text_files
 from fastlm.data.tokenizer import train_tokenizer
 from fastlm.errors import DataError
+from fastlm.huggingface_tokenizer import TextEnds
 from fastlm.prepare import prepare
 
 CHATS = [
@@ -177,12 +179,53 @@ def test_what_is_no_conversation_is_named(place, record, message):
     assert message in str(error.value)
 
 
+CHAT_MODELS = {  # special tokens, as published: the eos_token is the end of a message
+    "Llama 3": ("<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "Qwen": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("tokens", CHAT_MODELS.values(), ids=CHAT_MODELS)
+def test_the_end_of_a_message_ends_no_document(place, tokens):
+    tokenizer = bytes_alone(tokens)
+    Path("tokenizer_config.json").write_text(json.dumps({"eos_token": tokens[-1]}))
+    end_of_text, end_of_turn = map(tokenizer.token_to_id, (tokens[0], tokens[-1]))
+    manifest = prepared("out", tokenizer="tokenizer.json")
+    assert manifest.end_of_text == end_of_text
+    for split in ("train", "val"):
+        ids = shard_tokens(place / "out", split)
+        assert (ids == end_of_text).sum() == manifest.splits[split].documents
+        assert (ids == end_of_turn).sum() == 5 * manifest.splits[split].documents
+    ends = TextEnds.of(tokenizer.to_str(), None, conversations=True)
+    assert ends.ids == {"bos_token_id": end_of_text, "eos_token_id": [end_of_turn, end_of_text]}
+
+
+@pytest.mark.parametrize("tokens", CHAT_MODELS.values(), ids=CHAT_MODELS)
+def test_the_end_of_a_message_as_end_of_a_document_is_refused(place, tokens):
+    tokenizer = bytes_alone(["</s>", *tokens[1:]])
+    config = Path("tokenizer_config.json")
+    config.write_text(json.dumps({"eos_token": tokens[-1]}))
+    with pytest.raises(DataError, match=r"tokenizer\.json: <\|\w+\|> ends each message.*let eos"):
+        prepared("out", tokenizer="tokenizer.json")
+    config.write_text(json.dumps({"eos_token": "</s>"}))  # what the message says
+    assert prepared("out", tokenizer="tokenizer.json").end_of_text == tokenizer.token_to_id("</s>")
+
+
+def bytes_alone(special: Sequence[str]) -> Tokenizer:
+    """tokenizer.json: a tokenizer of the bytes, and of `special` tokens alone."""
+    bytes_tokenizer(Path("tokenizer.json"), end_of_text=None)
+    tokenizer = Tokenizer.from_file("tokenizer.json")
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.save("tokenizer.json")
+    return tokenizer
+
+
 def test_other_mistakes(place):
     chat_tokenizer()
     with pytest.raises(DataError, match=r"t\.json: has neither <\|im_start\|> and"):
         prepared("out", tokenizer="t.json")
     (place / "a.txt").write_text("text")
-    with pytest.raises(DataError, match=r"a\.txt: --chat reads \.jsonl"):
+    with pytest.raises(DataError, match=r"a\.txt: --chat reads JSON lines"):
         prepare(find_text_files(["a.txt"]), "out", chat=True, log=quiet)
     chats = [[{"role": "user", "content": "alone"}]] * 5
     (place / "chats.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats))

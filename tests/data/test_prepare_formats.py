@@ -76,6 +76,9 @@ FORMATS: dict[str, Callable[[Path], bytes | None]] = {
     "a.txt.gz": lambda path: gz(as_text(path)),
     "a.md.zst": lambda path: zst(as_text(path)),
     "a.jsonl": as_jsonl,
+    "a.ndjson": as_jsonl,
+    "a.json": as_jsonl,
+    "c4.00000-of-00001.json.gz": lambda path: gz(as_jsonl(path)),
     "a.jsonl.gz": lambda path: gz(as_jsonl(path)),
     "A.JSONL.ZST": lambda path: zst(as_jsonl(path)),
     "a.parquet": write_table,
@@ -103,9 +106,29 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
 
 
 def test_directories_are_searched_for_all_of_them(tmp_path):
-    names = ["a.txt", "b.txt.gz", "c/d.jsonl", "c/e.JSONL.zst", "f.parquet"]
+    names = ["a.txt", "b.txt.gz", "c/d.jsonl", "c/e.JSONL.zst", "f.parquet", "k.ndjson"]
     write_files(tmp_path, {name: "x" for name in [*names, "g.md", "h.arrow", "i.gz"]})
-    assert [file.name for file in find_text_files([tmp_path])] == sorted(names)
+    lines: list[str] = []
+    assert [file.name for file in find_text_files([tmp_path], log=lines.append)] == names
+    assert lines == [f"{tmp_path}: left out: 3 files (.md, .arrow, .gz)"]
+
+
+def test_a_directory_takes_json_that_holds_records(tmp_path):
+    record = '{"text": "x"}\n{"text": "y"}\n'
+    write_files(tmp_path, {"a.json": record, "about.json": '{"name": "x"}', "list.json": "[1]"})
+    write_files(tmp_path, {"empty.json": "", ".cache/a.json": record, ".cache/b.lock": ""})
+    (tmp_path / "b.json.gz").write_bytes(gz(record.encode()))
+    (tmp_path / "c.csv.gz").write_bytes(b"")
+    (tmp_path / "README").write_bytes(b"")
+    lines: list[str] = []
+    found = find_text_files([tmp_path], log=lines.append)
+    assert [file.name for file in found] == ["a.json", "b.json.gz"]
+    assert lines == [f"{tmp_path}: left out: 5 files (.json, no ending, .csv.gz)"]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "a.json").write_text(record)
+    assert find_text_files([tmp_path / "only"], log=lines.append) and len(lines) == 1
+    with pytest.raises(DataError, match=r"no \*\.json of lines with the field 'body'; name"):
+        find_text_files([tmp_path / "only"], text_key="body")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +143,9 @@ def test_directories_are_searched_for_all_of_them(tmp_path):
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl, line 1: not JSON"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
         ("a.jsonl", b'["x"]\n', "a.jsonl, line 1: holds ['x'], no JSON object"),
+        ("a.json", b'[{"text": "x"}]', "a.json: its first line is no JSON object; of a list of"),
+        ("a.json", b'{\n "text": "x"\n}', "jq -c '.[]' FILE > a.jsonl makes JSON lines"),
+        ("a.json", b'{"text": "x"}\n[]\n', "a.json, line 2: holds [], no JSON object"),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1: 'text' is 3, no text; --text-key"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}\n', "document 1 (from 0) holds half"),
         ("a.txt.gz", gz(b"text\n" * 999)[:-9], "a.txt.gz: damaged or incomplete .gz file"),
@@ -144,6 +170,12 @@ def test_a_cut_zst_file_is_not_taken_for_a_short_one(tmp_path):
     (tmp_path / "a.txt.zst").write_bytes(zst("".join(DOCUMENTS).encode())[:-5])
     with pytest.raises(DataError, match=r"a\.txt\.zst: damaged or incomplete"):
         list(read_documents(TextFile(tmp_path / "a.txt.zst", "a")))
+
+
+@pytest.mark.parametrize("name, content", [("a.json", b""), ("a.json.gz", gz(b""))])
+def test_an_empty_json_file_has_no_document(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert list(read_documents(TextFile(tmp_path / name, name))) == []
 
 
 def test_text_key(tmp_path):

@@ -1,11 +1,17 @@
 """docs/ and CONTRIBUTING.md: pages, files and targets that exist, with code that runs."""
 
+import dataclasses
 import json
 import re
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
+
+from fastlm.generate import GenerateArguments
+from fastlm.prepare import prepare
+from fastlm.run.cli import CommandLine
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -55,6 +61,19 @@ def test_the_files_and_pages_it_names_exist(page):
 def test_every_page_is_in_the_sites_navigation():
     nav = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(nav) == [page.name for page in PAGES]
+
+
+def test_litgpts_options_have_options_here():
+    page = (ROOT / "docs" / "nanogpt.md").read_text().split("\n## litgpt")[1]
+    # Of torchrun, lm_eval, hf, fastlm.export.
+    others = "--nproc-per-node --nnodes --model --model_args --tasks --local-dir --ckpt --out"
+    known = set(others.split())
+    for settings in (CommandLine, GenerateArguments):
+        known |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(settings)}
+    known |= {f"--{name.replace('_', '-')}" for name in signature(prepare).parameters}
+    rows = re.findall(r"^\| `.+? \| (.*) \|$", page, re.MULTILINE)
+    named = {flag for row in rows for flag in re.findall(r"--[\w-]+", row)}
+    assert len(named) > 30 and named <= known
 
 
 def test_contributing_names_targets_that_exist():

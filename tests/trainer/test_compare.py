@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 from command_server import commands
 from in_process import run_tiny
-from training_runs import losses, metrics
+from prepared_data import bytes_tokenizer, quiet, write_files
+from training_runs import losses, metrics, tiny_config
 
 import fastlm.plot as plot
+from fastlm.data.files import open_data
+from fastlm.data.text import find_text_files
+from fastlm.prepare import prepare
+from fastlm.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 
@@ -73,6 +78,44 @@ def test_the_command_compares_real_runs(tmp_path):
     result = commands().run(argv, tmp_path, call="fastlm.plot:main")
     assert (result.returncode, result.stdout) == (0, "[plot] both.png: 2 runs over minutes\n")
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_on(directory: Path, tokenizer: str) -> None:
+    """A run on text that `tokenizer` (a file) has encoded."""
+    data = directory / "data"
+    write_files(directory, {"text.txt": "<|endoftext|>".join(["def f(x): return x"] * 60)})
+    files = find_text_files([directory / "text.txt"])
+    prepare(files, data, tokenizer=tokenizer, val_fraction=0.3, log=quiet)
+    train(open_data([str(data)]), tiny_config(directory, vocab_size=300, total_steps=2))
+
+
+def test_runs_of_different_tokenizers_are_told_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bytes_tokenizer(Path("one.json"))
+    bytes_tokenizer(Path("other.json"), word=257)
+    for name, tokenizer in (("a", "one.json"), ("b", "one.json"), ("c", "other.json")):
+        run_on(tmp_path / name, tokenizer)
+    capsys.readouterr()
+    assert plot.main(["a", "b"]) == 0
+    assert capsys.readouterr().out == "[plot] compared.png: 2 runs over steps\n"
+    assert plot.main(["a", "c"]) == 0
+    ends = [metrics(tmp_path / name, "summary")[0]["bits_per_byte"] for name in "ac"]
+    note = capsys.readouterr().out.splitlines()[1]
+    assert note.startswith("[plot] note: the runs' tokenizers differ")
+    assert note.endswith(f"at the end: a {ends[0]:.4f}, c {ends[1]:.4f}")
+
+
+def test_runs_of_an_earlier_version_are_told_apart_by_their_vocabularies(tmp_path):
+    sizes = {"a": 300, "b": 300, "c": 400}
+    for name, size in sizes.items():
+        log = write_run(tmp_path / name, 2.0) / "logs" / "metrics.jsonl"
+        start = json.dumps({"event": "start", "step": 0, "config": {"vocab_size": size}})
+        log.write_text(f"{start}\n" + log.read_text().split("\n", 2)[2])
+    a, b, c = (plot.read_curve(tmp_path / name, "steps") for name in sizes)
+    assert plot.note_on_tokenizers([a, b]) is None and plot.note_on_tokenizers([a]) is None
+    assert plot.note_on_tokenizers([a, c]).endswith("at the end: a unknown, c unknown")
+    plain = plot.read_curve(write_run(tmp_path / "d", 2.0), "steps")
+    assert plot.note_on_tokenizers([a, plain]) is None
 
 
 @pytest.mark.parametrize(
