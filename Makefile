@@ -79,9 +79,9 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wil
 	touch $@
 
 # What the integrations, the trackers, the notebook and the packages are tested with. Where the
-# package index has one not, its tests are skipped.
-EXTRAS = transformers accelerate lightning tensorboard wandb trackio nbformat nbclient ipykernel \
-	pyarrow zstandard twine cibuildwheel
+# package index has one not, its tests are skipped. The large ones are installed by test-newest alone.
+EXTRAS = transformers accelerate tensorboard wandb pyarrow zstandard twine cibuildwheel
+$(VENV)-newest/.extras: EXTRAS += lightning trackio nbformat nbclient ipykernel
 $(VENV)/.extras $(VENV)-newest/.extras: %/.extras: %/.installed
 	for package in $(EXTRAS); do \
 		$(@D)/bin/python -m pip install --quiet --retries 1 --timeout 20 $(PIP_FLAGS) \
