@@ -18,8 +18,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         # bench/LOG.md, 2026-11-26: what these gain.
         qk_norm=True,
         optimizer="muon",
-        lr_max=5e-3,
-        lr_min=2.5e-4,
+        lr_max=1.25e-2,
+        lr_min=6e-4,
+        embedding_lr=0.05,
         warmup_iters=50,
     ),
     # The default on a CUDA device: the same data and recipe, a model that a GPU can be seen to work

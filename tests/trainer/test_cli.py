@@ -116,12 +116,12 @@ def test_several_data_files():
 
 
 def test_settings_are_checked_together_and_not_layer_by_layer():
-    """Each of these alone does not fit the preset's d_model = 128, or its lr_max = 5e-3."""
-    toml = write_toml("num_heads = 6", "lr_min = 5.5e-3")
-    cfg, _ = parsed("--config", toml, "--d-model", "384", "--lr-max", "6e-3")
-    assert (cfg.num_heads, cfg.d_model, cfg.lr_min, cfg.lr_max) == (6, 384, 5.5e-3, 6e-3)
-    with pytest.raises(ConfigError, match=r"lr_min=0\.006: it must not be above lr_max=0\.005"):
-        parse(["--config", write_toml("lr_min = 6e-3")])
+    """Each of these alone does not fit the preset's d_model = 128, or its lr_max = 1.25e-2."""
+    toml = write_toml("num_heads = 6", "lr_min = 0.015")
+    cfg, _ = parsed("--config", toml, "--d-model", "384", "--lr-max", "0.02")
+    assert (cfg.num_heads, cfg.d_model, cfg.lr_min, cfg.lr_max) == (6, 384, 0.015, 0.02)
+    with pytest.raises(ConfigError, match=r"lr_min=0\.02: it must not be above lr_max=0\.0125"):
+        parse(["--config", write_toml("lr_min = 0.02")])
 
 
 # --- settings that follow others ---
