@@ -148,15 +148,17 @@ def draw(runs: list[dict], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(6, 4), dpi=200, layout="tight")
     axes = figure.add_subplot()
-    colors = iter(("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"))
+    # Ends that lie near each other have their values above and below.
+    colors = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728")
+    styles = zip(colors, ("bottom", "top") * 2, strict=True)
     for name, group in itertools.groupby(runs, key=lambda run: run["trainer"] + run["rate"]):
-        color = next(colors)
+        color, above = next(styles)
         for number, run in enumerate(group):
             points = [*run["curve"], (run["seconds"], run["bits_per_byte"])]
             label = None if number else f"{name}, {run['tokens_per_second']:,.0f} tokens/s"
             axes.plot(*zip(*points, strict=True), color=color, label=label, lw=1)
             axes.plot(*points[-1], color=color, marker="o", ms=4)
-            axes.annotate(f"{points[-1][1]:.3f}", points[-1], fontsize=7, va="bottom")
+            axes.annotate(f"{points[-1][1]:.3f}", points[-1], fontsize=7, va=above, ha="right")
     axes.set(xlabel="seconds in training steps", ylabel="held-out bits per byte")
     axes.set_title(title, fontsize=8)
     axes.grid(alpha=0.3)
