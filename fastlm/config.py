@@ -122,9 +122,8 @@ class TrainingConfig:
     """Learning rate after the warm-up."""
     muon_lr: float = 0.02
     """Muon's learning rate after the warm-up; it goes up and down with AdamW's."""
-    embedding_lr: float | None = None
-    """The token embedding's learning rate after the warm-up (tied: the head's, too); it goes up and
-    down with the others'. Default: lr_max."""
+    embedding_lr_scale: float = 1.0
+    """The token embedding's learning rate (tied: the head's, too) in times of AdamW's."""
     lr_min: float = 3e-5
     """Learning rate at the end."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -246,7 +245,8 @@ class TrainingConfig:
         self._check_ranges()
         positive = (
             "batch_size context_len grad_accum vocab_size num_layers num_heads d_model d_ff "
-            "total_steps log_every eval_batches lr_max muon_lr eps rope_theta norm_eps"
+            "total_steps log_every eval_batches lr_max muon_lr eps rope_theta norm_eps "
+            "embedding_lr_scale"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
@@ -258,7 +258,7 @@ class TrainingConfig:
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must not be negative")
-        optional = "train_minutes max_epochs max_minutes ckpt_minutes tokens_per_step embedding_lr"
+        optional = "train_minutes max_epochs max_minutes ckpt_minutes tokens_per_step"
         for name in optional.split():
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: it must be positive")

@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         optimizer="muon",
         lr_max=1.25e-2,
         lr_min=6e-4,
-        embedding_lr=0.05,
+        embedding_lr_scale=4.0,
         warmup_iters=50,
     ),
     # The default on a CUDA device: the same data and recipe, a model that a GPU can be seen to work

@@ -59,7 +59,7 @@ def create_model_and_optimizer(
 def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
     """The optimizer of `model` that cfg.optimizer names: matrices are decayed and vectors (norms'
     weights, biases) are not, unless cfg.weight_decay_all. Muon has the matrices of the blocks, and
-    with cfg.embedding_lr the tables of nn.Embedding are a group of their own.
+    with cfg.embedding_lr_scale the tables of nn.Embedding are a group of their own.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     hidden = hidden_matrices(model) if cfg.optimizer == "muon" else []
@@ -68,10 +68,11 @@ def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
             f"optimizer='muon': {type(model).__name__} has no matrix inside an nn.ModuleList "
             f"for it to train; use --optimizer adamw"
         )
-    tables = embedding_tables(model) if cfg.embedding_lr is not None else []
-    if cfg.embedding_lr is not None and not tables:
+    scale = cfg.embedding_lr_scale
+    tables = embedding_tables(model) if scale != 1 else []
+    if scale != 1 and not tables:
         raise ConfigError(
-            f"embedding_lr={cfg.embedding_lr}: {type(model).__name__} has no nn.Embedding that is "
+            f"embedding_lr_scale={scale}: {type(model).__name__} has no nn.Embedding that is "
             f"trained; leave it out"
         )
     taken = {id(p) for p in hidden + tables}
@@ -79,11 +80,10 @@ def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
     decayed = [p for p in parameters if cfg.weight_decay_all or p.dim() >= 2]
     others = [p for p in parameters if not (cfg.weight_decay_all or p.dim() >= 2)]
     decay = {"weight_decay": cfg.weight_decay}
-    table_scale = (cfg.embedding_lr or cfg.lr_max) / cfg.lr_max
     groups: list[dict[str, Any]] = [
         {"params": decayed, **decay},
         {"params": others, "weight_decay": 0.0},
-        {"params": tables, **decay, "lr_scale": table_scale},
+        {"params": tables, **decay, "lr_scale": scale},
         {"params": hidden, **decay, "lr_scale": cfg.muon_lr / cfg.lr_max, "momentum": 0.95},
     ]
     groups = [group for group in groups if group["params"]]

@@ -135,11 +135,12 @@ class Resumed:
                 f"{self.path}: its optimizer is {shown(optimizer)}, not {cfg.optimizer}: resume it "
                 f"with --optimizer {optimizer}, or start with its weights: --init-from"
             )
-        rate = self.settings.get("embedding_lr")
-        if (rate is None) != (cfg.embedding_lr is None):  # else its group has the new rate
+        scale = self.settings.get("embedding_lr_scale", 1.0)
+        if (scale == 1) != (cfg.embedding_lr_scale == 1):  # else its group takes the new rate
             raise CheckpointError(
-                f"{self.path}: its embedding_lr is {rate}, not {cfg.embedding_lr}: resume it with "
-                f"--embedding-lr {rate}, or start with its weights: --init-from"
+                f"{self.path}: its embedding_lr_scale is {scale}, not {cfg.embedding_lr_scale}: "
+                f"resume it with --embedding-lr-scale {scale}, or start with its weights: "
+                f"--init-from"
             )
         stored = self.payload.get("data_fingerprint")
         changed = [
@@ -238,7 +239,7 @@ def _stored_settings(path: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(TrainingConfig)
     settings: dict[str, Any] = {}
     if "fastlm_version" in payload:  # an older one's run was none of a preset's that came later
-        settings = {"optimizer": "adamw", "qk_norm": False, "embedding_lr": None}
+        settings = {"optimizer": "adamw", "qk_norm": False, "embedding_lr_scale": 1.0}
         settings |= {"value_residual": False, "embedding_residual": False}
         settings |= {"tf32": False, "residual_dtype": "float32"}
     for name in (f.name for f in dataclasses.fields(TrainingConfig)):

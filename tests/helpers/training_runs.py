@@ -28,6 +28,7 @@ TINY = dict(
     qk_norm=False,
     value_residual=False,
     embedding_residual=False,
+    embedding_lr_scale=1.0,
 )
 
 
@@ -57,7 +58,7 @@ def flags(**settings) -> list[str]:
 def tiny_flags(**settings) -> list[str]:
     """The flags of a tiny run on the files of write_tokens, into run/."""
     files = {"data": "train.npy", "val_data": "val.npy", "target_dir": "run"}
-    return flags(**{**TINY, "embedding_lr": "None", **files, **settings})
+    return flags(**{**TINY, **files, **settings})
 
 
 def tokens(count: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> np.ndarray:

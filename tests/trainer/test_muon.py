@@ -48,28 +48,28 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(settings):
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw"}, {"tie_embeddings": True}])
 def test_the_embedding_has_a_rate_of_its_own(settings):
-    runner, cfg = made(embedding_lr=0.02, **settings)
+    runner, cfg = made(embedding_lr_scale=7.0, **settings)
     table, lr = runner.model.token_embeddings.weight, learning_rate(3, cfg)
     runner.run(0, lr)
     groups = [g for g in runner.optimizer.param_groups if "momentum" not in g]
     (own,) = (g for g in groups if any(p is table for p in g["params"]))
     assert len(own["params"]) == 1 and own["weight_decay"] == cfg.weight_decay
-    assert own["lr"] == pytest.approx(lr * 0.02 / cfg.lr_max)
+    assert own["lr"] == pytest.approx(lr * 7)
     assert [g["lr"] for g in groups if g is not own] == [lr] * (len(groups) - 1)
     assert len(groups) == (2 if settings.get("tie_embeddings") else 3)
 
 
 def test_an_embeddings_rate_on_resume(tmp_path):
-    run_tiny(tmp_path / "own", ckpt_every=5, embedding_lr=0.02)
+    run_tiny(tmp_path / "own", ckpt_every=5, embedding_lr_scale=7.0)
     run_tiny(tmp_path / "none", ckpt_every=5)
     path = str(checkpoint(tmp_path / "own", 5))
-    run_tiny(tmp_path / "rest", ckpt_path_to_resume=path, embedding_lr=0.02)
+    run_tiny(tmp_path / "rest", ckpt_path_to_resume=path, embedding_lr_scale=7.0)
     assert same(state(checkpoint(tmp_path / "own")), state(checkpoint(tmp_path / "rest")))
-    with pytest.raises(CheckpointError, match=r"embedding_lr is 0\.02, not None: resume it with"):
+    with pytest.raises(CheckpointError, match=r"_lr_scale is 7\.0, not 1\.0: resume it with"):
         run_tiny(tmp_path / "x", ckpt_path_to_resume=path)
-    with pytest.raises(CheckpointError, match=r"embedding_lr is None, not 0\.02: resume it with"):
+    with pytest.raises(CheckpointError, match=r"_lr_scale is 1\.0, not 7\.0: resume it with"):
         none = str(checkpoint(tmp_path / "none", 5))
-        run_tiny(tmp_path / "x", ckpt_path_to_resume=none, embedding_lr=0.02)
+        run_tiny(tmp_path / "x", ckpt_path_to_resume=none, embedding_lr_scale=7.0)
 
 
 def test_a_model_of_embedding_and_head_alone_is_refused():
@@ -242,8 +242,8 @@ def test_settings_that_are_refused():
         tiny_config("unused", parallel="fsdp", **MUON)
     with pytest.raises(ConfigError, match="muon_lr=0"):
         tiny_config("unused", muon_lr=0.0)
-    with pytest.raises(ConfigError, match="embedding_lr=0"):
-        tiny_config("unused", embedding_lr=0.0)
+    with pytest.raises(ConfigError, match="embedding_lr_scale=0"):
+        tiny_config("unused", embedding_lr_scale=0.0)
     table_free = nn.Linear(4, 4)
-    with pytest.raises(ConfigError, match=r"embedding_lr=0\.1: Linear has no nn\.Embedding"):
-        create_optimizer(table_free, tiny_config("unused", embedding_lr=0.1))
+    with pytest.raises(ConfigError, match=r"embedding_lr_scale=3\.0: Linear has no nn\.Embedding"):
+        create_optimizer(table_free, tiny_config("unused", embedding_lr_scale=3.0))
