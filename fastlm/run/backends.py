@@ -49,8 +49,8 @@ def backends(cfg: TrainingConfig, *, own_model: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # torch.compile's gradient of an embedding adds from all threads in any order, unless told.
         adds_in_any_order = cfg.compile and cfg.compile_mode == "default" and device.type == "cpu"
-        wanted = cfg.deterministic or adds_in_any_order
-        stack.enter_context(deterministic_algorithms(wanted, warn_only=not cfg.deterministic))
+        if cfg.deterministic or adds_in_any_order:
+            stack.enter_context(deterministic_algorithms(warn_only=not cfg.deterministic))
         if device.type == "cuda" and dtype == torch.float32:
             stack.enter_context(_matmul_precision("high" if cfg.tf32 else "highest"))
         if cfg.attention != "auto" and not cfg.eval_only:

@@ -57,17 +57,16 @@ def differences(stored: Any, now: Mapping[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def deterministic_algorithms(wanted: bool, *, warn_only: bool = False) -> Iterator[None]:
-    """torch.use_deterministic_algorithms inside, if `wanted`; as before behind it."""
-    if not wanted:
-        yield
-        return
-    # cuBLAS reads it when it is first used in the process, and without it adds in any order.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def deterministic_algorithms(*, warn_only: bool = False) -> Iterator[None]:
+    """torch.use_deterministic_algorithms inside; as before behind it."""
+    if not warn_only:
+        # cuBLAS reads it when it is first used in the process, and without it adds in any order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    # A caller who wants errors gets them.
+    torch.use_deterministic_algorithms(True, warn_only=warn_only and (warns or not before))
     torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every new tensor
     try:
         yield

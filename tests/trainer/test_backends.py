@@ -287,6 +287,12 @@ def test_a_compiled_embedding_repeats_its_gradient_on_a_cpu(tmp_path):
     finally:
         torch.set_num_threads(threads)
     assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # of a caller, who wants errors
+    try:
+        with backends(tiny_config(tmp_path, compile=True)):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
     for settings in (
         {"compile": False},
         {"compile": True, "compile_mode": "max-autotune-no-cudagraphs"},
