@@ -123,7 +123,8 @@ class TrainingConfig:
     muon_lr: float = 0.02
     """Muon's learning rate after the warm-up; it goes up and down with AdamW's."""
     embedding_lr_scale: float = 1.0
-    """The token embedding's learning rate (tied: the head's, too) in times of AdamW's."""
+    """The learning rate of embeddings in times of AdamW's. One that is tied to the head keeps
+    AdamW's."""
     lr_min: float = 3e-5
     """Learning rate at the end."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastlm.data.chat import CHATML, LLAMA_3
 from fastlm.data.text import END_OF_TEXT
-from fastlm.data.tokenizer import encode_batch, encoding_plain_text
+from fastlm.data.tokenizer import encode_batch, encoding_plain_text, named_end_of_text
 from fastlm.errors import ConfigError, run_command
 from fastlm.evaluate import evaluating
 from fastlm.hardware import select_device
@@ -148,7 +148,7 @@ def sample_texts(
         tokenizer.no_padding()  # published ones may cut or fill every text
         tokenizer.no_truncation()
         if end_of_text is None:
-            end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+            end_of_text = named_end_of_text(tokenizer)
         stops |= {end_of_text, *(tokenizer.token_to_id(t.end) for t in (CHATML, LLAMA_3))}
         start = list(begin) or ([] if end_of_text is None else [end_of_text])
         prompt_ids = encode_prompt(tokenizer, prompt)

@@ -23,8 +23,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         embedding_lr_scale=4.0,
         warmup_iters=50,
     ),
-    # The default on a CUDA device: the same data and recipe, a model that a GPU can be seen to work
-    # on. With more than about eight passes over the 2.3 M tokens the loss turned (bench/LOG.md).
+    # The default on a CUDA device: the same data, Muon and QK norm, a model that a GPU can be seen
+    # to work on. After about eight passes over the 2.3 M tokens the loss turned (bench/LOG.md).
     "demo-gpu": dict(
         batch_size=64,
         context_len=512,

@@ -59,7 +59,8 @@ def create_model_and_optimizer(
 def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
     """The optimizer of `model` that cfg.optimizer names: matrices are decayed and vectors (norms'
     weights, biases) are not, unless cfg.weight_decay_all. Muon has the matrices of the blocks, and
-    with cfg.embedding_lr_scale the tables of nn.Embedding are a group of their own.
+    with a cfg.embedding_lr_scale other than 1 the nn.Embedding's, unless a head shares them, are
+    a group of their own.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     hidden = hidden_matrices(model) if cfg.optimizer == "muon" else []
@@ -75,6 +76,8 @@ def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
             f"embedding_lr_scale={scale}: {type(model).__name__} has no nn.Embedding that is "
             f"trained; leave it out"
         )
+    heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    tables = [p for p in tables if id(p) not in heads]
     taken = {id(p) for p in hidden + tables}
     parameters = [p for p in parameters if id(p) not in taken]
     decayed = [p for p in parameters if cfg.weight_decay_all or p.dim() >= 2]

@@ -31,7 +31,9 @@ OnBytes = Callable[[int], object]
 def read_documents(file: TextFile, on_bytes: OnBytes = lambda _: None) -> Iterator[Piece]:
     """The documents of a file of any format, as read_pieces has those of a text file."""
     suffix = inner_suffix(file.path)
-    if suffix in JSON_LINES or (suffix == JSON and _is_json_lines(file.path)):
+    if suffix == JSON:
+        _check_json_lines(file.path)
+    if suffix in (*JSON_LINES, JSON):
         values = read_jsonl(file, on_bytes)
     elif suffix in (".parquet", ".arrow"):
         values = read_table(file, on_bytes)
@@ -52,15 +54,15 @@ def read_documents(file: TextFile, on_bytes: OnBytes = lambda _: None) -> Iterat
         yield from cut_document(index, value or "")
 
 
-def _is_json_lines(path: Path) -> bool:
-    """True; DataError for JSON of another form."""
+def _check_json_lines(path: Path) -> None:
+    """DataError for JSON of another form."""
     if first_record(path) is None:
-        lines = f"{path.name.split('.')[0]}.jsonl"
+        lines = f"{path.name[: path.name.lower().rindex(JSON)]}.jsonl"
         raise DataError(
             f"{path}: its first line is no JSON object; of a list of records jq -c '.[]' FILE > "
-            f"{lines} makes JSON lines, and plain text is read from a file called .txt"
+            f"{lines} makes JSON lines, of one object jq -c ., and plain text is read from a file "
+            f"called .txt"
         )
-    return True
 
 
 def read_jsonl(file: TextFile, on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:

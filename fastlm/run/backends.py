@@ -137,7 +137,7 @@ def attention_kernel(cfg: TrainingConfig, device: torch.device, dtype: torch.dty
     )
     mask = None
     if cfg.doc_mask:  # which says itself what is causal
-        mask = torch.ones(1, 1, *2 * (cfg.context_len,), dtype=torch.bool, device=device)
+        mask = torch.zeros(1, 1, *2 * (cfg.context_len,), dtype=dtype, device=device)
     chosen = torch._fused_sdp_choice(q, k, v, mask, cfg.dropout, mask is None)
     return SDPBackend(chosen).name.split("_")[0].lower()
 

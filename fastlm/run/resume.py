@@ -240,7 +240,6 @@ def _stored_settings(path: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if "fastlm_version" in payload:  # an older one's run was none of a preset's that came later
         settings = {"optimizer": "adamw", "qk_norm": False, "embedding_lr_scale": 1.0}
-        settings |= {"value_residual": False, "embedding_residual": False}
         settings |= {"tf32": False, "residual_dtype": "float32"}
     for name in (f.name for f in dataclasses.fields(TrainingConfig)):
         if name not in config or name in _NOT_RESUMED:

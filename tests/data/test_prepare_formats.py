@@ -113,6 +113,14 @@ def test_directories_are_searched_for_all_of_them(tmp_path):
     assert lines == [f"{tmp_path}: left out: 3 files (.md, .arrow, .gz)"]
 
 
+def test_a_damaged_json_that_nobody_named_is_left_out(tmp_path):
+    write_files(tmp_path, {"a.txt": "x"})
+    (tmp_path / "meta.json.gz").write_bytes(b"no gzip")
+    lines: list[str] = []
+    assert [f.name for f in find_text_files([tmp_path], log=lines.append)] == ["a.txt"]
+    assert lines == [f"{tmp_path}: left out: 1 file (.json.gz)"]
+
+
 def test_a_directory_takes_json_that_holds_records(tmp_path):
     record = '{"text": "x"}\n{"text": "y"}\n'
     write_files(tmp_path, {"a.json": record, "about.json": '{"name": "x"}', "list.json": "[1]"})

@@ -26,8 +26,6 @@ TINY = dict(
     # Not the preset's, which the command takes where nothing is said.
     optimizer="adamw",
     qk_norm=False,
-    value_residual=False,
-    embedding_residual=False,
     embedding_lr_scale=1.0,
 )
 
