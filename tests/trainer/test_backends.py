@@ -175,8 +175,9 @@ class Matmuls(TorchDispatchMode):
 def test_joint_projections_are_fewer_products_of_the_same_weights(tmp_path, dtype):
     ids = torch.arange(128).view(4, 32) % 64
     found, names = {}, []
+    mixes = dict(value_residual=True, embedding_residual=True)
     for joint in (False, True):
-        cfg = tiny_config(tmp_path, joint_projections=joint, dtype=dtype)
+        cfg = tiny_config(tmp_path, joint_projections=joint, dtype=dtype, **mixes)
         torch.manual_seed(0)
         model = create_model(cfg)
         loss = ModelLoss(model, CPU, cfg)

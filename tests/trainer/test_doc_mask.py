@@ -68,7 +68,7 @@ def test_one_mask_serves_all_layers(autocast):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_documents_are_what_they_are_alone(dtype):
     """Values and gradients: rotary positions are relative, so these restart, too."""
-    net = model(qk_norm=True).to(dtype)
+    net = model(qk_norm=True, value_residual=True, embedding_residual=True).to(dtype)
     together = net(packed())
     alone = torch.cat([net(torch.tensor([document])) for document in DOCUMENTS], dim=1)
     tolerance = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.1, rtol=0.05)

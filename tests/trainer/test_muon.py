@@ -62,13 +62,15 @@ def test_the_embedding_has_a_rate_of_its_own(settings):
 
 
 def test_an_embeddings_rate_on_resume(tmp_path):
-    run_tiny(tmp_path / "own", ckpt_every=5, embedding_lr_scale=7.0)
+    settings = dict(embedding_lr_scale=7.0, value_residual=True, embedding_residual=True)
+    run_tiny(tmp_path / "own", ckpt_every=5, **settings)
     run_tiny(tmp_path / "none", ckpt_every=5)
     path = str(checkpoint(tmp_path / "own", 5))
-    run_tiny(tmp_path / "rest", ckpt_path_to_resume=path, embedding_lr_scale=7.0)
+    run_tiny(tmp_path / "rest", ckpt_path_to_resume=path, **settings)
     assert same(state(checkpoint(tmp_path / "own")), state(checkpoint(tmp_path / "rest")))
     with pytest.raises(CheckpointError, match=r"_lr_scale is 7\.0, not 1\.0: resume it with"):
-        run_tiny(tmp_path / "x", ckpt_path_to_resume=path)
+        mixes = dict(value_residual=True, embedding_residual=True)
+        run_tiny(tmp_path / "x", ckpt_path_to_resume=path, **mixes)
     with pytest.raises(CheckpointError, match=r"_lr_scale is 1\.0, not 7\.0: resume it with"):
         none = str(checkpoint(tmp_path / "none", 5))
         run_tiny(tmp_path / "x", ckpt_path_to_resume=none, embedding_lr_scale=7.0)
