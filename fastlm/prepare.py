@@ -134,7 +134,8 @@ def prepare(
                 encoder = parse_tokenizer(path.read_text(encoding="utf-8"))
             elif encoder is None:
                 encoder = _trained(files, rule, found, vocab_size or DEFAULT_VOCAB_SIZE, log)
-            end_of_text = end_of_text_id(encoder, tokenizer)
+            if tokenizer is None:
+                end_of_text = end_of_text_id(encoder)
             tokenizer_json = encoder.to_str(pretty=True).encode()
             path.write_bytes(tokenizer_json)
             journal.has_tokenizer = True

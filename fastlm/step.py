@@ -58,9 +58,8 @@ def create_model_and_optimizer(
 
 def create_optimizer(model: nn.Module, cfg: TrainingConfig) -> AdamW:
     """The optimizer of `model` that cfg.optimizer names: matrices are decayed and vectors (norms'
-    weights, biases) are not, unless cfg.weight_decay_all. Muon has the matrices of the blocks, and
-    with a cfg.embedding_lr_scale other than 1 the nn.Embedding's, unless a head shares them, are
-    a group of their own.
+    weights, biases) are not, unless cfg.weight_decay_all. Muon has the matrices of the blocks. With
+    embedding_lr_scale other than 1, embeddings that no head shares are a group of their own.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     hidden = hidden_matrices(model) if cfg.optimizer == "muon" else []

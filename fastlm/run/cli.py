@@ -20,6 +20,9 @@ from fastlm.presets import PRESETS, preset_settings
 from fastlm.run.resume import RUNS, Resumed, find, initial_architecture, read_unchecked
 from fastlm.run.settings import nearest, read_toml, to_toml
 
+# What --init-from leaves out of a preset that nobody named: rates of new weights ruin trained ones.
+_OF_NEW_WEIGHTS = ("optimizer", "lr_max", "lr_min", "embedding_lr_scale")
+
 
 @dataclass
 class CommandLine(TrainingConfig):
@@ -87,7 +90,11 @@ def parse(
     if not {"--help", "-h"} & set(argv):
         resumed = _find_resumed(first, file_settings, read)
         init_from = first.init_from or file_settings.get("init_from")
-        initial = initial_architecture(init_from) if init_from and not resumed else {}
+        if init_from and not resumed:
+            initial = initial_architecture(init_from)
+            if chosen is None:
+                kept = {n: v for n, v in of_preset.items() if n not in _OF_NEW_WEIGHTS}
+                layers = [(f"preset {preset}", kept)]
     stored = resumed.settings if resumed else {}
     if initial:
         layers.append(("checkpoint of --init-from", initial))

@@ -18,6 +18,7 @@ from fastlm.data.text import find_text_files
 from fastlm.data.tokenizer import train_tokenizer
 from fastlm.export import export
 from fastlm.prepare import prepare
+from fastlm.run.cli import parse
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 
@@ -147,3 +148,12 @@ def test_it_is_evaluated_alone(place):
             for p in pieces
         )
     assert loss == pytest.approx(total.item() / (len(data) - 1), abs=1e-3)
+
+
+def test_trained_weights_get_no_rates_for_new_ones(place):
+    weights = ["--init-from", str(place / "model"), "--device", "cpu"]
+    rates = lambda cfg: (cfg.optimizer, cfg.lr_max, cfg.lr_min, cfg.embedding_lr_scale)  # noqa: E731
+    assert rates(parse(weights).config) == ("adamw", 3e-4, 3e-5, 1.0)
+    assert rates(parse([*weights, "--preset", "demo"]).config) == rates(parse(weights[2:]).config)
+    assert rates(parse(weights[2:]).config)[0] == "muon"
+    assert rates(parse([*weights, "--optimizer", "muon"]).config)[0] == "muon"
