@@ -47,9 +47,10 @@ def staging_directory(
         is_new = staging is None
         if staging is None:
             name = f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
-            staging = _made(out, target.parent / name, made)
-        with _written(out, staging, made):
+            staging = target.parent / name
+        with _written(out, staging, made):  # a signal may come as soon as there is a directory
             if is_new:
+                _make(out, staging)
                 stack.enter_context(_locked_anew(staging))
             yield staging
             for name in (PROGRESS_NAME, f"{PROGRESS_NAME}.new"):
@@ -77,16 +78,14 @@ def read_progress(staging: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _made(out: str | Path, staging: Path, made: list[Path]) -> Path:
+def _make(out: str | Path, staging: Path) -> None:
     try:
         staging.mkdir(parents=True)
     except OSError as error:
-        _unmake(made)
         raise OutputError(
             f"--out {out}: cannot write in {staging.parent} ({error.strerror}); choose a "
             f"directory that you can write to"
         ) from error
-    return staging
 
 
 @contextlib.contextmanager

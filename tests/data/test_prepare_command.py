@@ -217,6 +217,21 @@ def test_signals(place, number):
     assert sorted(os.listdir(place)) == ["in"]
 
 
+def test_a_signal_as_soon_as_there_is_a_directory(place, monkeypatch):
+    """Of prepare's parents, too, nothing stays."""
+    genuine = Path.mkdir
+
+    def interrupted(self, *arguments, **options):
+        genuine(self, *arguments, **options)
+        if self.name.startswith(".out.partial-"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(find_text_files(["in"]), "deep/er/out", vocab_size=270, log=quiet)
+    assert os.listdir(place) == ["in"]
+
+
 def test_leftovers_of_a_process_that_lives_stay(place):
     files = find_text_files(["in"])
     others = [
