@@ -53,7 +53,8 @@ def causal_attention(
     """
     _check(q, k, v, scale, rope)
     dtype, batch = compute_dtype(q), q.shape[:-3]
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not q.dtype == k.dtype == v.dtype == dtype:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if len(batch) != 1:
         q, k, v = (x.reshape(batch.numel(), *x.shape[-3:]) for x in (q, k, v))
     if _runs_cpp(impl, q, k, v, dropout_p):
@@ -118,12 +119,14 @@ def _seen(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _runs_cpp(impl: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> bool:
+    Tq, d = q.shape[-2:]
+    if impl == "auto" and Tq == 1:
+        return False
     if resolve_implementation("causal_attention", impl, q.device, q.dtype) != "cpp":
         return False
-    Tq, d = q.shape[-2:]
     if impl == "auto":
         transformed = not torch.compiler.is_compiling() and is_transformed(q, k, v)
-        return not (Tq == 1 or d > cpp.MAX_HEAD_DIM or dropout_p or transformed)
+        return not (d > cpp.MAX_HEAD_DIM or dropout_p or transformed)
     if d > cpp.MAX_HEAD_DIM:
         raise ValueError(
             f"impl='cpp' takes heads of at most {cpp.MAX_HEAD_DIM}, not d={d}: use impl='torch'"
