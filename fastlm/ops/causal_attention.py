@@ -20,6 +20,10 @@ from fastlm.ops import causal_attention_cpp as cpp
 from fastlm.ops.dispatch import autocasts, compute_dtype, on_gpu, resolve_implementation
 from fastlm.ops.rope import Rope, apply_rope, rotate
 
+# Of fewer queries than this behind a cache "cpp" would spend most of its time on packing the keys:
+# 1.2 to 2.6 times SDPA's (bench/LOG.md, 2026-11-26).
+_FEW_QUERIES = 8
+
 
 def causal_attention(
     q: Tensor,  # (..., H, Tq, d) fp32, bf16 or fp16; fp64 runs impl "torch"
@@ -46,7 +50,8 @@ def causal_attention(
 
     impl: "cpp" (CPU, d <= 256; results the same for any number of threads) or "torch"
     (F.scaled_dot_product_attention and its choice of a backend). "auto" takes "cpp" where it can
-    run, but "torch" for one query, as in decoding, with dropout, and under torch.func's transforms.
+    run, but "torch" for up to 7 queries behind more keys, as in decoding, with dropout, and under
+    torch.func's transforms.
 
     Raises ValueError for shapes, devices or an impl that do not fit, TypeError for dtypes. There is
     no second derivative, except with impl="torch" inside sdpa_kernel(SDPBackend.MATH).
@@ -120,7 +125,7 @@ def _seen(q: Tensor, k: Tensor) -> Tensor:
 
 def _runs_cpp(impl: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> bool:
     Tq, d = q.shape[-2:]
-    if impl == "auto" and Tq == 1:
+    if impl == "auto" and (Tq == 1 or (Tq < k.shape[-2] and Tq < _FEW_QUERIES)):
         return False
     if resolve_implementation("causal_attention", impl, q.device, q.dtype) != "cpp":
         return False

@@ -133,11 +133,12 @@ def test_under_autocast(impl):
     assert_bitwise_equal(mixed.detach(), expected[0])
 
 
-def test_one_query_and_dropout_go_to_sdpa():
-    case = make((2, 2, 2), 9, 8, Tq=1)
+def test_few_queries_and_dropout_go_to_sdpa():
+    case = make((2, 2, 2), 9, 8, Tq=7)
     counted = FlopCounterMode(display=False)
     with counted:
         causal_attention(case.q, case.k, case.v)
+        causal_attention(case.q[..., :1, :], case.k[..., :1, :], case.v[..., :1, :])
         one = causal_attention(case.k, case.k, case.v, dropout_p=0.5)
         torch.manual_seed(0)
         two = causal_attention(case.k, case.k, case.v, dropout_p=0.5)
@@ -145,6 +146,9 @@ def test_one_query_and_dropout_go_to_sdpa():
         assert torch.equal(causal_attention(case.k, case.k, case.v, dropout_p=0.5), two)
     assert not torch.equal(one, two)
     assert "fastlm" not in str(counted.get_flop_counts()["Global"])
+    with counted:
+        causal_attention(case.q, case.k[..., 2:, :], case.v[..., 2:, :])
+    assert "fastlm" in str(counted.get_flop_counts()["Global"])
 
 
 def test_flops_are_counted_as_sdpas():
