@@ -219,8 +219,8 @@ class GenerateArguments:
     """0: always the likeliest token."""
     top_k: int | None = None
     """Sample among the k likeliest tokens."""
-    top_p: float | None = None
-    """Sample among the fewest tokens whose probabilities reach p."""
+    top_p: float | None = 0.95
+    """Sample among the fewest tokens whose probabilities reach p. None: among all."""
     seed: int = 0
     device: str = "auto"
 

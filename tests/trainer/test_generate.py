@@ -1,5 +1,6 @@
 """Sampling rules, the sliding window, and the generate command on a tiny checkpoint."""
 
+import inspect
 import itertools
 import math
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from training_runs import flags, listing, metrics, tiny_config, write_prepared
 from fastlm import ConfigError, TransformerLM, create_model_and_optimizer, save_checkpoint
 from fastlm.data.manifest import Manifest
 from fastlm.generate import (
+    GenerateArguments,
     check_sampling,
     encode_prompt,
     generate,
@@ -346,6 +348,12 @@ def test_the_command_repeats_itself_with_a_seed(run_directory):
     only = run_generate(run_directory, prompt="def", top_k=1, top_p=0.5).stdout
     assert only == greedy[0]
     assert listing(run_directory) == before
+
+
+def test_the_command_samples_as_a_run_does():
+    function = inspect.signature(sample_texts).parameters
+    for name in ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed"):
+        assert getattr(GenerateArguments, name) == function[name].default, name
 
 
 def test_the_command_numbers_several_samples(run_directory):
