@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -243,13 +244,34 @@ int max_threads() {
 
 void run_pieces(int threads, int64_t pieces, void (*run)(const void* context, int64_t piece),
                 const void* context) {
-  if (threads > 1 && pieces > 1) {
-#ifdef _OPENMP
-    if (team.run(threads, pieces, run, context)) return;
-#endif
-    if (pool().run(threads, pieces, run, context)) return;
+  if (threads <= 1 || pieces <= 1) {
+    for (int64_t piece = 0; piece < pieces; ++piece) run(context, piece);
+    return;
   }
-  for (int64_t piece = 0; piece < pieces; ++piece) run(context, piece);
+  // An exception must not leave a thread of a team, nor a loop that others still work for.
+  struct Guarded {
+    void (*run)(const void* context, int64_t piece);
+    const void* context;
+    mutable std::atomic<bool> failed{false};
+    mutable std::exception_ptr error;
+  };
+  const Guarded guarded{run, context};
+  const auto run_guarded = [](const void* opaque, int64_t piece) {
+    const Guarded& g = *static_cast<const Guarded*>(opaque);
+    if (g.failed.load(std::memory_order_relaxed)) return;
+    try {
+      g.run(g.context, piece);
+    } catch (...) {
+      if (!g.failed.exchange(true)) g.error = std::current_exception();
+    }
+  };
+  bool done = false;
+#ifdef _OPENMP
+  done = team.run(threads, pieces, run_guarded, &guarded);
+#endif
+  done = done || pool().run(threads, pieces, run_guarded, &guarded);
+  for (int64_t piece = 0; !done && piece < pieces; ++piece) run_guarded(&guarded, piece);
+  if (guarded.error) std::rethrow_exception(guarded.error);
 }
 
 }  // namespace fastlm

@@ -21,13 +21,14 @@ int max_threads();
 
 // Calls run(context, i) once for each i in [0, pieces), on at most `threads` threads, the calling
 // one among them. A loop inside a piece, or in a second thread meanwhile, runs on its caller alone.
+// Throws what a piece has thrown, of several one, when none runs any longer; the rest may be left.
 void run_pieces(int threads, int64_t pieces, void (*run)(const void* context, int64_t piece),
                 const void* context);
 
 // Calls fn(begin, end) over a partition of [0, n) into contiguous pieces of about `grain` items,
 // which should take about 50 us: then work of less than 200 us stays on the calling thread, and a
-// thread that loses its core holds up little. fn must not throw, and its result must not depend on
-// the partition: so results do not depend on the number of threads.
+// thread that loses its core holds up little. The result must not depend on the partition: so
+// results do not depend on the number of threads.
 template <class Fn>
 void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
   constexpr int64_t kLeast = 4, kMost = 1 << 20;  // pieces that are worth waking a thread

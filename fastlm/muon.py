@@ -232,6 +232,7 @@ def _update_matrices(
 ) -> None:
     """The formula at the file's top, for many matrices at once. Nothing waits for the device."""
     momentum, lr = group["momentum"], group["lr"]
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     keep = momentum
     rows, columns = params[0].shape
     grads = torch.stack([p.grad for p in params]).to(buffers[0].dtype)

@@ -158,7 +158,7 @@ def _row_arguments(logits: Tensor, out: Tensor, options: Options) -> dict[str, o
     if logits.dtype not in _DTYPES:
         raise TypeError(f"logits has dtype {logits.dtype}: it must be float32, bfloat16 or float16")
     for name, x in (("logits", logits), ("out", out)):
-        if x.dim() != 2 or (x.stride(1) != 1 and x.shape[1] != 1):
+        if x.dim() != 2 or (x.stride(1) != 1 and x.shape[1] != 1 and x.numel()):
             raise ValueError(f"{name} has strides {x.stride()}: it must be (N, V), rows dense")
     if out is not logits and (out.shape != logits.shape or out.dtype != logits.dtype):
         raise ValueError(
@@ -229,6 +229,8 @@ def row_gradients(
 ) -> None:
     """The gradient of sum(grad_losses * losses) + sum(grad_lse * lse) for the logits, to `out`."""
     arguments = _row_arguments(logits, out, options)
+    if out.shape[0] > 1 and out.stride(0) < out.shape[1]:
+        raise ValueError(f"out has strides {out.stride()}: its rows overlap, as of expanded logits")
     given = [saved if g is None else g for g in (grad_losses, grad_lse)]
     strides = [-1 if g is None else g.stride(0) if g.dim() else 0 for g in (grad_losses, grad_lse)]
     if logits.shape[0]:

@@ -63,6 +63,11 @@ def check_options(options: dict[str, Any], what: str) -> None:
             raise ValueError(
                 f"{what}: {name}={options[name]} is not supported; torch.optim.AdamW has it"
             )
+    if not options.get("decoupled_weight_decay", True):
+        raise ValueError(
+            f"{what}: decoupled_weight_decay=False, as torch.optim.Adam's, is not supported; "
+            f"AdamW's weight decay is decoupled: drop the option"
+        )
 
 
 def check_group(group: dict[str, Any], what: str) -> None:

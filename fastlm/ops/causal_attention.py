@@ -109,10 +109,10 @@ def _by_sdpa(
         v,
         # One query sees all keys and needs no mask.
         attn_mask=_seen(q, k) if 1 < Tq < Tk else None,
-        is_causal=Tq == Tk,
+        is_causal=True if Tq == Tk else False,  # noqa: SIM210 compiled for any size, it is a SymBool
         dropout_p=dropout_p,
         scale=scale,
-        enable_gqa=q.shape[-3] != k.shape[-3],
+        enable_gqa=True if q.shape[-3] != k.shape[-3] else False,  # noqa: SIM210
     )
     return out.transpose(1, 2).contiguous()  # which most backends give, for such a q
 

@@ -110,7 +110,10 @@ def token_segments(data: TokenSource) -> list[np.ndarray]:
         return [np.ascontiguousarray(data.detach().cpu().numpy())]
     if isinstance(data, np.ndarray):
         return [np.ascontiguousarray(data)]
-    return list(data)
+    segments = list(data)
+    if not all(isinstance(segment, np.ndarray) for segment in segments):
+        raise TypeError("data must be an array of token ids or a list of arrays: np.array(data)")
+    return segments
 
 
 def check_window_fits(tokens: int, context_len: int, what: str = "data") -> None:

@@ -218,7 +218,7 @@ class GradientSums:
 
     def __init__(self, chunks: Chunks, wanted: list[bool]):
         self.head, self.chunks, self.first = chunks.head, chunks, True
-        self.hidden = torch.zeros_like(chunks.hidden) if wanted[0] else None
+        self.hidden = dense_zeros(chunks.hidden) if wanted[0] else None
         self.weight_wanted = wanted[1]
         self.weight: Tensor | None = None  # the sum so far
         self.bias = fp32(self.head.V, chunks.hidden.device).zero_() if wanted[2] else None
@@ -264,12 +264,17 @@ class GradientSums:
         """In the parameters' own dtypes; zeros where no row counted."""
         weight = self.weight
         if self.weight_wanted and weight is None:
-            weight = torch.zeros_like(self.head.weight)
+            weight = dense_zeros(self.head.weight)
         like = (None, self.head.weight, self.head.bias)
         return [
             g if g is None or p is None else g.to(p.dtype)
             for g, p in zip((self.hidden, weight, self.bias), like, strict=True)
         ]
+
+
+def dense_zeros(x: Tensor) -> Tensor:
+    """As the ops' fakes and scaling have gradients: whatever the strides of x."""
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:

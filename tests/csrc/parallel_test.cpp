@@ -15,6 +15,7 @@
 #include <filesystem>
 #include <mutex>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -148,6 +149,29 @@ void test_threads_that_do_not_run() {
 void test_threads_that_do_not_run() {}
 #endif
 
+void test_a_piece_that_throws() {
+  for (int threads : {1, 2, 4}) {
+    use_threads(threads);
+    for (int64_t bad : {0, 7, 19}) {
+      const std::string what =
+          "piece " + std::to_string(bad) + " throws, " + std::to_string(threads) + " threads";
+      std::string caught;
+      try {
+        for_each_of(20, threads, [&](int64_t piece) {
+          work_a_while();
+          if (piece == bad) throw std::runtime_error("piece " + std::to_string(piece));
+        });
+      } catch (const std::runtime_error& error) {
+        caught = error.what();
+      }
+      check(caught == "piece " + std::to_string(bad), what);
+      std::atomic<int> ran{0};
+      for_each_of(20, threads, [&](int64_t) { ++ran; });
+      check_equal(ran, 20, "a loop after that: " + what);
+    }
+  }
+}
+
 // The pool's threads do not exist in the child: it has to start its own, and the parent keeps its.
 void test_fork() {
   use_threads(4);
@@ -179,6 +203,7 @@ void test_parallel() {
   test_many_loops();
   test_loops_at_the_same_time();
   test_threads_that_do_not_run();
+  test_a_piece_that_throws();
   // qemu-user 7 aborts in the forked child of a program with threads.
   if (!std::getenv("FASTLM_NO_FORK")) test_fork();
 }

@@ -166,9 +166,18 @@ def test_grad_losses_of_any_form():
     torch.testing.assert_close(out, torch.softmax(logits, -1))
 
 
+def test_rows_that_overlap_are_not_written():
+    logits, targets = make(1, 9)
+    logits, targets = logits.expand(4, 9), targets.expand(4)
+    losses, lse, _, _ = row_losses(logits, targets, OPTIONS["defaults"])
+    with pytest.raises(ValueError, match="its rows overlap, as of expanded logits"):
+        row_gradients(logits, targets, lse, losses, None, OPTIONS["defaults"], logits)
+
+
 def test_no_rows():
     logits, targets = make(0, 9)
     one = torch.ones(())
+    row_losses(logits.new_empty(9, 0).t(), targets, OPTIONS["defaults"])  # strides of (1, 0)
     losses, lse, _, gradient = row_losses(logits, targets, OPTIONS["together"], gradient_scale=one)
     assert losses.shape == lse.shape == (0,) and gradient.shape == (0, 9)
     row_gradients(logits, targets, lse, losses, lse, OPTIONS["defaults"], gradient)

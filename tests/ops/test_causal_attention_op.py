@@ -95,6 +95,20 @@ def test_one_graph_for_all_sizes(dynamic, graphs):
     assert 0 < sum("call_function" in ops for ops in nodes) <= graphs
 
 
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_sdpa_in_one_graph_for_all_sizes(dynamic):
+    # What a GPU runs, and generated tokens. Of a size that varies a comparison is no bool.
+    def attend(q, k):
+        return causal_attention(q, k, k, impl="torch")
+
+    for sizes in ([(5, 5), (6, 6), (9, 9)], [(1, 5), (1, 6), (1, 9)], [(3, 5), (3, 6), (4, 9)]):
+        torch._dynamo.reset()
+        compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for Tq, Tk in sizes:
+            q, k = torch.randn(2, H, Tq, WIDTH), torch.randn(2, H_KV, Tk, WIDTH)
+            torch.testing.assert_close(compiled(q, k), attend(q, k))
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_inductor(dynamic):

@@ -138,6 +138,7 @@ def test_a_start_outside_the_data(index, start):
         (TypeError, "int64 with 2 dim", np.ones((3, 9), dtype=int), [0], {}),
         (TypeError, "contiguous", [np.arange(9)[::2]], [0], {}),
         (TypeError, "one dtype", [np.arange(9), np.arange(9, dtype=np.uint8)], [0], {}),
+        (TypeError, r"data must be an array .*np\.array\(data\)", [1, 2, 3, 4, 5], [0], {}),
         (ValueError, "segments is empty", [], [0], {}),
         (DeviceError, "device='gpu' is unknown", np.arange(9), [0], {"device": "gpu"}),
     ],

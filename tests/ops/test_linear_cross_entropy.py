@@ -93,6 +93,24 @@ def test_nothing_to_learn_from():
             assert all((gradient == 0).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hidden_states_and_weights_of_any_strides(compiled):
+    # Dense, but not row by row: as a convolution's output, and a transposed embedding.
+    *tensors, targets = make((1, 6, 8, 70), bias=False)
+    torch._dynamo.reset()
+    loss_of = linear_cross_entropy_loss
+    loss_of = torch.compile(loss_of, fullgraph=True) if compiled else loss_of
+    for labels in (targets, torch.full_like(targets, -100)):
+        found = []
+        for function, turned in ((linear_cross_entropy_loss, False), (loss_of, True)):
+            leaves = [(x.mT.contiguous() if turned else x) for x in tensors[:2]]
+            leaves = [x.detach().requires_grad_() for x in leaves]
+            loss = function(*(x.mT if turned else x for x in leaves), labels)
+            gradients = torch.autograd.grad(loss * 0.3, leaves)
+            found.append([loss.detach(), *(x.mT if turned else x for x in gradients)])
+        torch.testing.assert_close(*found)
+
+
 def test_ignored_rows_may_hold_anything():
     hidden, weight, bias, targets = make((9, 8, 70))
     expected = results(linear_cross_entropy_loss, hidden, weight, bias, targets)

@@ -30,6 +30,13 @@ def test_refused_options(option):
         AdamW([{"params": parameters(), option: True}])
 
 
+def test_decay_that_is_not_decoupled():
+    groups = torch.optim.Adam(parameters(), weight_decay=0.5).param_groups
+    with pytest.raises(ValueError, match="group 0: decoupled_weight_decay=False"):
+        AdamW(groups)
+    AdamW(torch.optim.AdamW(parameters()).param_groups)
+
+
 @pytest.mark.parametrize("name", ["lr", "betas", "eps", "weight_decay"])
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_a_group_without_a_hyperparameter(name, impl):

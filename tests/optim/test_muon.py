@@ -49,6 +49,18 @@ def run(optimizer, params, steps):
         optimizer.step()
 
 
+def test_a_rate_of_one_element():
+    found = []
+    for lr in (LR, torch.tensor(LR), torch.tensor([LR])):
+        matrices, others = parameters()
+        optimizer = muon(matrices, others)
+        optimizer.param_groups[1]["lr"] = lr
+        run(optimizer, matrices + others, range(2))
+        found.append([p.detach() for p in matrices])
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0])
+
+
 def muon_reference(weight, grad, buffer):
     """The formula line by line, for one fp64 matrix."""
     buffer.mul_(MOMENTUM).add_(grad, alpha=1 - MOMENTUM)
