@@ -6,12 +6,7 @@ from typing import Any
 from torch import nn
 
 from fastlm.checkpoint import checkpoint_payload, restore_model
-from fastlm.evaluate import (
-    describe_sets,
-    evaluating,
-    loss_over_sets,
-    mean_of_sets,
-)
+from fastlm.evaluate import describe_sets, evaluating, loss_over_sets, mean_of_sets
 from fastlm.generate import sample_texts
 from fastlm.model_interface import model_class
 from fastlm.parallel.wrap import gathered_on_main
@@ -35,15 +30,7 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     run.stop.promise = "the run's end can be had by --resume"
     try:
         with evaluating(runner.model):
-            found = loss_over_sets(
-                run.summed,
-                data,
-                cfg.batch_size,
-                cfg.context_len,
-                runner.device,
-                max_targets=cfg.final_eval_tokens,
-                world=run.world,
-            )
+            found = loss_over_sets(run.summed, data, cfg, runner.device, run.world)
     except Stopped:
         return False
     run.memory.sample()
