@@ -22,6 +22,7 @@ from fastlm.hardware import is_out_of_memory
 from fastlm.kernels.collect import is_dtensor, local_part
 from fastlm.parallel.commit import SUFFIX
 from fastlm.parallel.world import World
+from fastlm.run.guard import is_good
 
 
 class Report(NamedTuple):
@@ -97,7 +98,7 @@ class Saver:
             step = _step_of(resumed)
             if step in self._numbered:
                 self._unevaluated = step
-                self._good = step if _is_good(payload) else None
+                self._good = step if is_good(payload) else None
 
     def reserve(self, payload: dict[str, Any]) -> None:
         """Makes the memory of the copies of such a payload, in the background: otherwise the first
@@ -275,7 +276,7 @@ class Saver:
             if name.isdecimal():
                 self._numbered[int(name)] = path
                 self._found.pop(int(name), None)
-                if _is_good(payload):
+                if is_good(payload):
                     self._good = int(name)
             if name.isdecimal() or name == "final":
                 self.newest = path
@@ -318,12 +319,6 @@ def _peek(path: Path) -> dict[str, Any]:
     except Exception:  # gone, damaged, or another program's
         return {}
     return payload if isinstance(payload, dict) else {}
-
-
-def _is_good(payload: dict[str, Any]) -> bool:
-    """Was the step before it taken? The guard rolls back to such a checkpoint."""
-    guard = payload.get("guard")  # missing in an older version's
-    return not guard or guard["counts"][1] == 0
 
 
 def _stored_best(payload: dict[str, Any]) -> tuple[float, int] | None:

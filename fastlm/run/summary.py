@@ -34,7 +34,7 @@ class Clock:
         stored = {"step_seconds": 0.0, "run_seconds": 0.0} if resumed is None else None
         if resumed is not None and isinstance(resumed.get("clock"), Mapping):
             stored = resumed["clock"]
-        self.knows_all = stored is not None  # an older version's checkpoint has no clock
+        self.knows_all = stored is not None  # another program's checkpoint has no clock
         self._earlier, self._earlier_run = (
             float(stored[name]) if stored else 0.0 for name in ("step_seconds", "run_seconds")
         )
