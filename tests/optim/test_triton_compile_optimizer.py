@@ -88,10 +88,8 @@ def cases(everything: bool) -> list[dict]:
             )  # fmt: skip
         for g in range(4) if everything else (1, 3):
             size = [ELEMENT[DTYPES[g]]]
-            for kernel, config, stores in (
-                ("square_sums_kernel", configs.square_sums_config(rocm), []),
-                ("scale_gradients_kernel", configs.scale_gradients_config(rocm), size),
-            ):
+            config = configs.gradients_config(rocm)
+            for kernel, stores in (("square_sums_kernel", []), ("scale_gradients_kernel", size)):
                 if everything or target in ("sm_90", "gfx942"):
                     add(target, kernel, DTYPES[g], config, {"G": g}, size, stores)
         add(target, "add_sums_kernel", "any", configs.sums_config(rocm), {})
