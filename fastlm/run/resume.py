@@ -202,18 +202,16 @@ def _directory(path: Path | None, ckpt_dir: str | None, target_dir: str | None) 
         return path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if ckpt_dir or target_dir:
         return Path(ckpt_dir or Path(target_dir) / "checkpoints")
-    runs = [(_last_saved(run), run) for run in Path(RUNS).glob("*/checkpoints")]
-    runs = [(time, run) for time, run in runs if time is not None]
+    runs = [  # with the time of each one's newest checkpoint
+        (max(file.saved_at for file in files), run)
+        for run in Path(RUNS).glob("*/checkpoints")
+        if (files := list_checkpoints(run))
+    ]
     if not runs:
         raise CheckpointError(
             f"--resume: no run under {RUNS}/ has a checkpoint; name one: --resume PATH"
         )
     return max(runs)[1]
-
-
-def _last_saved(directory: Path) -> float | None:
-    """When the newest checkpoint there was saved."""
-    return max((file.saved_at for file in list_checkpoints(directory)), default=None)
 
 
 def _names(directory: Path) -> frozenset[str]:

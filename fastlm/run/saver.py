@@ -131,7 +131,8 @@ class Saver:
         self._last_save = time.monotonic()
         self._unevaluated = int(name) if name.isdecimal() else None
         if name.isdecimal() or name == "final":
-            payload = {**payload, "best_checkpoint": self._best_as_stored()}
+            best = self._best and {"val_loss": self._best[0], "step": self._best[1]}
+            payload = {**payload, "best_checkpoint": best}
         if self._wait_for_each:
             self._write(name, payload)
         else:
@@ -226,9 +227,6 @@ class Saver:
     def _is_old(self, step: int) -> bool:
         """Would its checkpoint have been deleted by now, its loss apart?"""
         return 0 < self._keep_last <= sum(other > step for other in self._numbered)
-
-    def _best_as_stored(self) -> dict[str, float] | None:
-        return None if self._best is None else {"val_loss": self._best[0], "step": self._best[1]}
 
     def _copied(self, payload: dict[str, Any], *, values: bool = True) -> dict[str, Any]:
         """`payload` with every tensor copied to the CPU, of a DTensor what this rank holds. One
