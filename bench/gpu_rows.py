@@ -100,11 +100,9 @@ def row_of_run(target: Path) -> dict[str, Any]:
     wanted = (
         "steps", "tokens", "tokens_per_second", "mfu", "matmul_ceiling_flops", "flops_per_token",
         "peak_memory_bytes", "compile_seconds", "step_seconds", "run_seconds", "skipped",
-        "bits_per_byte",
+        "bits_per_byte", "data_wait_seconds",
     )  # fmt: skip
     found = {name: summary[name] for name in wanted}
-    # Later versions say how long steps waited for their batches.
-    found |= {name: summary[name] for name in ("data_wait_seconds",) if name in summary}
     return {**found, "loss": sum(losses[-LAST:]) / len(losses[-LAST:])}
 
 

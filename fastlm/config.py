@@ -5,8 +5,8 @@ The comment behind a field is its help text (`python -m fastlm.train --help`).
 
 import math
 import os
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args, get_origin
 
 from fastlm.errors import ConfigError, shown
 from fastlm.model_config import ModelConfig, default_d_ff
@@ -279,20 +279,13 @@ class TrainingConfig:
             )
         if self.lr_min > self.lr_max:
             raise ConfigError(f"lr_min={self.lr_min}: it must not be above lr_max={self.lr_max}")
-        for name, values in (
-            ("optimizer", ("adamw", "muon")),
-            ("schedule", ("cosine", "wsd")),
-            ("guard", ("skip", "rollback", "off")),
-            ("dtype", ("auto", "float32", "bfloat16", "float16")),
-            ("residual_dtype", ("auto", "float32", "bfloat16")),
-            ("attention", ("auto", "cudnn", "flash", "fa3")),
-            ("compile_mode", ("default", "max-autotune-no-cudagraphs")),
-            ("compile_scope", (None, "model", "block")),
-            ("parallel", ("ddp", "fsdp")),
-        ):
-            if getattr(self, name) not in values:
+        for field in fields(self):  # Literal[...], or Literal[...] | None
+            optional = type(None) in get_args(field.type)
+            hint = get_args(field.type)[0] if optional else field.type
+            value, values = getattr(self, field.name), (*[None] * optional, *get_args(hint))
+            if get_origin(hint) is Literal and value not in values:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r}: it must be {', '.join(map(str, values))}"
+                    f"{field.name}={value!r}: it must be {', '.join(map(str, values))}"
                 )
         for name in self.track:
             if name not in TRACKERS:

@@ -54,7 +54,10 @@ def default_corpus(vocab_size: int = VOCAB_SIZE, *, log: Callable[[str], object]
     Raises DataError if the library's source is missing, OutputError if the cache cannot be
     written.
     """
-    say = _prefixed(log)
+
+    def say(line: str) -> None:
+        log(f"[corpus] {line}")
+
     files, key, size = _standard_library(vocab_size, say)
     directory = cache_directory() / f"stdlib-{key[:16]}"
     say(
@@ -87,10 +90,6 @@ def default_corpus(vocab_size: int = VOCAB_SIZE, *, log: Callable[[str], object]
                 raise
             say("another process has prepared it meanwhile")
     return directory
-
-
-def _prefixed(log: Callable[[str], object]) -> Callable[[str], object]:
-    return lambda line: log(f"[corpus] {line}")
 
 
 def _standard_library(

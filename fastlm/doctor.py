@@ -153,17 +153,14 @@ def _tell_machine(cfg: TrainingConfig, device: torch.device, dtype: torch.dtype)
     has = [name for name, there in extension().cpu_features().items() if there]
     versions = [f"{name} {now[name] or 'missing'}" for name in ("fastlm", "torch", "numpy")]
     _say("machine", f"{device} ({device_name(device)}), {_gib(free_memory(device))} GiB free")
-    _say("CPU", f"{', '.join(has) or 'portable code'}; torch uses {_capability()}")
+    capability = torch.backends.cpu.get_cpu_capability()
+    _say("CPU", f"{', '.join(has) or 'portable code'}; torch uses {capability}")
     _say(
         "versions",
         f"Python {platform.python_version()}, {', '.join(versions)}, triton {now['triton']}",
     )
     ops = {op: active_implementation(op, device, dtype) for op in IMPLEMENTATIONS}
     _say("ops", ", ".join(f"{op}: {name}" for op, name in ops.items()))
-
-
-def _capability() -> str:
-    return torch.backends.cpu.get_cpu_capability()
 
 
 def _tell_rates(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -186,7 +183,8 @@ def _tell_run(
 ) -> None:
     """Prints what the run takes; adds to `problems` what is not there."""
     sizes = Sizes.of(cfg)
-    _say("model", f"{sizes.parameters / 1e6:.2f} M parameters ({_described(cfg)})")
+    described = describe_model(create_model(cfg, meta=True))
+    _say("model", f"{sizes.parameters / 1e6:.2f} M parameters ({described})")
     memory, free = memory_needed(cfg, sizes, device), free_memory(device)
     _tell_memory(memory, device, free)
     if free is not None and memory.on(device) > free:
@@ -200,10 +198,6 @@ def _tell_run(
         timed = step_time(cfg, sizes, device, ceiling, free) if ceiling else None
     steps = _tell_time(cfg, sizes, ceiling, timed)
     _tell_disk(replace(cfg, total_steps=steps), sizes, problems)
-
-
-def _described(cfg: TrainingConfig) -> str:
-    return describe_model(create_model(cfg, meta=True))
 
 
 def _tell_memory(memory: Memory, device: torch.device, free: int | None) -> None:

@@ -167,22 +167,15 @@ def loss_over_all(
 
 
 def loss_over_sets(
-    loss: LossFunction,
-    data: Data,
-    batch_size: int,
-    context_len: int,
-    device: torch.device,
-    *,
-    max_targets: int = 0,
-    world: World = ALONE,
+    loss: LossFunction, data: Data, cfg: TrainingConfig, device: torch.device, world: World
 ) -> dict[str, Evaluation]:
     """loss_over_all of each validation set by name; of the only one under ''. Named sets share
-    `max_targets` evenly."""
+    cfg.final_eval_tokens evenly."""
     sets = data.val_sets or {"": data.val}
-    most = -(-max_targets // len(sets))
+    most = -(-cfg.final_eval_tokens // len(sets))
     return {
         name: loss_over_all(
-            loss, dataset, batch_size, context_len, device, max_targets=most, world=world
+            loss, dataset, cfg.batch_size, cfg.context_len, device, max_targets=most, world=world
         )
         for name, dataset in sets.items()
     }

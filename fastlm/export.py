@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlm.data.staging import staging_directory
 from fastlm.errors import CheckpointError, OutputError, run_command
+from fastlm.hardware import DTYPES
 from fastlm.huggingface import CONFIG, INDEX, WEIGHTS, config_json, exported_state
 from fastlm.huggingface_tokenizer import (
     GENERATION_CONFIG,
@@ -21,7 +22,6 @@ from fastlm.huggingface_tokenizer import (
 from fastlm.model import TransformerLM
 from fastlm.pretrained import load_model
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILE_BYTES = 5 << 30
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import resource
 import shutil
 import sys
 import sysconfig
@@ -142,7 +143,7 @@ def keep_freed_memory() -> bool:
     It costs memory, for the rest of the process: what is freed stays with the process, other
     programs cannot have it, and free pieces between living tensors may be too small for the next
     large one, so that the process may hold more than it ever used at once. It does nothing and
-    returns False with another malloc that answers no mallopt (macOS, Windows, musl). Under jemalloc
+    returns False with another malloc that answers no mallopt (macOS, musl). Under jemalloc
     or tcmalloc, if preloaded, the call has no effect. Calling it again changes nothing; importing
     fastlm does not call it, the trainer does on a CPU.
     """
@@ -337,7 +338,8 @@ class PeakMemory:
             self.what = "allocated by the process"
             self.bytes = max(now, self.bytes or 0)
         else:
-            self.bytes = _peak_of_process()
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            self.bytes = peak if sys.platform == "darwin" else peak * 1024
 
 
 def allocated_bytes() -> int | None:
@@ -350,15 +352,6 @@ def allocated_bytes() -> int | None:
         if line.startswith(b"RssAnon:"):
             return int(line.split()[1]) << 10
     return None
-
-
-def _peak_of_process() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -58,32 +58,20 @@ class Muon(AdamW):
     max_grad_norm, skip_nonfinite, last_grad_norm, first_nonfinite(), a GradScaler and state dicts
     are AdamW's, over all groups together. State of a matrix: `momentum_buffer`, of its shape, fp32
     (fp64 of fp64). matmul_dtype: of the products that orthogonalize: bfloat16 where it is fast.
+    options: AdamW's arguments, but param_precision.
 
     Not torch.optim.Muon: it multiplies in bfloat16, matrix by matrix, which a CPU without fast
     bfloat16 does at half of fp32's rate; and its step cannot be skipped, nor clipped together with
     AdamW's, without a wait for the device.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool | None = None,
-        matmul_dtype: torch.dtype = torch.float32,
-        impl: str = "auto",
-    ):
+    def __init__(self, params: Any, *, matmul_dtype: torch.dtype = torch.float32, **options: Any):
         if matmul_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"matmul_dtype={matmul_dtype}: it must be float32 or bfloat16")
+        if "param_precision" in options:
+            raise TypeError("Muon has no argument 'param_precision'")
         self.matmul_dtype = matmul_dtype
-        super().__init__(
-            params, lr, betas, eps, weight_decay,
-            max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, impl=impl,
-        )  # fmt: skip
+        super().__init__(params, **options)
 
     def _check_last_group(self) -> None:
         super()._check_last_group()

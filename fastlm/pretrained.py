@@ -51,7 +51,7 @@ def load_model(
     check_model_class(payload, path)
     config = payload.get("config")
     needed = {"vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "rope_theta"}
-    needed |= {"context_len", "tie_embeddings"}  # older checkpoints have no others
+    needed |= {"context_len", "tie_embeddings"}
     if not isinstance(config, dict) or not needed <= config.keys():  # nanoGPT's has other names
         raise CheckpointError(f"{path}: holds no model config; it was not written by fastlm.train")
     architecture = replace(

@@ -311,15 +311,7 @@ def _evaluate_only(
         resumed.free()
     loss_of = ModelLoss(model, device, _with_scope(cfg, model, by_block=True))
     with evaluating(model):
-        sets = loss_over_sets(
-            loss_of.summed,
-            data,
-            cfg.batch_size,
-            cfg.context_len,
-            device,
-            max_targets=cfg.final_eval_tokens,
-            world=world,
-        )
+        sets = loss_over_sets(loss_of.summed, data, cfg, device, world)
     for name, said in describe_sets(sets, data).items():
         print(f"[VAL] {name}: {said}")
     found, known = mean_of_sets(sets), data.val_bytes

@@ -100,7 +100,7 @@ def sum_squares(table: TensorTable) -> SquareSum:
         for _, gradient, first, count in on.launches:
             square_sums_kernel[(count,)](
                 on.rows, on.chunk_rows, pointers, sums, first, G=tables.ELEMENTS[gradient],
-                **configs.square_sums_config(tables.ROCM),
+                **configs.gradients_config(tables.ROCM),
             )  # fmt: skip
         config = configs.sums_config(tables.ROCM)
         add_sums_kernel[(1,)](on.chunk_rows, sums, total, bad, on.num_chunks, **config)
@@ -116,5 +116,5 @@ def scale_gradients(table: TensorTable, factor: float) -> None:
         for _, gradient, first, count in on.launches:
             scale_gradients_kernel[(count,)](
                 on.rows, on.chunk_rows, pointers, by, first, G=tables.ELEMENTS[gradient],
-                **configs.scale_gradients_config(tables.ROCM),
+                **configs.gradients_config(tables.ROCM),
             )  # fmt: skip

@@ -159,14 +159,9 @@ def step_config(param: int, gradient: int, rocm: bool) -> dict[str, object]:
     }  # fmt: skip
 
 
-def square_sums_config(rocm: bool) -> dict[str, object]:
-    """For sums of squares of a chunk."""
+def gradients_config(rocm: bool) -> dict[str, object]:
+    """For the sum of squares of a chunk of gradients, and for gradient *= factor."""
     # 16 elements a thread: 64 bytes of fp32 on the way, 32 of 16-bit types.
-    return {"BLOCK": 4096, "num_warps": 4 if rocm else 8}
-
-
-def scale_gradients_config(rocm: bool) -> dict[str, object]:
-    """For gradient *= factor."""
     return {"BLOCK": 4096, "num_warps": 4 if rocm else 8}
 
 

@@ -21,3 +21,9 @@ def without_extras(monkeypatch):
     monkeypatch.setattr("fastlm.run.summary.matmul_ceiling", lambda *_: 1e12)
     monkeypatch.setattr("fastlm.run.plot.LivePlotter.save", lambda self, path: None)
     monkeypatch.setattr("fastlm.train.back_heap_with_huge_pages", lambda: None)
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=str)
+def everything(request) -> bool:
+    """False: a sample of the kernels' configurations; True, among the exhaustive tests: all."""
+    return request.param

@@ -116,7 +116,7 @@ class TokenDataset:
         """
         if self.ignored is not None:
             self.ignored.will_need(starts, context_len)
-        if self._mapped and hasattr(mmap, "MADV_WILLNEED"):
+        if self._mapped:
             for start in starts.tolist():
                 self._will_need(start, start + context_len + 1)
 

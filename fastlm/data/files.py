@@ -92,14 +92,6 @@ class Data:
             train = self.manifest.fingerprint if self.manifest else sampled_sha256(self.train)[:32]
         return f"{train}-{sampled_sha256(self.val)[:32]}"
 
-    def matches(self, stored: str) -> bool:
-        """Is `stored`, the fingerprint in a checkpoint, that of this data?
-
-        Until version 0.1 data without a manifest was told by its length and dtype alone.
-        """
-        old = f"{len(self.train)} {self.train.dtype} tokens without a manifest"
-        return stored == self.fingerprint or (self.manifest is None and stored == old)
-
 
 def _sampled(dataset: TokenDataset) -> str:
     """Of the tokens, and of which are targets."""

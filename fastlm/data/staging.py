@@ -6,6 +6,7 @@ Also the locks that keep processes apart there, and where the user's cache is.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -16,11 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import OutputError, UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows: no locks, and what a killed process leaves stays
-    fcntl = None
 
 PROGRESS_NAME = "progress.json"  # in a directory that is being written
 
@@ -212,11 +208,6 @@ def locked(directory: Path, *, wait: bool = True) -> Iterator[None]:
     wait: until another process gives it back; else raises BlockingIOError. A file system without
     locks raises OSError where not waiting, and is written to without one otherwise.
     """
-    if fcntl is None:
-        if not wait:
-            raise OSError("no locks here")
-        yield
-        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError) if wait else contextlib.nullcontext():

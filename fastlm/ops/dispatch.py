@@ -14,20 +14,17 @@ import torch
 from fastlm.kernels.cross_entropy_op import is_transformed
 
 _ROWS = {"triton": "fastlm.kernels.cross_entropy", "cpp": "fastlm.ops.cross_entropy_cpp"}
+_OPTIMIZER = {
+    "triton": "fastlm.kernels.adamw",
+    "cpp": "fastlm.ops.optimizer_cpp",
+    "torch": "fastlm.ops.optimizer_torch",
+}
 # The module that holds each implementation of each op.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "cross_entropy": {**_ROWS, "torch": "fastlm.ops.cross_entropy"},
     "linear_cross_entropy": {**_ROWS, "torch": "fastlm.ops.linear_cross_entropy"},
-    "adamw": {
-        "triton": "fastlm.kernels.adamw",
-        "cpp": "fastlm.ops.optimizer_cpp",
-        "torch": "fastlm.ops.optimizer_torch",
-    },
-    "clip_grad_norm": {
-        "triton": "fastlm.kernels.adamw",
-        "cpp": "fastlm.ops.optimizer_cpp",
-        "torch": "fastlm.ops.optimizer_torch",
-    },
+    "adamw": _OPTIMIZER,
+    "clip_grad_norm": _OPTIMIZER,
     "gather_batch": {"cpp": "fastlm.ops.gather_batch"},
     "causal_attention": {
         "cpp": "fastlm.ops.causal_attention_cpp",

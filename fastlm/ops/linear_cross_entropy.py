@@ -30,6 +30,7 @@ from fastlm.ops.cross_entropy import (
 from fastlm.ops.dispatch import compute_dtype, resolve_implementation
 from fastlm.ops.flops import count_flops
 from fastlm.ops.head import Head, LinearCrossEntropyPlan, head_gradients, head_losses
+from fastlm.ops.registration import LIBRARY, register_op
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -229,18 +230,27 @@ _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 
-def _op(name: str, schema: str):
-    return torch.library.custom_op(
-        f"fastlm::{name}", mutates_args=(), device_types=("cpu", "cuda"), schema=schema
+def _fake_forward(
+    hidden, weight, bias, targets, num_items, reduction, return_lse, dtype, wanted, with_gradients,
+    *rest,
+):  # fmt: skip
+    device = hidden.device
+    return (
+        fp32(targets.shape if reduction == "none" else (), device),
+        fp32(targets.shape if return_lse else 0, device),
+        row_kernels(device).empty_saved(0 if with_gradients else targets.numel(), device),
+        fp32((), device),
+        *_empty_gradients(hidden, weight, bias, [with_gradients and want for want in wanted]),
     )
 
 
-@_op(
+@register_op(
     "linear_cross_entropy_loss",
     f"({_INPUTS}, Tensor? num_items, str reduction, bool return_lse, ScalarType dtype, "
     "bool[] wanted, bool with_gradients, SymInt? memory_budget, SymInt? num_valid, bool fp8, "
     f"{OPTIONS_SCHEMA}) -> (Tensor loss, Tensor lse, Tensor saved, Tensor scale, {_GRADIENTS})",
-)
+    _fake_forward, "CPU", "CUDA",
+)  # fmt: skip
 def _forward(
     hidden, weight, bias, targets, num_items, reduction, return_lse, dtype, wanted, with_gradients,
     memory_budget, num_valid, fp8, *options,
@@ -264,26 +274,15 @@ def _forward(
     return loss, lse, saved, scale, *_shaped(gradients, hidden)
 
 
-@_forward.register_fake
-def _(
-    hidden, weight, bias, targets, num_items, reduction, return_lse, dtype, wanted, with_gradients,
-    *rest,
-):  # fmt: skip
-    device = hidden.device
-    return (
-        fp32(targets.shape if reduction == "none" else (), device),
-        fp32(targets.shape if return_lse else 0, device),
-        row_kernels(device).empty_saved(0 if with_gradients else targets.numel(), device),
-        fp32((), device),
-        *_empty_gradients(hidden, weight, bias, [with_gradients and want for want in wanted]),
-    )
-
-
-@_op(
+@register_op(
     "linear_cross_entropy_gradient",
     f"({_INPUTS}, Tensor saved, Tensor? grad_losses, Tensor? grad_lse, ScalarType dtype, "
     f"bool[] wanted, SymInt? memory_budget, bool fp8, {OPTIONS_SCHEMA}) -> ({_GRADIENTS})",
-)
+    lambda hidden, weight, bias, targets, saved, grad_losses, grad_lse, dtype, wanted, *rest: (
+        _empty_gradients(hidden, weight, bias, wanted)
+    ),
+    "CPU", "CUDA",
+)  # fmt: skip
 def _gradient(
     hidden, weight, bias, targets, saved, grad_losses, grad_lse, dtype, wanted, memory_budget,
     fp8, *options,
@@ -294,11 +293,6 @@ def _gradient(
         flat(grad_lse), Options(*options), wanted=wanted, memory_budget=memory_budget,
     )  # fmt: skip
     return _shaped(gradients, hidden)
-
-
-@_gradient.register_fake
-def _(hidden, weight, bias, targets, saved, grad_losses, grad_lse, dtype, wanted, *rest):
-    return _empty_gradients(hidden, weight, bias, wanted)
 
 
 def _shaped(gradients: list[Tensor | None], hidden: Tensor) -> tuple[Tensor, ...]:
@@ -353,7 +347,7 @@ def _backward(ctx, grad_loss, grad_lse, *_):
     return *wanted, *none
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
 # --- FlopCounterMode ---

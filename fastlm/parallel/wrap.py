@@ -7,6 +7,7 @@ never averaged, and the sum is that of one process with the whole batch.
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,14 +18,12 @@ from fastlm.kernels.collect import is_dtensor
 from fastlm.model_interface import blocks_of
 from fastlm.parallel.world import World
 
-PARALLEL = ("ddp", "fsdp")
-
 
 def wrap(
     loss: nn.Module,
     world: World,
     *,
-    parallel: str = "ddp",
+    parallel: Literal["ddp", "fsdp"] = "ddp",
     dtype: torch.dtype = torch.float32,
     reshard: bool = True,
     find_unused: bool = False,
@@ -39,10 +38,8 @@ def wrap(
     some parameters may get no gradient, on some ranks or on all: a model of somebody else's. (FSDP2
     before torch 2.13: on no rank or on all, or the run ends with an error of the collective.)
 
-    Raises ConfigError for another `parallel`, and for "fsdp" in float16.
+    Raises ConfigError for "fsdp" in float16.
     """
-    if parallel not in PARALLEL:
-        raise ConfigError(f"parallel={parallel!r}: it must be ddp or fsdp")
     if parallel == "fsdp" and dtype == torch.float16:
         raise ConfigError("--parallel fsdp trains in bfloat16 or float32, not float16")
     if world.size == 1:

@@ -48,7 +48,7 @@ def environment(
 def differences(stored: Any, now: Mapping[str, Any]) -> list[str]:
     """A line for each thing that differs from a checkpoint's environment."""
     if not isinstance(stored, Mapping):
-        return []  # another program's, or an older version's
+        return []  # another program's
     return [
         f"{name}: {shown(stored[name])} -> {shown(value)}"
         for name, value in now.items()

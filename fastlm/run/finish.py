@@ -6,25 +6,19 @@ from typing import Any
 from torch import nn
 
 from fastlm.checkpoint import checkpoint_payload, restore_model
-from fastlm.evaluate import (
-    bits_per_byte,
-    describe_sets,
-    evaluating,
-    loss_over_sets,
-    mean_of_sets,
-)
+from fastlm.evaluate import describe_sets, evaluating, loss_over_sets, mean_of_sets
 from fastlm.generate import sample_texts
 from fastlm.model_interface import model_class
 from fastlm.parallel.wrap import gathered_on_main
 from fastlm.run.commands import generate_command
 from fastlm.run.signals import Stopped
-from fastlm.run.summary import RunFigures, measured_ceiling, print_samples, print_summary
-from fastlm.step import create_model, graphs_compiled
+from fastlm.run.summary import measured_ceiling, print_samples, print_summary
+from fastlm.step import create_model
 
 
 def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     """Behind the last step. False if it was stopped: the resumed run does it then."""
-    cfg, runner, data, clock = run.cfg, run.runner, run.data, run.clock
+    cfg, runner, data = run.cfg, run.runner, run.data
     model_path: Path = run.directory.checkpoint_path("model")
     weights = checkpoint_payload(runner.model, None, run.completed, **run.identity())
     if runner.is_sharded:
@@ -36,54 +30,18 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     run.stop.promise = "the run's end can be had by --resume"
     try:
         with evaluating(runner.model):
-            found = loss_over_sets(
-                run.summed,
-                data,
-                cfg.batch_size,
-                cfg.context_len,
-                runner.device,
-                max_targets=cfg.final_eval_tokens,
-                world=run.world,
-            )
+            found = loss_over_sets(run.summed, data, cfg, runner.device, run.world)
     except Stopped:
         return False
     run.memory.sample()
-    final, known = mean_of_sets(found), data.val_bytes
-    in_bytes = bits_per_byte(final.loss, final.of_targets, known) if known else None
-    whole = clock.knows_all
-    figures = RunFigures(
-        steps=run.completed - (0 if whole else run.start_step),
-        tokens=(run.samples_seen - (0 if whole else run.start_samples)) * cfg.context_len,
-        step_seconds=clock.all_seconds,
-        run_seconds=clock.run_seconds,
-        piece_seconds=clock.seconds,
-        waited_seconds=runner.step_loader.waited,
-        start_step=run.start_step,
-        whole=whole,
-        compile_seconds=runner.compile_seconds,
-        recompiles=graphs_compiled() - run.graphs if cfg.compile else 0,
-        flops_per_token=run.flops_per_token,
-        final=final,
-        peak_memory=run.memory,
-        peaks=run.world.gather(run.memory.bytes),
-        skipped=run.watch.report.skipped,
-        rolled_back=runner.guard.rolled_back,
-        bits_per_byte=in_bytes,
-    )
-    texts = run.log.attempt(
-        "samples",
-        lambda: print_samples(
-            _whole_model(run, weights),
-            data.tokenizer_json,
-            cfg.seed,
-            cfg.context_len,
-            data.end_of_text,
-        ),
-    )
+    # Now, not behind the samples, which rank 0 alone writes.
+    peaks, run_seconds = run.world.gather(run.memory.bytes), run.clock.run_seconds
+    texts = run.log.attempt("samples", lambda: print_samples(_whole_model(run, weights), data, cfg))
     if texts:
         run.log.metrics("sample", step=run.completed, texts=texts)
     ceiling = run.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))
-    summary = print_summary(figures, runner, ceiling)
+    final = mean_of_sets(found)
+    summary = print_summary(run, final, ceiling, run_seconds, peaks)
     for name, said in describe_sets(found, data).items():
         print(f"[summary] validation  {name}: {said}")
         summary[f"val_loss/{name}"] = found[name].loss

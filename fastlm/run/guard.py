@@ -296,7 +296,12 @@ def last_good_checkpoint(
             continue
         with contextlib.suppress(CheckpointError):
             payload = read(file.path)
-            guard = payload.get("guard")  # missing in an older version's
-            if not guard or guard["counts"][1] == 0:
+            if is_good(payload):
                 return file.path, payload
     return None
+
+
+def is_good(payload: Mapping[str, Any]) -> bool:
+    """Was the step before a checkpoint taken? The guard rolls back to such a one."""
+    guard = payload.get("guard")  # another program's has none
+    return not guard or guard["counts"][1] == 0

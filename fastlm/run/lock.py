@@ -1,6 +1,7 @@
 """One writer a directory: a lock that ends with its process, however that ends."""
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -54,15 +55,13 @@ class DirectoryLock:
     def _locked(self, handle: int) -> bool:
         """False where there are no locks."""
         try:
-            import fcntl
-
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(
                 f"{self.path.parent}: {_holder(handle)} writes there; wait for its end, stop it, "
                 f"or choose another --target-dir"
             ) from error
-        except (OSError, ImportError) as error:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 self.path.unlink()
             if not DirectoryLock._said:

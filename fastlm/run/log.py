@@ -79,7 +79,7 @@ class RunLog:
                 bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}ETA {remaining}",
                 file=sys.stdout,
             )
-        self._line(f"=== Training started at {time.ctime()} ===")
+        self._log.write(f"=== Training started at {time.ctime()} ===")
 
     def rewind(self, step: int, keep: tuple[str, ...] = ()) -> None:
         """The run goes on at `step`: takes back what the metrics and the curve say of it and the
@@ -158,7 +158,7 @@ class RunLog:
         **values: Any,  # more for the metrics
     ) -> None:
         stamp = time.strftime("%H:%M:%S")
-        self._line(
+        self._log.write(
             f"[{stamp}] step {step:06d} loss {loss:.4f} lr {lr:.2e} grad_norm {grad_norm:.2f}"
         )
         self.metrics(
@@ -194,7 +194,7 @@ class RunLog:
         line = f"[VAL] step {step:06d} val_loss {val_loss:.4f}"
         if of_sets:
             line += f" ({', '.join(f'{name} {loss:.4f}' for name, loss in of_sets.items())})"
-        self._line(line)
+        self._log.write(line)
         named = {f"val_loss/{name}": loss for name, loss in of_sets.items()}
         self.metrics("val", step=step, val_loss=val_loss, **named)
         if math.isfinite(val_loss):
@@ -203,18 +203,18 @@ class RunLog:
 
     def sample(self, step: int, text: str) -> None:
         """A text that the model has written behind `step`: on one line of the log."""
-        self._line(f"[SAMPLE] step {step:06d} {json.dumps(text, ensure_ascii=False)}")
+        self._log.write(f"[SAMPLE] step {step:06d} {json.dumps(text, ensure_ascii=False)}")
         self.metrics("sample", step=step, texts=[text])
         self.say(f"[sample] step {step}:\n{text.strip()}\n")
 
     def checkpoint(self, path: Path) -> None:
         line = f"[CKPT] Saved to {path}"
-        self._line(line)
+        self._log.write(line)
         self.say(line)
 
     def event(self, line: str, name: str, **values: Any) -> None:
         """What happens seldom: `line` on the console and in the log, a row of the metrics."""
-        self._line(line)
+        self._log.write(line)
         self.metrics(name, **values)
         self.say(line)
 
@@ -246,7 +246,7 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        self._line(f"=== Training finished at {time.ctime()} ===")
+        self._log.write(f"=== Training finished at {time.ctime()} ===")
         path = self.directory / f"{self.prefix}_loss_curve.png"
         self.attempt("loss curve", lambda: self.plotter.save(path))
 
@@ -256,9 +256,6 @@ class RunLog:
             self._trackers.close()
         self._log.close()
         self._metrics.close()
-
-    def _line(self, line: str) -> None:
-        self._log.write(line)
 
 
 class NoLog:

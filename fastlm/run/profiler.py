@@ -7,20 +7,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 
 from fastlm.errors import ConfigError, shown
 
 _MEMORY_EVENTS = 100_000  # the newest; each has a stack, a kilobyte or so
-
-
-class PausedClock(Protocol):
-    """Does not count the time between `pause` and `start`; pause waits for the device."""
-
-    def pause(self) -> None: ...
-    def start(self) -> None: ...
 
 
 def parse_span(text: str) -> tuple[int, int]:
@@ -47,7 +40,7 @@ class StepProfiler:
         span: tuple[int, int],
         directory: str | os.PathLike,
         device: torch.device,
-        clock: PausedClock,
+        clock: Any,  # a Clock of summary.py
         *,
         rank: int = 0,
         say: Callable[[str], object] = print,

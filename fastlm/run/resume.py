@@ -102,7 +102,7 @@ class Resumed:
         """The number of the first sample that it has not trained on."""
         if self.samples_seen is not None:
             return self.samples_seen
-        # An older checkpoint, or another program's: its batch never changed, as far as is known.
+        # Another program's: its batch never changed, as far as is known.
         batch_size = self.settings.get("batch_size", cfg.batch_size)
         position = self.step * batch_size * self.settings.get("grad_accum", cfg.grad_accum)
         if not 0 <= position < _MAX_SAMPLES:
@@ -148,11 +148,10 @@ class Resumed:
             for name in _POSITION
             if self.settings.get(name, getattr(cfg, name)) != getattr(cfg, name)
         ]
-        # Version 0.1 without the number drew the samples in the first order.
-        order = self.payload.get("sampler_version", 1 if "fastlm_version" in self.payload else None)
-        if order not in (None, SAMPLER_VERSION):
+        order = self.payload.get("sampler_version", SAMPLER_VERSION)
+        if order != SAMPLER_VERSION:
             changed.append(f"sampler_version {shown(order)} -> {SAMPLER_VERSION}")
-        if stored is not None and not data.matches(stored):
+        if stored not in (None, data.fingerprint):
             changed.append(f"data {shown(stored)} -> {data.fingerprint!r}")
         if changed and not cfg.allow_data_change:
             what = "data" if changed[-1].startswith("data ") else changed[-1].split()[0]
@@ -203,18 +202,16 @@ def _directory(path: Path | None, ckpt_dir: str | None, target_dir: str | None) 
         return path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if ckpt_dir or target_dir:
         return Path(ckpt_dir or Path(target_dir) / "checkpoints")
-    runs = [(_last_saved(run), run) for run in Path(RUNS).glob("*/checkpoints")]
-    runs = [(time, run) for time, run in runs if time is not None]
+    runs = [  # with the time of each one's newest checkpoint
+        (max(file.saved_at for file in files), run)
+        for run in Path(RUNS).glob("*/checkpoints")
+        if (files := list_checkpoints(run))
+    ]
     if not runs:
         raise CheckpointError(
             f"--resume: no run under {RUNS}/ has a checkpoint; name one: --resume PATH"
         )
     return max(runs)[1]
-
-
-def _last_saved(directory: Path) -> float | None:
-    """When the newest checkpoint there was saved."""
-    return max((file.saved_at for file in list_checkpoints(directory)), default=None)
 
 
 def _names(directory: Path) -> frozenset[str]:
@@ -238,9 +235,6 @@ def _stored_settings(path: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
         return {}  # another program's: the model's size must come from flags
     hints = typing.get_type_hints(TrainingConfig)
     settings: dict[str, Any] = {}
-    if "fastlm_version" in payload:  # an older one's run was none of a preset's that came later
-        settings = {"optimizer": "adamw", "qk_norm": False, "embedding_lr_scale": 1.0}
-        settings |= {"tf32": False, "residual_dtype": "float32"}
     for name in (f.name for f in dataclasses.fields(TrainingConfig)):
         if name not in config or name in _NOT_RESUMED:
             continue
@@ -327,7 +321,7 @@ def load_weights(
         raise CheckpointError(f"{path}: {error}") from error
     stored = payload.get("config")
     if model_class(model) is None:
-        # Older runs and files without settings, of other programs too, have no QK norm.
+        # Files without settings, those of other programs, have no QK norm.
         stored = {"qk_norm": False, **(stored if isinstance(stored, dict) else {})}
         for name in ("num_heads", "qk_norm"):  # the weights' shapes do not tell
             if stored.get(name) not in (None, getattr(cfg, name)):

@@ -22,6 +22,7 @@ from fastlm.hardware import is_out_of_memory
 from fastlm.kernels.collect import is_dtensor, local_part
 from fastlm.parallel.commit import SUFFIX
 from fastlm.parallel.world import World
+from fastlm.run.guard import is_good
 
 
 class Report(NamedTuple):
@@ -97,7 +98,7 @@ class Saver:
             step = _step_of(resumed)
             if step in self._numbered:
                 self._unevaluated = step
-                self._good = step if _is_good(payload) else None
+                self._good = step if is_good(payload) else None
 
     def reserve(self, payload: dict[str, Any]) -> None:
         """Makes the memory of the copies of such a payload, in the background: otherwise the first
@@ -130,7 +131,8 @@ class Saver:
         self._last_save = time.monotonic()
         self._unevaluated = int(name) if name.isdecimal() else None
         if name.isdecimal() or name == "final":
-            payload = {**payload, "best_checkpoint": self._best_as_stored()}
+            best = self._best and {"val_loss": self._best[0], "step": self._best[1]}
+            payload = {**payload, "best_checkpoint": best}
         if self._wait_for_each:
             self._write(name, payload)
         else:
@@ -226,9 +228,6 @@ class Saver:
         """Would its checkpoint have been deleted by now, its loss apart?"""
         return 0 < self._keep_last <= sum(other > step for other in self._numbered)
 
-    def _best_as_stored(self) -> dict[str, float] | None:
-        return None if self._best is None else {"val_loss": self._best[0], "step": self._best[1]}
-
     def _copied(self, payload: dict[str, Any], *, values: bool = True) -> dict[str, Any]:
         """`payload` with every tensor copied to the CPU, of a DTensor what this rank holds. One
         that stands in it twice stays one. values=False: memory that is used, with zeros."""
@@ -275,7 +274,7 @@ class Saver:
             if name.isdecimal():
                 self._numbered[int(name)] = path
                 self._found.pop(int(name), None)
-                if _is_good(payload):
+                if is_good(payload):
                     self._good = int(name)
             if name.isdecimal() or name == "final":
                 self.newest = path
@@ -318,12 +317,6 @@ def _peek(path: Path) -> dict[str, Any]:
     except Exception:  # gone, damaged, or another program's
         return {}
     return payload if isinstance(payload, dict) else {}
-
-
-def _is_good(payload: dict[str, Any]) -> bool:
-    """Was the step before it taken? The guard rolls back to such a checkpoint."""
-    guard = payload.get("guard")  # missing in an older version's
-    return not guard or guard["counts"][1] == 0
 
 
 def _stored_best(payload: dict[str, Any]) -> tuple[float, int] | None:

@@ -48,8 +48,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         for name in NAMES:
-            number = getattr(signal, name, None)  # Windows has two of them
-            if number is None or signal.getsignal(number) == signal.SIG_IGN:
+            number = getattr(signal, name)
+            if signal.getsignal(number) == signal.SIG_IGN:
                 continue
             with contextlib.suppress(ValueError):  # not the main thread
                 self._previous[number] = signal.signal(number, self._handle)

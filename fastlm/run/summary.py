@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +10,13 @@ from torch import nn
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data
 from fastlm.data.mixture import Mixture
-from fastlm.evaluate import Evaluation
+from fastlm.evaluate import Evaluation, bits_per_byte
 from fastlm.generate import sample_texts
-from fastlm.hardware import PeakMemory, device_name, matmul_ceiling, synchronize
+from fastlm.hardware import device_name, matmul_ceiling, synchronize
 from fastlm.model import count_parameters, flop_formula
 from fastlm.model_interface import describe_model, model_class
 from fastlm.run.backends import attention_kernel
-from fastlm.step import TrainStep
+from fastlm.step import TrainStep, graphs_compiled
 
 
 class Clock:
@@ -35,7 +34,7 @@ class Clock:
         stored = {"step_seconds": 0.0, "run_seconds": 0.0} if resumed is None else None
         if resumed is not None and isinstance(resumed.get("clock"), Mapping):
             stored = resumed["clock"]
-        self.knows_all = stored is not None  # an older version's checkpoint has no clock
+        self.knows_all = stored is not None  # another program's checkpoint has no clock
         self._earlier, self._earlier_run = (
             float(stored[name]) if stored else 0.0 for name in ("step_seconds", "run_seconds")
         )
@@ -117,42 +116,6 @@ def precision(runner: TrainStep) -> str:
     return f"{name} (TF32)" if by_tf32 else name
 
 
-@dataclass
-class RunFigures:
-    """What was measured; seconds are wall-clock."""
-
-    steps: int
-    tokens: int
-    step_seconds: float  # compilation, evaluation and saving not counted
-    run_seconds: float  # everything since the run began
-    piece_seconds: float  # in steps, in this piece of it
-    waited_seconds: float  # of them, for batches
-    start_step: int  # of this piece of it
-    whole: bool  # the four above are those of all pieces, not of this one
-    compile_seconds: float
-    recompiles: int
-    flops_per_token: int
-    final: Evaluation  # on the validation data
-    peak_memory: PeakMemory
-    peaks: list[int | None]  # bytes of each process
-    skipped: int
-    rolled_back: int
-    bits_per_byte: float | None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """None: this piece of the run had no step, and the time of the others is not known."""
-        return self.tokens / self.step_seconds if self.tokens and self.step_seconds else None
-
-    @property
-    def covers(self) -> str:
-        if not self.start_step:
-            return ""
-        if self.whole:
-            return f"; all pieces, this one from step {self.start_step} on"
-        return f"; of this piece, from step {self.start_step} on, the time of others is not known"
-
-
 def measured_ceiling(runner: TrainStep) -> float | None:
     """FLOP/s. Apple's GPU is not measured: the project has none to check the figure on."""
     if runner.device.type == "mps":
@@ -160,58 +123,72 @@ def measured_ceiling(runner: TrainStep) -> float | None:
     return matmul_ceiling(runner.device, runner.dtype)
 
 
-def print_samples(
-    model: nn.Module,
-    tokenizer: str | None,
-    seed: int,
-    context_len: int | None = None,
-    end_of_text: int | None = None,
-) -> list[str]:
+def print_samples(model: nn.Module, data: Data, cfg: TrainingConfig) -> list[str]:
     """Five samples, the first five: none is chosen. Returns them; without a tokenizer, none."""
-    if tokenizer is None:
+    if data.tokenizer_json is None:
         print("[sample] none: the data has no tokenizer to turn ids into text")
         return []
     texts = sample_texts(
-        model, tokenizer, num_samples=5, seed=seed, context_len=context_len, end_of_text=end_of_text
-    )
+        model, data.tokenizer_json, num_samples=5, seed=cfg.seed, context_len=cfg.context_len,
+        end_of_text=data.end_of_text,
+    )  # fmt: skip
     for index, text in enumerate(texts):
         print(f"[sample {index + 1} of {len(texts)}]\n{text.strip()}\n")
     return texts
 
 
-def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None) -> dict:
-    """Prints the summary; returns it for the metrics. ceiling: FLOP/s, None if not known."""
-    speed = figures.tokens_per_second  # of all processes
-    processes = len(figures.peaks)
-    peak = None if None in figures.peaks else max(figures.peaks)
-    achieved = None if speed is None else speed * figures.flops_per_token
+def print_summary(
+    run: Any,  # fastlm.loop.Run
+    final: Evaluation,  # on the validation data
+    ceiling: float | None,  # FLOP/s; None if not known
+    run_seconds: float,  # everything since the run began
+    peaks: list[int | None],  # bytes of memory of each process
+) -> dict[str, Any]:
+    """Prints what was measured; returns it for the metrics. Seconds are wall-clock."""
+    runner, clock, processes = run.runner, run.clock, len(peaks)
+    whole = clock.knows_all  # else what follows is of this piece of the run
+    steps = run.completed - (0 if whole else run.start_step)
+    tokens = (run.samples_seen - (0 if whole else run.start_samples)) * run.cfg.context_len
+    step_seconds = clock.all_seconds  # without compilation, evaluations and saves
+    speed = tokens / step_seconds if tokens and step_seconds else None  # of all processes
+    achieved = None if speed is None else speed * run.flops_per_token
     mfu = achieved / ceiling / processes if achieved and ceiling else None
+    recompiles = graphs_compiled() - run.graphs if run.cfg.compile else 0
+    skipped, rolled_back = run.watch.report.skipped, runner.guard.rolled_back
+    waited, peak = runner.step_loader.waited, None if None in peaks else max(peaks)
+    in_bytes = None
+    if size := run.data.val_bytes:
+        in_bytes = bits_per_byte(final.loss, final.of_targets, size)
 
+    covers = ""
+    if run.start_step:
+        begin = f"from step {run.start_step} on"
+        covers = f"; all pieces, this one {begin}"
+        if not whole:
+            covers = f"; of this piece, {begin}, the time of others is not known"
     print(
-        f"[summary] training    {figures.steps:,} steps, {figures.tokens:,} tokens in "
-        f"{figures.step_seconds:.1f} s: "
+        f"[summary] training    {steps:,} steps, {tokens:,} tokens in {step_seconds:.1f} s: "
         + ("an unknown number of" if speed is None else f"{speed:,.0f}")
-        + f" tokens/s in steps, {figures.tokens / figures.run_seconds:,.0f} over the whole run"
-        + figures.covers
+        + f" tokens/s in steps, {tokens / run_seconds:,.0f} over the whole run{covers}"
     )
     if processes > 1:
         each = "" if speed is None else f", {speed / processes:,.0f} tokens/s in steps each"
         print(f"[summary] processes   {processes}{each}")
-    if figures.piece_seconds:
-        share = figures.waited_seconds / figures.piece_seconds
+    if clock.seconds:
+        share = waited / clock.seconds
         print(f"[summary] data        {share:.2%} of the steps' time was waiting for batches")
-    if figures.skipped or figures.rolled_back:
+    if skipped or rolled_back:
         print(
-            f"[summary] guard       {figures.skipped:,} steps skipped, {figures.rolled_back:,} "
-            f"times back to a checkpoint"
+            f"[summary] guard       {skipped:,} steps skipped, {rolled_back:,} times back to a "
+            f"checkpoint"
         )
-    if figures.compile_seconds:
+    if runner.compile_seconds:
         print(
-            f"[summary] compilation {figures.compile_seconds:.1f} s before the clock ran, "
-            f"{figures.recompiles} recompilations during the run"
+            f"[summary] compilation {runner.compile_seconds:.1f} s before the clock ran, "
+            f"{recompiles} recompilations during the run"
         )
     print(
-        f"[summary] model FLOPs {figures.flops_per_token / 1e6:.1f} M a token "
+        f"[summary] model FLOPs {run.flops_per_token / 1e6:.1f} M a token "
         f"({flop_formula(runner.model)})"
         + ("" if achieved is None else f": {achieved / 1e12:.3g} TFLOP/s")
     )
@@ -227,37 +204,34 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
     print(
         "[summary] peak memory "
         + (f"{peak / 2**30:.2f} GiB" if peak is not None else "unknown")
-        + f" {figures.peak_memory.what}"
+        + f" {run.memory.what}"
         + f"; the most of {processes}" * (processes > 1)
     )
-    in_bytes = (
-        f", {figures.bits_per_byte:.4f} bits/byte"
-        if figures.bits_per_byte is not None
+    said = (
+        f", {in_bytes:.4f} bits/byte"
+        if in_bytes is not None
         else " (bits/byte unknown: no manifest, several validation sets, or conversations)"
     )
-    print(
-        f"[summary] validation  loss {figures.final.loss:.4f} nats/token{in_bytes}, "
-        f"{figures.final.extent}"
-    )
+    print(f"[summary] validation  loss {final.loss:.4f} nats/token{said}, {final.extent}")
     return {
-        "steps": figures.steps,
-        "tokens": figures.tokens,
-        "step_seconds": round(figures.step_seconds, 3),
-        "run_seconds": round(figures.run_seconds, 3),
-        "whole_run": figures.whole,
-        "data_wait_seconds": round(figures.waited_seconds, 4),
+        "steps": steps,
+        "tokens": tokens,
+        "step_seconds": round(step_seconds, 3),
+        "run_seconds": round(run_seconds, 3),
+        "whole_run": whole,
+        "data_wait_seconds": round(waited, 4),
         "tokens_per_second": None if speed is None else round(speed, 1),
-        "compile_seconds": round(figures.compile_seconds, 2),
-        "recompiles": figures.recompiles,
-        "flops_per_token": figures.flops_per_token,
+        "compile_seconds": round(runner.compile_seconds, 2),
+        "recompiles": recompiles,
+        "flops_per_token": run.flops_per_token,
         "matmul_ceiling_flops": ceiling,
         "mfu": mfu,
         "peak_memory_bytes": peak,
         "processes": processes,
-        "peak_memory_bytes_each": figures.peaks,
-        "skipped": figures.skipped,
-        "rolled_back": figures.rolled_back,
-        "val_loss": figures.final.loss,
-        "val_targets": figures.final.targets,
-        "bits_per_byte": figures.bits_per_byte,
+        "peak_memory_bytes_each": peaks,
+        "skipped": skipped,
+        "rolled_back": rolled_back,
+        "val_loss": final.loss,
+        "val_targets": final.targets,
+        "bits_per_byte": in_bytes,
     }

@@ -146,6 +146,8 @@ class TensorBoard:
 class _AppendOnly:
     """Leaves out the steps that its program has been given already."""
 
+    _run: Any  # the program's
+
     def __init__(self, last_step: int):
         self._shown = last_step  # steps up to it are there
         self._last = last_step
@@ -157,15 +159,12 @@ class _AppendOnly:
         self._last = max(self._last, step)
         texts = {f"sample/{i}": self._text(text) for i, text in enumerate(row.get("texts", ()))}
         if values := {**scalars(row), **texts}:
-            self._log(values, step)
+            self._run.log(values, step=step)
 
     def rewind(self, step: int) -> None:
         self._shown = self._last
 
     def _text(self, text: str) -> Any:
-        raise NotImplementedError
-
-    def _log(self, values: dict[str, Any], step: int) -> None:
         raise NotImplementedError
 
 
@@ -194,9 +193,6 @@ class WandB(_AppendOnly):
 
     def _text(self, text: str) -> Any:
         return self._html(f"<pre>{html.escape(text)}</pre>")
-
-    def _log(self, values: dict[str, Any], step: int) -> None:
-        self._run.log(values, step=step)
 
     def close(self) -> None:
         self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
@@ -227,9 +223,6 @@ class Trackio(_AppendOnly):
 
     def _text(self, text: str) -> Any:
         return self._markdown("".join(f"    {line}\n" for line in text.splitlines()))
-
-    def _log(self, values: dict[str, Any], step: int) -> None:
-        self._run.log(values, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -6,6 +6,7 @@ processes of their own, where TRITON_INTERPRET is not set and Triton's cache is 
 known of them, as a table: `python tests/helpers/aot.py [sm_90]`.
 """
 
+import functools
 import json
 import os
 import re
@@ -137,6 +138,7 @@ def compile_part(cases: list[dict], compile_case: Callable, an_element: Callable
         print(json.dumps(result), flush=True)
 
 
+@functools.cache
 def compile_all(file: str, *options: str) -> list[dict]:
     """Every case of a test file with what was found in its code; two processes compile, each run as
     `python FILE PART OF *options`."""

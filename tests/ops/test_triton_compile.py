@@ -4,7 +4,6 @@ configurations by default, all of them among the exhaustive tests.
 This file is also the program that compiles (aot.py).
 """
 
-import functools
 import itertools
 import json
 import sys
@@ -160,14 +159,8 @@ def an_element(result: dict) -> float | None:
     return sum(loop["instructions"] * size / loop["loaded"] for loop in loops)
 
 
-@functools.cache
 def results(everything: bool) -> list[dict]:
     return compile_all(__file__, *["all"] * everything)
-
-
-@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=str)
-def everything(request) -> bool:
-    return request.param
 
 
 def test_every_case_is_compiled(everything):

@@ -2,7 +2,6 @@
 there. This file is also the program that compiles (aot.py).
 """
 
-import functools
 import sys
 
 import pytest
@@ -80,14 +79,8 @@ def an_element(result: dict) -> float | None:
     return longest["instructions"] / result["elements"]
 
 
-@functools.cache
 def results(everything: bool) -> list[dict]:
     return compile_all(__file__, *["all"] * everything)
-
-
-@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=str)
-def everything(request) -> bool:
-    return request.param
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -4,7 +4,6 @@ configurations by default, all of them among the exhaustive tests.
 This file is also the program that compiles (aot.py).
 """
 
-import functools
 import json
 import sys
 
@@ -88,10 +87,8 @@ def cases(everything: bool) -> list[dict]:
             )  # fmt: skip
         for g in range(4) if everything else (1, 3):
             size = [ELEMENT[DTYPES[g]]]
-            for kernel, config, stores in (
-                ("square_sums_kernel", configs.square_sums_config(rocm), []),
-                ("scale_gradients_kernel", configs.scale_gradients_config(rocm), size),
-            ):
+            config = configs.gradients_config(rocm)
+            for kernel, stores in (("square_sums_kernel", []), ("scale_gradients_kernel", size)):
                 if everything or target in ("sm_90", "gfx942"):
                     add(target, kernel, DTYPES[g], config, {"G": g}, size, stores)
         add(target, "add_sums_kernel", "any", configs.sums_config(rocm), {})
@@ -128,14 +125,8 @@ def an_element(result: dict) -> float | None:
     return loop["instructions"] * sum(result["read"]) / loop["loaded"]
 
 
-@functools.cache
 def results(everything: bool) -> list[dict]:
     return compile_all(__file__, *["all"] * everything)
-
-
-@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=str)
-def everything(request) -> bool:
-    return request.param
 
 
 def test_every_case_is_compiled(everything):

@@ -72,8 +72,6 @@ def test_a_world_of_one_wraps_nothing():
         assert wrap(loss, world, parallel=parallel) is loss
     with micro_step(loss, last=False):
         pass
-    with pytest.raises(ConfigError, match="parallel='fdsp': it must be ddp or fsdp"):
-        wrap(loss, world, parallel="fdsp")
     with pytest.raises(ConfigError, match="not float16"):
         wrap(loss, world, parallel="fsdp", dtype=torch.float16)
 

@@ -11,7 +11,6 @@ from fastlm import CheckpointError, ConfigError, train_loop
 from fastlm.data.loader import TrainLoader
 from fastlm.model_loss import ModelLoss
 from fastlm.muon import Muon
-from fastlm.run.resume import Resumed
 from fastlm.schedule import learning_rate
 from fastlm.step import TrainStep, create_model, create_optimizer, set_seed
 
@@ -146,15 +145,6 @@ def test_another_optimizer_cannot_go_on(tmp_path):
     with pytest.raises(CheckpointError, match="optimizer"):
         run_tiny(tmp_path / "y", ckpt_path_to_resume=str(tmp_path / "foreign.pt"))
     assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
-
-
-def test_an_older_runs_checkpoint_is_adamws_without_qk_norm(tmp_path):
-    run_tiny(tmp_path, total_steps=2)
-    payload = torch.load(checkpoint(tmp_path), weights_only=True)
-    for name in ("optimizer", "muon_lr", "qk_norm"):
-        del payload["config"][name]
-    settings = Resumed.of(tmp_path / "old.pt", payload, frozenset()).settings
-    assert settings["optimizer"] == "adamw" and settings["qk_norm"] is False
 
 
 def test_weights_that_name_no_settings_have_no_qk_norm(tmp_path):

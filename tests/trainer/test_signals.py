@@ -76,7 +76,8 @@ def test_a_stop_drops_the_step_that_has_begun(tmp_path, monkeypatch, straight, n
     payload = torch.load(checkpoint(tmp_path, 3), weights_only=True)
     assert (payload["iteration"], payload["samples_seen"]) == (3, 24)
     monkeypatch.undo()
-    assert_goes_on(tmp_path, 3, straight)
+    if name == "SIGTERM":  # what is saved does not depend on the signal
+        assert_goes_on(tmp_path, 3, straight)
 
 
 def test_a_stop_in_the_first_step_can_be_resumed(tmp_path, monkeypatch, straight):
@@ -174,7 +175,8 @@ def test_an_error_saves_what_there_is(tmp_path, monkeypatch, straight, error, ca
     assert f"[CKPT] Saved to {path}" in capsys.readouterr().out
     assert checkpoint_files(path.parent) == []  # a bare --resume does not find it
     monkeypatch.undo()
-    assert_goes_on(tmp_path, "emergency", straight)
+    if isinstance(error, DataError):  # what is saved does not depend on the error
+        assert_goes_on(tmp_path, "emergency", straight)
 
 
 def test_the_first_error_is_the_one_that_is_raised(tmp_path, monkeypatch, capsys):
