@@ -235,8 +235,14 @@ def _stored_settings(path: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
         return {}  # another program's: the model's size must come from flags
     hints = typing.get_type_hints(TrainingConfig)
     settings: dict[str, Any] = {}
-    for name in (f.name for f in dataclasses.fields(TrainingConfig)):
-        if name not in config or name in _NOT_RESUMED:
+    for field in dataclasses.fields(TrainingConfig):
+        name = field.name
+        if name in _NOT_RESUMED:
+            continue
+        if name not in config:
+            # A setting that came after that run had its default there, whatever presets say.
+            if "fastlm_version" in payload:
+                settings[name] = field.default
             continue
         value, hint = config[name], hints[name]
         if value is None and type(None) in typing.get_args(hint):

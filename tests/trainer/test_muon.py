@@ -11,6 +11,7 @@ from fastlm import CheckpointError, ConfigError, train_loop
 from fastlm.data.loader import TrainLoader
 from fastlm.model_loss import ModelLoss
 from fastlm.muon import Muon
+from fastlm.run.resume import Resumed
 from fastlm.schedule import learning_rate
 from fastlm.step import TrainStep, create_model, create_optimizer, set_seed
 
@@ -145,6 +146,16 @@ def test_another_optimizer_cannot_go_on(tmp_path):
     with pytest.raises(CheckpointError, match="optimizer"):
         run_tiny(tmp_path / "y", ckpt_path_to_resume=str(tmp_path / "foreign.pt"))
     assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
+
+
+def test_a_setting_that_came_after_a_run_had_its_default(tmp_path):
+    run_tiny(tmp_path, total_steps=2)
+    payload = torch.load(checkpoint(tmp_path), weights_only=True)
+    del payload["config"]["optimizer"], payload["config"]["embedding_lr_scale"]
+    settings = Resumed.of(tmp_path / "old.pt", payload, frozenset()).settings
+    assert (settings["optimizer"], settings["embedding_lr_scale"]) == ("adamw", 1.0)
+    del payload["fastlm_version"]  # another program's says nothing of them
+    assert "optimizer" not in Resumed.of(tmp_path / "old.pt", payload, frozenset()).settings
 
 
 def test_weights_that_name_no_settings_have_no_qk_norm(tmp_path):
