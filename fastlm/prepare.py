@@ -188,7 +188,7 @@ def _key(files: Sequence[TextFile], settings: list[Any]) -> str:
         path = os.path.realpath(file.path)
         how = [file.text_key, file.template]
         read.append([file.name, path, how, status.st_size, status.st_mtime_ns])
-    what = json.dumps([2, metadata.version("tokenizers"), read, settings])
+    what = json.dumps([3, metadata.version("tokenizers"), read, settings])
     return hashlib.sha256(what.encode()).hexdigest()
 
 
@@ -303,10 +303,7 @@ def _encode(
     *,
     chat: bool,
 ) -> None:
-    """Writes the ids of all `pieces`, those behind the journal's place, and counts them there.
-
-    Whether decoding gives the text back is looked at in one piece of each batch.
-    """
+    """Writes the ids of all `pieces`, those behind the journal's place, and counts them there."""
     end_of_text = np.array([manifest.end_of_text], dtype=np.uint32)
     with progress("encoding", total_bytes, log) as on_bytes, ExitStack() as stack:
         if journal.bytes:

@@ -214,6 +214,29 @@ def encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in encodings]
 
 
+def keeps_all_text(tokenizer: Tokenizer) -> bool:
+    """Is any text sure to be what its ids decode to? So it is of byte-level BPE with all 256 bytes.
+
+    False where that is not known from the tokenizer's parts.
+    """
+    from tokenizers import pre_tokenizers
+
+    parts = json.loads(tokenizer.to_str())
+    model, first, decoder = parts["model"], parts["pre_tokenizer"], parts["decoder"]
+    *splits, last = (first or {}).get("pretokenizers") or [first or {}]
+    return (
+        parts["normalizer"] is None
+        and all(token["special"] for token in parts["added_tokens"])  # others may take blanks along
+        and all(s["type"] == "Split" and s["behavior"] != "Removed" for s in splits)
+        and last.get("type") == "ByteLevel"
+        and not last["add_prefix_space"]
+        and model["type"] == "BPE"
+        and not (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
+        and set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys()
+        and (decoder or {}).get("type") == "ByteLevel"
+    )
+
+
 def id_limit(tokenizer: Tokenizer) -> int:
     """The vocabulary size a model needs: above every id, also if the ids have gaps."""
     return max(tokenizer.get_vocab_size(), *(i + 1 for i in tokenizer.get_vocab().values()))

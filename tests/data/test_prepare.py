@@ -11,14 +11,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prepared_data import bytes_tokenizer, decoded_documents, quiet, shard_tokens, write_files
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from fastlm import prepare as prepare_module
 from fastlm.data import encoding
 from fastlm.data.manifest import Manifest
 from fastlm.data.split import SplitRule, document_hash, read_split, survey
 from fastlm.data.text import END_OF_TEXT, find_text_files, read_pieces
-from fastlm.data.tokenizer import train_tokenizer
+from fastlm.data.tokenizer import encoding_plain_text, keeps_all_text, train_tokenizer
 from fastlm.errors import DataError
 from fastlm.prepare import prepare
 
@@ -195,6 +195,58 @@ def test_a_tokenizer_that_loses_text_is_reported(tmp_path):
     lines = []
     prepare(files, tmp_path / "out", tokenizer=tmp_path / "t.json", log=lines.append)
     assert any("does not give the text back" in line for line in lines)
+
+
+def test_a_tokenizer_that_loses_the_text_of_one_document_is_reported(tmp_path):
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("plain")}, []))
+    tokenizer.pre_tokenizer = byte_level()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.save(str(tmp_path / "t.json"))
+    texts = {f"{i}.txt": "plain" for i in range(9)} | {"5.txt": "東京"}
+    files = find_text_files([write_files(tmp_path / "in", texts)])
+    lines = []
+    prepare(files, tmp_path / "out", tokenizer=tmp_path / "t.json", log=lines.append)
+    assert any("does not give the text back" in line for line in lines)
+
+
+def byte_level(**options):
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
+
+
+def split_first(behavior: str):
+    split = pre_tokenizers.Split(Regex(r"\s+"), behavior)
+    return pre_tokenizers.Sequence([split, byte_level(use_regex=False)])  # as Llama 3's
+
+
+LOSSLESS = {  # and what makes it lossy
+    "bytes": lambda t: None,
+    "split": lambda t: setattr(t, "pre_tokenizer", split_first("isolated")),
+    "special": lambda t: t.add_special_tokens([AddedToken("def", rstrip=True)]),
+}
+LOSSY = {
+    "normalizer": lambda t: setattr(t, "normalizer", normalizers.Lowercase()),
+    "removed": lambda t: setattr(t, "pre_tokenizer", split_first("removed")),
+    "blanks": lambda t: t.add_tokens([AddedToken("def", rstrip=True)]),
+    "prefix": lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel()),
+    "words": lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()),
+    "nothing": lambda t: setattr(t, "pre_tokenizer", None),
+    "decoder": lambda t: setattr(t, "decoder", decoders.Metaspace()),
+    "model": lambda t: setattr(t, "model", models.WordLevel({"a": 0}, "a")),
+    "byte": lambda t: setattr(
+        t, "model", models.BPE({c: i for c, i in t.get_vocab().items() if c != "a"}, [])
+    ),
+}
+
+
+@pytest.mark.parametrize("change", [*LOSSLESS, *LOSSY])
+def test_what_needs_no_decoding_loses_nothing(tmp_path, change):
+    tokenizer = Tokenizer.from_file(str(bytes_tokenizer(tmp_path / "t.json")))
+    {**LOSSLESS, **LOSSY}[change](tokenizer)
+    encoding_plain_text(tokenizer)
+    texts = [*DOCUMENTS.values(), END_OF_TEXT]
+    is_exact = encoding.encode(tokenizer, texts, [], True).exact
+    assert keeps_all_text(tokenizer) == is_exact == (change in LOSSLESS)
 
 
 def test_fingerprint_names_the_data(tmp_path):
