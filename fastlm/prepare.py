@@ -33,6 +33,7 @@ from fastlm.data.staging import read_progress, save_progress, staging_directory
 from fastlm.data.text import END_OF_TEXT, TextFile, find_text_files
 from fastlm.data.tokenizer import (
     MIN_VOCAB_SIZE,
+    encoding_plain_text,
     end_of_text_id,
     id_limit,
     load_tokenizer,
@@ -112,6 +113,7 @@ def prepare(
     template = CHATML
     if encoder is not None:  # its mistakes before any reading
         end_of_text = end_of_text_id(encoder, tokenizer)
+        encoding_plain_text(encoder, encoder.id_to_token(end_of_text))
         asked = [encoder.to_str(), end_of_text]
         template = template_of(encoder, tokenizer, end_of_text) if chat else template
     if chat:

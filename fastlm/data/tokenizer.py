@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastlm.data.chat import CHATML, LLAMA_3
 from fastlm.data.text import END_OF_TEXT
 from fastlm.errors import DataError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 # Llama 3's, too: of its chat models the eos_token is the end of a turn.
 _ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")
+_MARKS = (*_ENDS_OF_TEXT, *CHATML.special, *LLAMA_3.special)
 
 
 def train_tokenizer(
@@ -193,11 +195,19 @@ def _from_vocab_and_merges(vocab: Path, merges: Path) -> Tokenizer:
     return encoding_plain_text(tokenizer)
 
 
-def encoding_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+def encoding_plain_text(tokenizer: Tokenizer, *marks: str) -> Tokenizer:
     """`tokenizer`, set to encode the text of a special token like any other text.
 
-    The setting is not part of the tokenizer's file.
+    The setting is not part of the tokenizer's file. So that it holds for the tokens that end a
+    document or are around a message, and for `marks`, those that are not special become it; their
+    ids stay.
     """
+    from tokenizers import AddedToken
+
+    special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+    for mark in (*_MARKS, *marks):
+        if mark not in special and tokenizer.token_to_id(mark) is not None:
+            tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False)])
     tokenizer.encode_special_tokens = True
     return tokenizer
 

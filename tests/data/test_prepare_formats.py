@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from prepared_data import bytes_tokenizer, decoded_documents, quiet, write_files
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from fastlm.data import tokenizer as tokenizer_module
 from fastlm.data.records import read_documents
@@ -295,6 +295,22 @@ def test_the_end_of_text_of_a_published_tokenizer(tmp_path, as_object):
     out = tmp_path / "out"
     manifest = prepare(find_text_files([tmp_path / "a.txt"]), out, tokenizer=tmp_path, log=quiet)
     assert manifest.end_of_text == 1
+
+
+@pytest.mark.parametrize("token", [END_OF_TEXT, "</s>"])
+def test_the_end_of_a_document_in_a_text_is_text(tmp_path, token):
+    """Also that of a tokenizer which does not say that it is special."""
+    tokenizer = Tokenizer.from_file(str(bytes_tokenizer(tmp_path / "t.json", end_of_text=None)))
+    tokenizer.add_tokens([AddedToken(token, special=False, rstrip=True)])
+    tokenizer.save(str(tmp_path / "t.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    texts = [f"{i} {token} not the end" for i in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    files = find_text_files([tmp_path / "a.jsonl"])
+    manifest = prepare(files, tmp_path / "out", tokenizer=tmp_path / "t.json", log=quiet)
+    assert manifest.end_of_text == tokenizer.token_to_id(token)
+    found = [decoded_documents(tmp_path / "out", split) for split in ("train", "val")]
+    assert sorted([*found[0], *found[1]]) == texts
 
 
 def test_a_directory_without_a_tokenizer_says_what_it_lacks(tmp_path):
