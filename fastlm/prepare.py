@@ -175,7 +175,7 @@ def prepare(
             raise DataError("the input files changed while they were read; prepare them again")
         manifest.fingerprint = data_fingerprint(tokenizer_json, manifest)
         manifest.save(staging)
-    _log_summary(manifest, val_fraction, log)
+    _log_summary(manifest, val_fraction, log, whole_documents=rule.cut is None)
     return manifest
 
 
@@ -325,14 +325,20 @@ def _encode(
     journal.take_shards()
 
 
-def _log_summary(manifest: Manifest, val_fraction: float, log: Callable[[str], object]) -> None:
+def _log_summary(
+    manifest: Manifest,
+    val_fraction: float,
+    log: Callable[[str], object],
+    *,
+    whole_documents: bool,
+) -> None:
     for name, split in manifest.splits.items():
         log(
             f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} "
             f"tokens ({split.tokens / split.bytes:.3f} tokens per byte), {len(split.shards)} shards"
         )
     share = manifest.splits[VAL].bytes / sum(split.bytes for split in manifest.splits.values())
-    if not val_fraction / 3 < share < val_fraction * 3:
+    if whole_documents and not val_fraction / 3 < share < val_fraction * 3:
         log(
             f"note: validation holds {share:.1%} of the text, not {val_fraction:.1%}: whole "
             f"documents are held out, and these are few or of very different sizes"

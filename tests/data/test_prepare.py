@@ -327,23 +327,28 @@ def test_no_split_is_empty(tmp_path, count, val_fraction):
         "x" * 999 + "\n",  # only newline at the very end
         "🙂\n" * 1000 + END_OF_TEXT + "\n",
         "ab",
+        "My Title\n" + "words in one line, " * 3000,
+        "words in one line, " * 3000 + "\nThe end",
     ],
-    ids=["lines", "many", "unbroken", "unbroken many", "one line", "marker", "two characters"],
-)
+    ids=["lines", "many", "unbroken", "unbroken many", "one line", "marker", "two characters",
+         "title", "last line"],
+)  # fmt: skip
 @pytest.mark.parametrize("val_fraction", [1e-9, 0.1, 0.9])
 def test_one_document_is_cut_in_two(tmp_path, text, val_fraction):
     (tmp_path / "in.txt").write_bytes(text.encode())
     files = find_text_files([tmp_path / "in.txt"])
     tokenizer = bytes_tokenizer(tmp_path / "t.json")
+    lines = []
     manifest = prepare(
-        files, tmp_path / "out", tokenizer=tokenizer, val_fraction=val_fraction, log=quiet
+        files, tmp_path / "out", tokenizer=tokenizer, val_fraction=val_fraction, log=lines.append
     )
+    assert not any("whole documents" in line for line in lines)
     (train,), (val,) = (decoded_documents(tmp_path / "out", name) for name in ("train", "val"))
     document = text.removesuffix(END_OF_TEXT + "\n")
     assert train and val and train + val == document
     assert abs(len(val) - val_fraction * len(document)) <= 15  # a line
-    if document.count("\n") > 1:
-        assert train.endswith("\n")
+    if val_fraction > 0.01 and (separator := next((c for c in "\n " if c in document[1:-1]), "")):
+        assert train.endswith(" " if "words" in text else separator)
     assert [split.documents for split in manifest.splits.values()] == [1, 1]
 
 
