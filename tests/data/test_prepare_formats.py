@@ -107,10 +107,16 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
 
 def test_directories_are_searched_for_all_of_them(tmp_path):
     names = ["a.txt", "b.txt.gz", "c/d.jsonl", "c/e.JSONL.zst", "f.parquet", "k.ndjson"]
-    write_files(tmp_path, {name: "x" for name in [*names, "g.md", "h.arrow", "i.gz"]})
+    hidden = ["._a.txt", ".git/HEAD", ".ipynb_checkpoints/a.txt", "c/.d/e.jsonl.gz", ".DS_Store"]
+    place = tmp_path / ".hidden" / "place"  # what is above the directory does not count
+    write_files(place, {name: "x" for name in [*names, *hidden, "g.md", "h.arrow", "i.gz"]})
     lines: list[str] = []
-    assert [file.name for file in find_text_files([tmp_path], log=lines.append)] == names
-    assert lines == [f"{tmp_path}: left out: 3 files (.md, .arrow, .gz)"]
+    assert [file.name for file in find_text_files([place], log=lines.append)] == names
+    kinds = "hidden .txt, hidden .jsonl.gz, .md, .arrow, .gz"
+    assert lines == [f"{place}: left out: 6 files ({kinds})"]
+    with pytest.raises(DataError, match=r"only: hidden ones aside, no \*\.txt"):
+        find_text_files([write_files(tmp_path / "only", {".a.txt": "x"})])
+    assert len(find_text_files([tmp_path / "only" / ".a.txt"])) == 1  # named itself
 
 
 def test_a_damaged_json_that_nobody_named_is_left_out(tmp_path):
