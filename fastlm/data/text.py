@@ -163,8 +163,11 @@ def _files_below(
 
 
 def _has_field(path: Path, text_key: str) -> bool:
+    """Is the first record's field a text, null, or a conversation's list?"""
     try:
-        return text_key in (first_record(path) or ())
+        record = first_record(path) or {}
+        # A tokenizer's vocab.json on one line has a number there.
+        return isinstance(record.get(text_key, 0), str | list | None)
     except (DataError, OSError):  # damaged, and nobody has named it: left out
         return False
 

@@ -131,13 +131,14 @@ def test_a_directory_takes_json_that_holds_records(tmp_path):
     record = '{"text": "x"}\n{"text": "y"}\n'
     write_files(tmp_path, {"a.json": record, "about.json": '{"name": "x"}', "list.json": "[1]"})
     write_files(tmp_path, {"empty.json": "", ".cache/a.json": record, ".cache/b.lock": ""})
+    write_files(tmp_path, {"vocab.json": '{"text": 5239, "the": 1}', "null.json": '{"text": null}'})
     (tmp_path / "b.json.gz").write_bytes(gz(record.encode()))
     (tmp_path / "c.csv.gz").write_bytes(b"")
     (tmp_path / "README").write_bytes(b"")
     lines: list[str] = []
     found = find_text_files([tmp_path], log=lines.append)
-    assert [file.name for file in found] == ["a.json", "b.json.gz"]
-    assert lines == [f"{tmp_path}: left out: 5 files (.json, no ending, .csv.gz)"]
+    assert [file.name for file in found] == ["a.json", "b.json.gz", "null.json"]
+    assert lines == [f"{tmp_path}: left out: 6 files (.json, no ending, .csv.gz)"]
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "a.json").write_text(record)
     assert find_text_files([tmp_path / "only"], log=lines.append) and len(lines) == 1
