@@ -187,6 +187,20 @@ def test_a_cut_zst_file_is_not_taken_for_a_short_one(tmp_path):
         list(read_documents(TextFile(tmp_path / "a.txt.zst", "a")))
 
 
+@pytest.mark.parametrize("window_log", [28, 31])
+def test_a_zst_file_of_a_long_window_is_read(tmp_path, window_log):
+    """zstd --long=31: the library refuses windows over 128 MiB unless it is told otherwise."""
+    zstandard = pytest.importorskip("zstandard")
+    # Bytes, not the compressor, which takes as much memory: magic number, a frame header of the
+    # window alone, one raw and last block.
+    block = b"text"
+    size = (len(block) << 3 | 1).to_bytes(3, "little")
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0, (window_log - 10) << 3]) + size + block
+    assert zstandard.get_frame_parameters(frame).window_size == 1 << window_log
+    (tmp_path / "a.txt.zst").write_bytes(frame)
+    assert [p.text for p in read_documents(TextFile(tmp_path / "a.txt.zst", "a"))] == ["text"]
+
+
 @pytest.mark.parametrize("name, content", [("a.json", b""), ("a.json.gz", gz(b""))])
 def test_an_empty_json_file_has_no_document(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
