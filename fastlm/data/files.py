@@ -43,6 +43,7 @@ class Data:
     val_bytes: int | None = None  # UTF-8 bytes of the validation text, if it is the manifest's
     val_sets: dict[str, TokenDataset] = field(default_factory=dict)  # {}: there is one, no name
     val_set_bytes: dict[str, int | None] = field(default_factory=dict)  # as val_bytes
+    unmarked: list[str] = field(default_factory=list)  # sources of a mixture without a manifest
 
     @classmethod
     def of(cls, train: Any, val: Any) -> "Data":
@@ -245,6 +246,8 @@ def open_data(
         data = replace(parts[0], train=Mixture(list(zip(names, train, weights, strict=True))))
         for (path, _), part in zip(sources, parts, strict=True):
             data = _with_tokenizer_of(data, part, path)
+            if part.manifest is None:
+                data.unmarked.append(path)
         if not val_paths:
             named = dict(zip(names, parts, strict=True))
     raw = dtype or (data.manifest.dtype if data.manifest else None)  # of files that do not say
