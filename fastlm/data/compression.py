@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from fastlm.errors import DataError
 
 COMPRESSED = (".gz", ".zst")
+UNREAD = (".bz2", ".xz", ".lz4", ".zip")
 _COMPRESSED_CHUNK = 1 << 14  # what it unpacks to is in memory at once
 _MAX_ZST_WINDOW = 1 << 31  # bytes: zstd --long=31; the library's own limit is 128 MiB
 

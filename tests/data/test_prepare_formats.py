@@ -166,6 +166,8 @@ def test_a_directory_takes_json_that_holds_records(tmp_path):
         ("a.txt.gz", gz(b"text\n" * 999)[:-9], "a.txt.gz: damaged or incomplete .gz file"),
         ("a.txt.gz", b"text\n" * 999, "a.txt.gz: damaged or incomplete .gz file"),
         ("a.zst", b"text\n" * 999, "a.zst: damaged or incomplete .zst file"),
+        ("a.jsonl.bz2", b"BZh91AY&SY\xe5", "a.jsonl.bz2: .bz2 is not read, only .gz and .zst; de"),
+        ("a.txt.xz", b"\xfd7zXZ\x00", "a.txt.xz: .xz is not read, only .gz and .zst; decompress"),
         ("a.parquet", b"text\n" * 999, "a.parquet: cannot be read"),
         ("a.arrow", b"text\n" * 999, "a.arrow: cannot be read"),
         ("a.parquet.gz", b"x", "a.parquet.gz: a table is read at many places; decompress"),
