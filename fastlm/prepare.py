@@ -33,6 +33,7 @@ from fastlm.data.staging import read_progress, save_progress, staging_directory
 from fastlm.data.text import END_OF_TEXT, TextFile, find_text_files
 from fastlm.data.tokenizer import (
     MIN_VOCAB_SIZE,
+    encoding_plain_text,
     end_of_text_id,
     id_limit,
     load_tokenizer,
@@ -112,6 +113,7 @@ def prepare(
     template = CHATML
     if encoder is not None:  # its mistakes before any reading
         end_of_text = end_of_text_id(encoder, tokenizer)
+        encoding_plain_text(encoder, encoder.id_to_token(end_of_text))
         asked = [encoder.to_str(), end_of_text]
         template = template_of(encoder, tokenizer, end_of_text) if chat else template
     if chat:
@@ -173,7 +175,7 @@ def prepare(
             raise DataError("the input files changed while they were read; prepare them again")
         manifest.fingerprint = data_fingerprint(tokenizer_json, manifest)
         manifest.save(staging)
-    _log_summary(manifest, val_fraction, log)
+    _log_summary(manifest, val_fraction, log, whole_documents=rule.cut is None)
     return manifest
 
 
@@ -188,7 +190,7 @@ def _key(files: Sequence[TextFile], settings: list[Any]) -> str:
         path = os.path.realpath(file.path)
         how = [file.text_key, file.template]
         read.append([file.name, path, how, status.st_size, status.st_mtime_ns])
-    what = json.dumps([2, metadata.version("tokenizers"), read, settings])
+    what = json.dumps([3, metadata.version("tokenizers"), read, settings])
     return hashlib.sha256(what.encode()).hexdigest()
 
 
@@ -303,10 +305,7 @@ def _encode(
     *,
     chat: bool,
 ) -> None:
-    """Writes the ids of all `pieces`, those behind the journal's place, and counts them there.
-
-    Whether decoding gives the text back is looked at in one piece of each batch.
-    """
+    """Writes the ids of all `pieces`, those behind the journal's place, and counts them there."""
     end_of_text = np.array([manifest.end_of_text], dtype=np.uint32)
     with progress("encoding", total_bytes, log) as on_bytes, ExitStack() as stack:
         if journal.bytes:
@@ -326,14 +325,20 @@ def _encode(
     journal.take_shards()
 
 
-def _log_summary(manifest: Manifest, val_fraction: float, log: Callable[[str], object]) -> None:
+def _log_summary(
+    manifest: Manifest,
+    val_fraction: float,
+    log: Callable[[str], object],
+    *,
+    whole_documents: bool,
+) -> None:
     for name, split in manifest.splits.items():
         log(
             f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} "
             f"tokens ({split.tokens / split.bytes:.3f} tokens per byte), {len(split.shards)} shards"
         )
     share = manifest.splits[VAL].bytes / sum(split.bytes for split in manifest.splits.values())
-    if not val_fraction / 3 < share < val_fraction * 3:
+    if whole_documents and not val_fraction / 3 < share < val_fraction * 3:
         log(
             f"note: validation holds {share:.1%} of the text, not {val_fraction:.1%}: whole "
             f"documents are held out, and these are few or of very different sizes"

@@ -125,10 +125,10 @@ def restart_at_documents(model: nn.Module, data: Data, cfg: TrainingConfig) -> N
             f"and leave doc_mask out"
         )
     end = data.end_of_text
-    if end is None:
+    if end is None or data.unmarked:
         raise ConfigError(
-            "doc_mask=True: the data has no manifest that says which token ends a document; "
-            "prepare it with python -m fastlm.prepare"
+            f"doc_mask=True: {(data.unmarked or ['the data'])[0]} has no manifest that says "
+            f"which token ends a document; prepare it with python -m fastlm.prepare"
         )
     model.document_end = end
 

@@ -14,7 +14,9 @@ from typing import Any, BinaryIO
 from fastlm.errors import DataError
 
 COMPRESSED = (".gz", ".zst")
+UNREAD = (".bz2", ".xz", ".lz4", ".zip")
 _COMPRESSED_CHUNK = 1 << 14  # what it unpacks to is in memory at once
+_MAX_ZST_WINDOW = 1 << 31  # bytes: zstd --long=31; the library's own limit is 128 MiB
 
 
 def inner_suffix(path: Path) -> str:
@@ -105,7 +107,8 @@ def _whole_frames(zstandard: Any, raw: Any) -> BinaryIO:
                         raise EOFError("its last frame is cut")
                     return 0
                 if self._decompressor is None:
-                    self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+                    unpacking = zstandard.ZstdDecompressor(max_window_size=_MAX_ZST_WINDOW)
+                    self._decompressor = unpacking.decompressobj()
                 self._content = memoryview(self._decompressor.decompress(compressed))
                 if self._decompressor.eof:
                     self._unread, self._decompressor = self._decompressor.unused_data, None

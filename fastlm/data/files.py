@@ -7,9 +7,9 @@ modded-nanogpt, told apart by its magic number (20240520 or 20240801).
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ _NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-OpenVal = Callable[[str | None], TokenDataset]  # dtype of raw files -> validation data
 _HEADER_MAGIC = {20240520: "uint16", 20240801: "uint32"}  # magic number -> dtype of the tokens
 
 
@@ -44,6 +43,7 @@ class Data:
     val_bytes: int | None = None  # UTF-8 bytes of the validation text, if it is the manifest's
     val_sets: dict[str, TokenDataset] = field(default_factory=dict)  # {}: there is one, no name
     val_set_bytes: dict[str, int | None] = field(default_factory=dict)  # as val_bytes
+    unmarked: list[str] = field(default_factory=list)  # sources of a mixture without a manifest
 
     @classmethod
     def of(cls, train: Any, val: Any) -> "Data":
@@ -225,28 +225,29 @@ def open_data(
     """
     if not paths:
         raise DataError("no data is given; name a directory or token files")
-    sources = split_weights(paths)
-    named = {
-        name: _open_val_set(files, dtype, verify) for name, files in split_names(val_paths).items()
-    }
-    open_val = None
-    if named:
-        val = joined([part.val for part in named.values()])
-        open_val = lambda _: val  # noqa: E731
-    elif val_paths:
-        open_val = partial(_open_files, val_paths)
+    sources, val_files = split_weights(paths), split_names(val_paths)
+    own_fraction = None if val_paths else val_fraction
+    named: dict[str, Data] = {}
     if sources is None:
-        data = _open_source(paths, open_val, dtype, val_fraction, verify)
+        data = _open_source(paths, dtype, own_fraction, verify)
     else:
-        parts = [_open_source([path], open_val, dtype, val_fraction, verify) for path, _ in sources]
+        parts = [_open_source([path], dtype, own_fraction, verify) for path, _ in sources]
         names = short_names([path for path, _ in sources])
         weights = [weight for _, weight in sources]
         train = [part.train for part in parts]
         data = replace(parts[0], train=Mixture(list(zip(names, train, weights, strict=True))))
         for (path, _), part in zip(sources, parts, strict=True):
             data = _with_tokenizer_of(data, part, path)
+            if part.manifest is None:
+                data.unmarked.append(path)
         if not val_paths:
             named = dict(zip(names, parts, strict=True))
+    raw = dtype or (data.manifest.dtype if data.manifest else None)  # of files that do not say
+    if val_files:
+        named = {name: _open_val_set(files, raw, verify) for name, files in val_files.items()}
+    elif val_paths:
+        # The manifest's byte count is not theirs.
+        data = replace(data, val=_open_files(val_paths, raw), val_bytes=None)
     for name, part in named.items():
         if data.manifest is not None:  # a validation set's is not the training data's
             _with_tokenizer_of(data, part, name)
@@ -278,16 +279,15 @@ def _with_tokenizer_of(data: Data, part: Data, name: str) -> Data:
 def _open_val_set(paths: list[str], dtype: str | None, verify: bool) -> Data:
     """A named validation set: files, or what one prepared directory holds out."""
     if len(paths) == 1 and os.path.exists(os.path.join(paths[0], MANIFEST_NAME)):
-        return _open_prepared(Path(paths[0]), None, dtype, verify)
+        return _open_prepared(Path(paths[0]), verify)
     files = _open_files(paths, dtype)
     return Data(files, files)
 
 
 def _open_source(
     paths: Sequence[str],
-    open_val: OpenVal | None,  # None: the source's own
     dtype: str | None,
-    val_fraction: float,
+    val_fraction: float | None,  # None: other data is validated on, and `val` not to be used
     verify: bool,
 ) -> Data:
     directory = Path(paths[0])
@@ -299,7 +299,7 @@ def _open_source(
                 f"PATH:WEIGHT each"
             )
         if os.path.exists(directory / MANIFEST_NAME):
-            return _open_prepared(directory, open_val, dtype, verify)
+            return _open_prepared(directory, verify)
         try:
             found = sorted(p for p in directory.iterdir() if p.suffix in (".bin", ".npy"))
         except OSError as error:
@@ -313,8 +313,8 @@ def _open_source(
                 f"it with: python -m fastlm.prepare INPUT... --out DIR --vocab-size N"
             )
     train = _open_files(paths, dtype)
-    if open_val is not None:
-        return Data(train, open_val(dtype))
+    if val_fraction is None:
+        return Data(train, train)
     if val_paths:
         return Data(train, _open_files(val_paths, dtype))
     boundary = len(train) - max(1, int(len(train) * val_fraction))
@@ -329,9 +329,7 @@ def _open_files(paths: Sequence[str], dtype: str | None) -> TokenDataset:
     return TokenDataset([load_token_dataset(path, dtype=dtype) for path in paths], paths)
 
 
-def _open_prepared(
-    directory: Path, open_val: OpenVal | None, dtype: str | None, verify: bool
-) -> Data:
+def _open_prepared(directory: Path, verify: bool) -> Data:
     manifest = Manifest.load(directory)
     tokenizer = _read_tokenizer(directory, manifest)
     if data_fingerprint(tokenizer, manifest) != manifest.fingerprint:
@@ -357,10 +355,6 @@ def _open_prepared(
     if verify:
         verify_shards(directory, manifest)
     tokenizer_json = tokenizer.decode("utf-8", "replace") if manifest.tokenizer else None
-    if open_val is not None:
-        # Other validation files: the manifest's byte count is not theirs.
-        val = open_val(dtype or manifest.dtype)
-        return Data(datasets["train"], val, manifest, tokenizer_json)
     # Bits per byte are of all the text, not of the targets alone.
     val_bytes = None if manifest.splits["val"].ignored else manifest.splits["val"].bytes
     return Data(datasets["train"], datasets["val"], manifest, tokenizer_json, val_bytes)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.data.chat import conversation
-from fastlm.data.compression import COMPRESSED, inner_suffix, opened, optional
+from fastlm.data.compression import COMPRESSED, UNREAD, inner_suffix, opened, optional
 from fastlm.data.text import (
     JSON,
     JSON_LINES,
@@ -31,6 +31,11 @@ OnBytes = Callable[[int], object]
 def read_documents(file: TextFile, on_bytes: OnBytes = lambda _: None) -> Iterator[Piece]:
     """The documents of a file of any format, as read_pieces has those of a text file."""
     suffix = inner_suffix(file.path)
+    if suffix in UNREAD:
+        raise DataError(
+            f"{file.path}: {suffix} is not read, only {' and '.join(COMPRESSED)}; decompress it "
+            f"first"
+        )
     if suffix == JSON:
         _check_json_lines(file.path)
     if suffix in (*JSON_LINES, JSON):

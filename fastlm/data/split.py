@@ -79,7 +79,8 @@ class SplitRule:
     """Validation: documents whose hash is below `threshold`, or the end of the only document."""
 
     threshold: int
-    cut: int | None = None  # where the only document with text is split, in characters
+    cut: int | None = None  # about where the only document with text is split, in characters
+    near: int = 0  # how many characters from there the split may be
 
     @classmethod
     def choose(cls, found: Survey, val_fraction: float) -> "SplitRule":
@@ -97,7 +98,8 @@ class SplitRule:
                 f"out a part for validation; give more text"
             )
         cut = round(found.characters * (1 - val_fraction))
-        return cls(threshold, cut=min(max(cut, 1), found.characters - 1))
+        cut = min(max(cut, 1), found.characters - 1)
+        return cls(threshold, cut, near=min(cut, found.characters - cut) // 4)
 
 
 class Place(NamedTuple):
@@ -129,7 +131,7 @@ def _split_file(file: TextFile, rule: SplitRule) -> Iterator[SplitPiece]:
     pieces = read_documents(file)
     for piece in pieces:
         if rule.cut is not None and piece.text:
-            yield from _cut_in_two(piece, pieces, rule.cut)
+            yield from _cut_in_two(piece, pieces, rule.cut, rule.near)
             continue
         if piece.document != document:
             document = piece.document
@@ -137,19 +139,27 @@ def _split_file(file: TextFile, rule: SplitRule) -> Iterator[SplitPiece]:
         yield SplitPiece(split, *piece[1:])
 
 
-def _cut_in_two(piece: Piece, following: Iterator[Piece], cut: int) -> Iterator[SplitPiece]:
+def _cut_in_two(
+    piece: Piece, following: Iterator[Piece], cut: int, near: int
+) -> Iterator[SplitPiece]:
     """The only document with text: the characters before about `cut` to TRAIN, the rest to VAL."""
     while cut >= len(piece.text) and not piece.last:
         yield SplitPiece(TRAIN, piece.text, last=False)
         cut -= len(piece.text)
         piece = next(following)
-    # After the newline before `cut`, else after the next one, else right there; neither side empty.
     text = piece.text
-    at = text.rfind("\n", 0, cut) + 1 or text.find("\n", cut) + 1 or cut
-    if at == len(text) and piece.last:
-        at = cut
+    at = _break_near(text, max(cut - near, 0), cut, min(cut + near, len(text) - piece.last))
     yield SplitPiece(TRAIN, text[:at], last=True)
     yield SplitPiece(VAL, text[at:], piece.last)
     while not piece.last:
         piece = next(following)
         yield SplitPiece(VAL, piece.text, piece.last)
+
+
+def _break_near(text: str, begin: int, cut: int, end: int) -> int:
+    """After the newline before `cut`, else after the next one, else so of spaces; else `cut`."""
+    for separator in ("\n", " "):
+        at = text.rfind(separator, begin, cut) + 1 or text.find(separator, cut, end) + 1
+        if at:
+            return at
+    return cut

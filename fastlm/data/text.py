@@ -70,10 +70,12 @@ def find_text_files(
 
     A directory stands for all *.txt, *.jsonl, *.ndjson and *.parquet below it, and for each *.json
     whose first line is a record with the field `text_key`, .gz and .zst ones, too; one that
-    `datasets` saved, for its records. Sorted by name; a file that is named twice comes once.
+    `datasets` saved, for its records. Hidden files, and what is in hidden directories below it, are
+    left out. Sorted by name; a file that is named twice comes once.
 
     text_key: the field of a JSON line, or the column, that holds a record's text.
-    log: takes a line for each directory of which files are left out; hidden ones are not counted.
+    log: takes a line for each directory of which files are left out; of hidden ones only those
+        are counted that have an ending which a directory is searched for.
 
     Raises DataError if an input names no readable file.
     """
@@ -134,20 +136,21 @@ def _files_below(
     matches, others = [], Counter[str]()
     for match in sorted(path.rglob("*")):
         suffix = inner_suffix(match)
-        if suffix not in _SEARCHED and any(p[0] == "." for p in match.relative_to(path).parts):
+        hidden = any(part[0] == "." for part in match.relative_to(path).parts)
+        if (hidden and suffix not in _SEARCHED) or not match.is_file():
             continue
-        if not match.is_file():
-            continue
-        if suffix in _SEARCHED or (suffix == JSON and _has_field(match, text_key)):
+        holds_text = suffix in _SEARCHED or (suffix == JSON and _has_field(match, text_key))
+        if holds_text and not hidden:
             matches.append(str(match))
         else:
             compressed = suffix if match.suffix.lower() != suffix else ""
-            others[f"{compressed}{match.suffix.lower()}" or "no ending"] += 1
+            kind = f"{compressed}{match.suffix.lower()}" or "no ending"
+            others[f"hidden {kind}" if hidden else kind] += 1
     if not matches:
         raise DataError(
-            f"{argument}: no *.txt, *.jsonl, *.ndjson or *.parquet file in this directory, and no "
-            f"*.json of lines with the field {text_key!r}; name other files by a glob in quotes, "
-            f"such as '{path / '**' / '*.md'}'"
+            f"{argument}: hidden ones aside, no *.txt, *.jsonl, *.ndjson or *.parquet file in this "
+            f"directory, and no *.json of lines with the field {text_key!r}; name other files by a "
+            f"glob in quotes, such as '{path / '**' / '*.md'}'"
         )
     if others:
         count = others.total()
@@ -160,8 +163,11 @@ def _files_below(
 
 
 def _has_field(path: Path, text_key: str) -> bool:
+    """Is the first record's field a text, null, or a conversation's list?"""
     try:
-        return text_key in (first_record(path) or ())
+        record = first_record(path) or {}
+        # A tokenizer's vocab.json on one line has a number there.
+        return isinstance(record.get(text_key, 0), str | list | None)
     except (DataError, OSError):  # damaged, and nobody has named it: left out
         return False
 

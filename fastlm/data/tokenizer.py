@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastlm.data.chat import CHATML, LLAMA_3
 from fastlm.data.text import END_OF_TEXT
 from fastlm.errors import DataError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 # Llama 3's, too: of its chat models the eos_token is the end of a turn.
 _ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")
+_MARKS = (*_ENDS_OF_TEXT, *CHATML.special, *LLAMA_3.special)
 
 
 def train_tokenizer(
@@ -193,11 +195,19 @@ def _from_vocab_and_merges(vocab: Path, merges: Path) -> Tokenizer:
     return encoding_plain_text(tokenizer)
 
 
-def encoding_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+def encoding_plain_text(tokenizer: Tokenizer, *marks: str) -> Tokenizer:
     """`tokenizer`, set to encode the text of a special token like any other text.
 
-    The setting is not part of the tokenizer's file.
+    The setting is not part of the tokenizer's file. So that it holds for the tokens that end a
+    document or are around a message, and for `marks`, those that are not special become it; their
+    ids stay.
     """
+    from tokenizers import AddedToken
+
+    special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+    for mark in (*_MARKS, *marks):
+        if mark not in special and tokenizer.token_to_id(mark) is not None:
+            tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False)])
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -212,6 +222,29 @@ def encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"the tokenizer cannot encode the text ({error})") from error
     return [encoding.ids for encoding in encodings]
+
+
+def keeps_all_text(tokenizer: Tokenizer) -> bool:
+    """Is any text sure to be what its ids decode to? So it is of byte-level BPE with all 256 bytes.
+
+    False where that is not known from the tokenizer's parts.
+    """
+    from tokenizers import pre_tokenizers
+
+    parts = json.loads(tokenizer.to_str())
+    model, first, decoder = parts["model"], parts["pre_tokenizer"], parts["decoder"]
+    *splits, last = (first or {}).get("pretokenizers") or [first or {}]
+    return (
+        parts["normalizer"] is None
+        and all(token["special"] for token in parts["added_tokens"])  # others may take blanks along
+        and all(s["type"] == "Split" and s["behavior"] != "Removed" for s in splits)
+        and last.get("type") == "ByteLevel"
+        and not last["add_prefix_space"]
+        and model["type"] == "BPE"
+        and not (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
+        and set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys()
+        and (decoder or {}).get("type") == "ByteLevel"
+    )
 
 
 def id_limit(tokenizer: Tokenizer) -> int:

@@ -55,17 +55,18 @@ def ids_and_targets(directory: Path, split: str) -> tuple[np.ndarray, np.ndarray
     return shard_tokens(directory, split), ignored == 0
 
 
-def chat_tokenizer(*special: str) -> None:
+def chat_tokenizer(*tokens: str, special: bool = True) -> None:
     tokenizer = train_tokenizer([json.dumps(CHATS)], 300)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+    add([AddedToken(token, special=special) for token in tokens])
     tokenizer.save("t.json")
 
 
-@pytest.mark.parametrize("form", ["trained", "chatml", "llama3"])
+@pytest.mark.parametrize("form", ["trained", "chatml", "chatml, not special", "llama3"])
 def test_the_assistants_turns_are_targets(place, form):
     options: dict = dict(vocab_size=300)
-    if form == "chatml":
-        chat_tokenizer("<|im_start|>", "<|im_end|>")
+    if form.startswith("chatml"):
+        chat_tokenizer("<|im_start|>", "<|im_end|>", special=form == "chatml")
         options = dict(tokenizer="t.json")
     elif form == "llama3":
         chat_tokenizer("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

@@ -342,14 +342,21 @@ def test_a_prepared_directory(dtype, tmp_path):
         assert data.tokenizer_json == "{}" and data.fingerprint == manifest.fingerprint
 
 
-def test_a_prepared_directory_with_other_validation_files(tmp_path):
+@pytest.mark.parametrize("name", ["", "news="])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_a_prepared_directory_with_other_validation_files(dtype, name, tmp_path):
     # The tokenizer and the vocabulary stay; the number of bytes is not that of these files.
-    prepared(tmp_path)
-    other = bin_file(tmp_path / "other.bin", [7, 7, 7])
-    data = open_data([str(tmp_path)], [str(other)])
-    assert data.val.segments[0].tolist() == [7, 7, 7]
-    assert data.manifest.vocab_size == 300 and data.tokenizer_json == "{}"
-    assert data.val_bytes is None
+    prepared(tmp_path, dtype)
+    other = bin_file(tmp_path / "other.bin", [7, 7, 7], dtype)
+    for paths in ([str(tmp_path)], [f"{tmp_path}:1"]):
+        data = open_data(paths, [f"{name}{other}"])
+        assert data.val.segments[0].tolist() == [7, 7, 7]
+        assert [part.dtype for part in data.val_sets.values()] == [dtype] * bool(name)
+        assert data.manifest.vocab_size == 300 and data.tokenizer_json == "{}"
+        assert data.val_bytes is None
+    wide = bin_file(tmp_path / "wide.bin", [7], "int64")
+    data = open_data([str(tmp_path)], [f"{name}{wide}"], dtype="int64")  # what one says comes first
+    assert data.val.segments[0].tolist() == [7]
 
 
 def edited(directory: Path, old: str, new: str) -> None:

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prepared_data import bytes_tokenizer, decoded_documents, quiet, shard_tokens, write_files
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from fastlm import prepare as prepare_module
 from fastlm.data import encoding
 from fastlm.data.manifest import Manifest
 from fastlm.data.split import SplitRule, document_hash, read_split, survey
 from fastlm.data.text import END_OF_TEXT, find_text_files, read_pieces
-from fastlm.data.tokenizer import train_tokenizer
+from fastlm.data.tokenizer import encoding_plain_text, keeps_all_text, train_tokenizer
 from fastlm.errors import DataError
 from fastlm.prepare import prepare
 
@@ -197,6 +197,58 @@ def test_a_tokenizer_that_loses_text_is_reported(tmp_path):
     assert any("does not give the text back" in line for line in lines)
 
 
+def test_a_tokenizer_that_loses_the_text_of_one_document_is_reported(tmp_path):
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("plain")}, []))
+    tokenizer.pre_tokenizer = byte_level()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.save(str(tmp_path / "t.json"))
+    texts = {f"{i}.txt": "plain" for i in range(9)} | {"5.txt": "東京"}
+    files = find_text_files([write_files(tmp_path / "in", texts)])
+    lines = []
+    prepare(files, tmp_path / "out", tokenizer=tmp_path / "t.json", log=lines.append)
+    assert any("does not give the text back" in line for line in lines)
+
+
+def byte_level(**options):
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
+
+
+def split_first(behavior: str):
+    split = pre_tokenizers.Split(Regex(r"\s+"), behavior)
+    return pre_tokenizers.Sequence([split, byte_level(use_regex=False)])  # as Llama 3's
+
+
+LOSSLESS = {  # and what makes it lossy
+    "bytes": lambda t: None,
+    "split": lambda t: setattr(t, "pre_tokenizer", split_first("isolated")),
+    "special": lambda t: t.add_special_tokens([AddedToken("def", rstrip=True)]),
+}
+LOSSY = {
+    "normalizer": lambda t: setattr(t, "normalizer", normalizers.Lowercase()),
+    "removed": lambda t: setattr(t, "pre_tokenizer", split_first("removed")),
+    "blanks": lambda t: t.add_tokens([AddedToken("def", rstrip=True)]),
+    "prefix": lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel()),
+    "words": lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()),
+    "nothing": lambda t: setattr(t, "pre_tokenizer", None),
+    "decoder": lambda t: setattr(t, "decoder", decoders.Metaspace()),
+    "model": lambda t: setattr(t, "model", models.WordLevel({"a": 0}, "a")),
+    "byte": lambda t: setattr(
+        t, "model", models.BPE({c: i for c, i in t.get_vocab().items() if c != "a"}, [])
+    ),
+}
+
+
+@pytest.mark.parametrize("change", [*LOSSLESS, *LOSSY])
+def test_what_needs_no_decoding_loses_nothing(tmp_path, change):
+    tokenizer = Tokenizer.from_file(str(bytes_tokenizer(tmp_path / "t.json")))
+    {**LOSSLESS, **LOSSY}[change](tokenizer)
+    encoding_plain_text(tokenizer)
+    texts = [*DOCUMENTS.values(), END_OF_TEXT]
+    is_exact = encoding.encode(tokenizer, texts, [], True).exact
+    assert keeps_all_text(tokenizer) == is_exact == (change in LOSSLESS)
+
+
 def test_fingerprint_names_the_data(tmp_path):
     write_files(tmp_path / "in", DOCUMENTS)
 
@@ -275,23 +327,28 @@ def test_no_split_is_empty(tmp_path, count, val_fraction):
         "x" * 999 + "\n",  # only newline at the very end
         "🙂\n" * 1000 + END_OF_TEXT + "\n",
         "ab",
+        "My Title\n" + "words in one line, " * 3000,
+        "words in one line, " * 3000 + "\nThe end",
     ],
-    ids=["lines", "many", "unbroken", "unbroken many", "one line", "marker", "two characters"],
-)
+    ids=["lines", "many", "unbroken", "unbroken many", "one line", "marker", "two characters",
+         "title", "last line"],
+)  # fmt: skip
 @pytest.mark.parametrize("val_fraction", [1e-9, 0.1, 0.9])
 def test_one_document_is_cut_in_two(tmp_path, text, val_fraction):
     (tmp_path / "in.txt").write_bytes(text.encode())
     files = find_text_files([tmp_path / "in.txt"])
     tokenizer = bytes_tokenizer(tmp_path / "t.json")
+    lines = []
     manifest = prepare(
-        files, tmp_path / "out", tokenizer=tokenizer, val_fraction=val_fraction, log=quiet
+        files, tmp_path / "out", tokenizer=tokenizer, val_fraction=val_fraction, log=lines.append
     )
+    assert not any("whole documents" in line for line in lines)
     (train,), (val,) = (decoded_documents(tmp_path / "out", name) for name in ("train", "val"))
     document = text.removesuffix(END_OF_TEXT + "\n")
     assert train and val and train + val == document
     assert abs(len(val) - val_fraction * len(document)) <= 15  # a line
-    if document.count("\n") > 1:
-        assert train.endswith("\n")
+    if val_fraction > 0.01 and (separator := next((c for c in "\n " if c in document[1:-1]), "")):
+        assert train.endswith(" " if "words" in text else separator)
     assert [split.documents for split in manifest.splits.values()] == [1, 1]
 
 

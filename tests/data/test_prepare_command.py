@@ -80,7 +80,7 @@ def test_command(place):
         ("'' --out o", "empty string"),
         ("in nowhere.txt --out o", "nowhere.txt: no such file or directory"),
         ("in '*.nothing' --out o", "*.nothing: no file matches this glob"),
-        ("empty_directory --out o", "empty_directory: no *.txt, *.jsonl, *.ndjson or"),
+        ("empty_directory --out o", "empty_directory: hidden ones aside, no *.txt, *.jsonl"),
         ("in --out o --processes 0", "--processes 0: it must be at least 1"),
         ("empty.txt --out o", "holds no text: 1 file(s)"),
         ("one.txt --out o", "one document of 1 character"),

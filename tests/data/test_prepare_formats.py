@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from prepared_data import bytes_tokenizer, decoded_documents, quiet, write_files
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from fastlm.data import tokenizer as tokenizer_module
 from fastlm.data.records import read_documents
@@ -107,10 +107,16 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
 
 def test_directories_are_searched_for_all_of_them(tmp_path):
     names = ["a.txt", "b.txt.gz", "c/d.jsonl", "c/e.JSONL.zst", "f.parquet", "k.ndjson"]
-    write_files(tmp_path, {name: "x" for name in [*names, "g.md", "h.arrow", "i.gz"]})
+    hidden = ["._a.txt", ".git/HEAD", ".ipynb_checkpoints/a.txt", "c/.d/e.jsonl.gz", ".DS_Store"]
+    place = tmp_path / ".hidden" / "place"  # what is above the directory does not count
+    write_files(place, {name: "x" for name in [*names, *hidden, "g.md", "h.arrow", "i.gz"]})
     lines: list[str] = []
-    assert [file.name for file in find_text_files([tmp_path], log=lines.append)] == names
-    assert lines == [f"{tmp_path}: left out: 3 files (.md, .arrow, .gz)"]
+    assert [file.name for file in find_text_files([place], log=lines.append)] == names
+    kinds = "hidden .txt, hidden .jsonl.gz, .md, .arrow, .gz"
+    assert lines == [f"{place}: left out: 6 files ({kinds})"]
+    with pytest.raises(DataError, match=r"only: hidden ones aside, no \*\.txt"):
+        find_text_files([write_files(tmp_path / "only", {".a.txt": "x"})])
+    assert len(find_text_files([tmp_path / "only" / ".a.txt"])) == 1  # named itself
 
 
 def test_a_damaged_json_that_nobody_named_is_left_out(tmp_path):
@@ -125,13 +131,14 @@ def test_a_directory_takes_json_that_holds_records(tmp_path):
     record = '{"text": "x"}\n{"text": "y"}\n'
     write_files(tmp_path, {"a.json": record, "about.json": '{"name": "x"}', "list.json": "[1]"})
     write_files(tmp_path, {"empty.json": "", ".cache/a.json": record, ".cache/b.lock": ""})
+    write_files(tmp_path, {"vocab.json": '{"text": 5239, "the": 1}', "null.json": '{"text": null}'})
     (tmp_path / "b.json.gz").write_bytes(gz(record.encode()))
     (tmp_path / "c.csv.gz").write_bytes(b"")
     (tmp_path / "README").write_bytes(b"")
     lines: list[str] = []
     found = find_text_files([tmp_path], log=lines.append)
-    assert [file.name for file in found] == ["a.json", "b.json.gz"]
-    assert lines == [f"{tmp_path}: left out: 5 files (.json, no ending, .csv.gz)"]
+    assert [file.name for file in found] == ["a.json", "b.json.gz", "null.json"]
+    assert lines == [f"{tmp_path}: left out: 6 files (.json, no ending, .csv.gz)"]
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "a.json").write_text(record)
     assert find_text_files([tmp_path / "only"], log=lines.append) and len(lines) == 1
@@ -159,6 +166,8 @@ def test_a_directory_takes_json_that_holds_records(tmp_path):
         ("a.txt.gz", gz(b"text\n" * 999)[:-9], "a.txt.gz: damaged or incomplete .gz file"),
         ("a.txt.gz", b"text\n" * 999, "a.txt.gz: damaged or incomplete .gz file"),
         ("a.zst", b"text\n" * 999, "a.zst: damaged or incomplete .zst file"),
+        ("a.jsonl.bz2", b"BZh91AY&SY\xe5", "a.jsonl.bz2: .bz2 is not read, only .gz and .zst; de"),
+        ("a.txt.xz", b"\xfd7zXZ\x00", "a.txt.xz: .xz is not read, only .gz and .zst; decompress"),
         ("a.parquet", b"text\n" * 999, "a.parquet: cannot be read"),
         ("a.arrow", b"text\n" * 999, "a.arrow: cannot be read"),
         ("a.parquet.gz", b"x", "a.parquet.gz: a table is read at many places; decompress"),
@@ -178,6 +187,20 @@ def test_a_cut_zst_file_is_not_taken_for_a_short_one(tmp_path):
     (tmp_path / "a.txt.zst").write_bytes(zst("".join(DOCUMENTS).encode())[:-5])
     with pytest.raises(DataError, match=r"a\.txt\.zst: damaged or incomplete"):
         list(read_documents(TextFile(tmp_path / "a.txt.zst", "a")))
+
+
+@pytest.mark.parametrize("window_log", [28, 31])
+def test_a_zst_file_of_a_long_window_is_read(tmp_path, window_log):
+    """zstd --long=31: the library refuses windows over 128 MiB unless it is told otherwise."""
+    zstandard = pytest.importorskip("zstandard")
+    # Bytes, not the compressor, which takes as much memory: magic number, a frame header of the
+    # window alone, one raw and last block.
+    block = b"text"
+    size = (len(block) << 3 | 1).to_bytes(3, "little")
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0, (window_log - 10) << 3]) + size + block
+    assert zstandard.get_frame_parameters(frame).window_size == 1 << window_log
+    (tmp_path / "a.txt.zst").write_bytes(frame)
+    assert [p.text for p in read_documents(TextFile(tmp_path / "a.txt.zst", "a"))] == ["text"]
 
 
 @pytest.mark.parametrize("name, content", [("a.json", b""), ("a.json.gz", gz(b""))])
@@ -295,6 +318,22 @@ def test_the_end_of_text_of_a_published_tokenizer(tmp_path, as_object):
     out = tmp_path / "out"
     manifest = prepare(find_text_files([tmp_path / "a.txt"]), out, tokenizer=tmp_path, log=quiet)
     assert manifest.end_of_text == 1
+
+
+@pytest.mark.parametrize("token", [END_OF_TEXT, "</s>"])
+def test_the_end_of_a_document_in_a_text_is_text(tmp_path, token):
+    """Also that of a tokenizer which does not say that it is special."""
+    tokenizer = Tokenizer.from_file(str(bytes_tokenizer(tmp_path / "t.json", end_of_text=None)))
+    tokenizer.add_tokens([AddedToken(token, special=False, rstrip=True)])
+    tokenizer.save(str(tmp_path / "t.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    texts = [f"{i} {token} not the end" for i in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    files = find_text_files([tmp_path / "a.jsonl"])
+    manifest = prepare(files, tmp_path / "out", tokenizer=tmp_path / "t.json", log=quiet)
+    assert manifest.end_of_text == tokenizer.token_to_id(token)
+    found = [decoded_documents(tmp_path / "out", split) for split in ("train", "val")]
+    assert sorted([*found[0], *found[1]]) == texts
 
 
 def test_a_directory_without_a_tokenizer_says_what_it_lacks(tmp_path):

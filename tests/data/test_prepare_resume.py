@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command_server import commands
 from prepared_data import bytes_tokenizer, quiet, write_files
+from tokenizers import Tokenizer, normalizers
 
 from fastlm import prepare as prepare_module
 from fastlm.data import encoding
@@ -151,9 +152,14 @@ def test_the_command_goes_on_after_a_signal(place, number):
 
 def test_several_processes_write_the_same(place):
     files = find_text_files(["in"])
-    prepare(files, "one", vocab_size=300, log=quiet)
-    prepare(files, "several", vocab_size=300, processes=2, log=quiet)
+    tokenizer = Tokenizer.from_file(str(bytes_tokenizer(place / "t.json")))
+    tokenizer.normalizer = normalizers.Replace("record", "")  # of the second file alone
+    tokenizer.save("t.json")
+    lines: list[str] = []
+    prepare(files, "one", tokenizer="t.json", log=quiet)
+    prepare(files, "several", tokenizer="t.json", processes=2, log=lines.append)
     assert content(place / "one") == content(place / "several")
+    assert any("does not give the text back" in line for line in lines)
     assert Manifest.load("several").splits["train"].documents > 80
 
 

@@ -184,9 +184,9 @@ def prepare_slowly(argv: list[str]) -> int:
     prepare.SAVE_SECONDS, encoding.BATCH_CHARACTERS = 0.0, 2_000
     genuine = encoding.encode
 
-    def encode(encoder, texts, special):
+    def encode(encoder, texts, *options):
         time.sleep(0.1 if "second" in texts[0] else 0.0)
-        return genuine(encoder, texts, special)
+        return genuine(encoder, texts, *options)
 
     encoding.encode = encode
     return prepare.main(argv)

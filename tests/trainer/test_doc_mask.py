@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from in_process import TRAIN, VAL, checkpoint
@@ -109,6 +110,13 @@ def test_a_run_resumes_with_it(tmp_path):
 def test_data_that_does_not_say_where_documents_end(tmp_path, monkeypatch, capsys):
     with pytest.raises(ConfigError, match="no manifest that says which token ends a document"):
         train_loop(TRAIN, VAL, tiny_config(tmp_path / "a", doc_mask=True))
+    # In a mixture, too: nobody knows whether its documents end with the others' token.
+    np.save(tmp_path / "raw.npy", np.zeros(2000, dtype=np.uint16))
+    sources = [f"{write_prepared(tmp_path / 'data')}:1", f"{tmp_path / 'raw.npy'}:1"]
+    cfg = tiny_config(tmp_path / "c", vocab_size=300, doc_mask=True)
+    for paths in (sources, sources[::-1]):
+        with pytest.raises(ConfigError, match=r"True: \S*raw\.npy has no manifest that says"):
+            train(open_data(paths), cfg)
     own = nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 64))
     with pytest.raises(ConfigError, match="Sequential is no TransformerLM"):
         train_loop(TRAIN, VAL, tiny_config(tmp_path / "b", doc_mask=True), model=own)
