@@ -160,6 +160,8 @@ def _train(
     begin = time.perf_counter()
     device = select_device(cfg.device)
     check_trackers(cfg.track)
+    if resumed:
+        cfg = world.together(lambda: resumed.keep_length(cfg))
     if device.type == "cpu":
         keep_freed_memory()
     world.decide(partial(data.check, cfg.context_len, cfg.vocab_size))  # it reads all ids, once

@@ -112,6 +112,22 @@ class Resumed:
             )
         return position
 
+    def keep_length(self, cfg: TrainingConfig) -> TrainingConfig:
+        """`cfg` that ends where the checkpoint's run does: train_minutes, if it has them, have
+        chosen that once. Raises ConfigError where the checkpoint does not tell."""
+        if cfg.train_minutes is None:
+            return cfg
+        total_steps = self.settings.get("total_steps")
+        if total_steps is None:
+            raise ConfigError(
+                f"{self.path}: does not say how long its run is, and train_minutes="
+                f"{cfg.train_minutes:g} chooses the length of a new one: give --total-steps N"
+            )
+        cosine_iters = self.settings.get("cosine_iters", total_steps)
+        return dataclasses.replace(
+            cfg, total_steps=total_steps, cosine_iters=cosine_iters, train_minutes=None
+        )
+
     def other_step(self, tokens: int) -> str:
         """Says so if a step of `tokens` is not the size of the steps before."""
         environment = self.payload.get("environment") or {}

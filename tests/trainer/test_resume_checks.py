@@ -26,6 +26,7 @@ from fastlm.loop import Run
 from fastlm.run.cli import parse
 from fastlm.run.environment import differences
 from fastlm.run.resume import Resumed, find
+from fastlm.step import TrainStep
 from fastlm.train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
@@ -142,6 +143,30 @@ def test_the_largest_seed(tmp_path):
     settings = dict(seed=2**64 - 1, total_steps=2, dropout=0.1)
     run_tiny(tmp_path / "on", ckpt_path_to_resume=path, **settings)
     assert same(*(state(checkpoint(place)) for place in (tmp_path, tmp_path / "on")))
+
+
+# --- its length ---
+
+
+def test_a_resumed_run_is_not_calibrated_again(tmp_path, monkeypatch):
+    """On a busier machine it would become another run, shorter than what is done, even."""
+    monkeypatch.setattr(TrainStep, "seconds_per_step", lambda self, stop: 0.06)
+    settings = dict(train_minutes=0.02, total_steps=10_000, ckpt_every=15)
+    run_tiny(tmp_path / "run", **settings)
+    straight = state(checkpoint(tmp_path / "run"))
+    assert straight["iteration"] == 20
+    monkeypatch.setattr(TrainStep, "seconds_per_step", lambda self, stop: 0.12)
+    path = str(checkpoint(tmp_path / "run", 15))
+    run_tiny(tmp_path / "run", ckpt_path_to_resume=path, **settings)
+    assert same(state(checkpoint(tmp_path / "run")), straight)
+    # A checkpoint without settings does not tell its run's length.
+    payload = torch.load(path, weights_only=True)
+    del payload["config"], payload["data_fingerprint"]
+    torch.save(payload, tmp_path / "run" / "foreign.pt")
+    before, foreign = listing(tmp_path), str(tmp_path / "run" / "foreign.pt")
+    with pytest.raises(ConfigError, match=r"foreign\.pt: .*train_minutes=0\.02 .*--total-steps N$"):
+        run_tiny(tmp_path / "run", ckpt_path_to_resume=foreign, **settings)
+    assert listing(tmp_path) == before
 
 
 # --- memory and time ---
