@@ -80,7 +80,9 @@ def train_loop(
     method hidden(x), (B, T, D), and an nn.Linear lm_head, the head and the loss are one op, which
     saves the memory for the logits. It is moved to cfg.device; vocab_size and context_len are
     cfg's, the other sizes there do not count. Continued with the same call and
-    cfg.ckpt_path_to_resume; the commands know TransformerLM alone and say so.
+    cfg.ckpt_path_to_resume; the commands know TransformerLM alone and say so. Buffers that its
+    forward changes, as BatchNorm does, are stored; in them alone a step leaves a trace that a
+    signal drops behind its first micro-batch.
     With cfg.eval_only it evaluates, and returns, the model of cfg.ckpt_path_to_resume or
     cfg.init_from. Ctrl-C saves a checkpoint at the micro-batch's end, then raises
     KeyboardInterrupt. Where a file cannot be written the run goes on; the last line says what is
