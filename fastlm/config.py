@@ -214,7 +214,7 @@ class TrainingConfig:
     init_from: str | None = None
     """What the model starts with: a checkpoint's weights, or a directory of Hugging Face's
     transformers (config.json, safetensors). On the command line its architecture, too, unless flags
-    say otherwise. The optimizer and the step start anew."""
+    say otherwise. The optimizer and the step start anew. A resumed run ignores it."""
     eval_only: bool = False
     """Evaluate the checkpoint of --resume or --init-from and stop."""
     track: tuple[str, ...] = ()

@@ -139,10 +139,6 @@ def train(
             f"before they read a file of settings; give --device on the command line"
         )
     with backends(cfg, own_model=model is not None):
-        if cfg.ckpt_path_to_resume and cfg.init_from:
-            raise ConfigError(
-                "--resume continues a run and --init-from starts one: give one of them"
-            )
         if resumed is None and cfg.ckpt_path_to_resume:
             path = cfg.ckpt_path_to_resume
             resumed = world.together(lambda: Resumed.read(path, partial(read_for, world=world)))

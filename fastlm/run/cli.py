@@ -89,6 +89,10 @@ def parse(
     resumed, initial = None, {}
     if not {"--help", "-h"} & set(argv):
         resumed = _find_resumed(first, file_settings, read)
+        if resumed and first.init_from:
+            raise ConfigError(
+                "--resume continues a run and --init-from starts one: give one of them"
+            )
         init_from = first.init_from or file_settings.get("init_from")
         if init_from and not resumed:
             initial = initial_architecture(init_from)
@@ -263,6 +267,7 @@ def _place(
 ) -> None:
     """Where the run's files go: a resumed run's own place, or runs/<preset>-<time>."""
     if resumed is not None:
+        settings["init_from"] = None  # a file's, with which the run began
         settings["ckpt_path_to_resume"] = str(resumed.path)
         if "ckpt_path_to_resume" not in asked:
             origins["ckpt_path_to_resume"] = "command line"
