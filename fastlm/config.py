@@ -22,7 +22,11 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "csv")
 
 @dataclass
 class TrainingConfig:
-    """Every setting of a run. Raises ConfigError, naming the setting, for an invalid one."""
+    """Every setting of a run. Raises ConfigError, naming the setting, for an invalid one.
+
+    d_ff, cosine_iters, ckpt_dir and log_dir follow others where they are None, and are filled in.
+    dataclasses.replace keeps what was filled in: give it None for what should follow again.
+    """
 
     # === Data / batching ===
     data: tuple[str, ...] = ()
@@ -148,8 +152,8 @@ class TrainingConfig:
     """cosine; or wsd: constant, with a linear decay over the last fifth."""
     warmup_iters: int = 200
     """Steps of linear warm-up."""
-    cosine_iters: int = 10000
-    """After this many steps the rate is lr_min. Follows total_steps unless set."""
+    cosine_iters: int | None = None
+    """After this many steps the rate is lr_min. Default: total_steps."""
 
     # === Hardware ===
     device: str = "auto"
@@ -230,6 +234,8 @@ class TrainingConfig:
         self.track = tuple(name for names in self.track for name in names.split(",") if name)
         if self.d_ff is None:
             self.d_ff = self.cal_d_ff(self.d_model)
+        if self.cosine_iters is None and self.train_minutes is None:  # else it waits for them
+            self.cosine_iters = self.total_steps
         if self.ckpt_dir is None:
             self.ckpt_dir = os.path.join(self.target_dir, "checkpoints")
         if self.log_dir is None:

@@ -71,7 +71,7 @@ def rate_jump(step: int, stored: Any, cfg: Any) -> str | None:
     checkpoint before its decay (Hägele et al., arXiv:2405.18392).
     """
     names = ("schedule", "lr_max", "lr_min", "warmup_iters", "total_steps", "cosine_iters")
-    if not isinstance(stored, dict) or any(name not in stored for name in names):
+    if not isinstance(stored, dict) or any(stored.get(name) is None for name in names):
         return None  # of another program: nothing is known of its rates
     before = SimpleNamespace(**{name: stored[name] for name in names})
     if step <= max(before.warmup_iters, cfg.warmup_iters):

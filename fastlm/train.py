@@ -283,13 +283,7 @@ def _calibrated(
         f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about {minutes} "
         f"minutes{why} (the same run again: --total-steps {steps})"
     )
-    follows = cfg.cosine_iters == cfg.total_steps
-    return replace(
-        cfg,
-        total_steps=steps,
-        cosine_iters=steps if follows else cfg.cosine_iters,
-        train_minutes=None,
-    )
+    return replace(cfg, total_steps=steps, train_minutes=None)
 
 
 def _evaluate_only(

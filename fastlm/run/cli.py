@@ -230,7 +230,7 @@ def _follow(settings: dict, origins: dict, flags: set[str], asked: set[str], sto
     # A resumed run keeps its schedule, unless it is told to end elsewhere.
     keeps_schedule = "cosine_iters" in stored and "total_steps" not in asked
     if "cosine_iters" not in asked and not keeps_schedule:
-        settings["cosine_iters"] = settings["total_steps"]
+        settings["cosine_iters"] = None
         origins["cosine_iters"] = "follows total_steps"
     minutes_are_a_flag = "train_minutes" in flags
     if "total_steps" in stored and minutes_are_a_flag:

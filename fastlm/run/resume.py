@@ -123,7 +123,7 @@ class Resumed:
                 f"{self.path}: does not say how long its run is, and train_minutes="
                 f"{cfg.train_minutes:g} chooses the length of a new one: give --total-steps N"
             )
-        cosine_iters = self.settings.get("cosine_iters", total_steps)
+        cosine_iters = self.settings.get("cosine_iters")
         return dataclasses.replace(
             cfg, total_steps=total_steps, cosine_iters=cosine_iters, train_minutes=None
         )
