@@ -128,7 +128,7 @@ class Run:
                 self.log.close()
         finally:
             self.saver.wait()
-            self.report_saves()
+            self.report_saves(goes_on=False)
             for what in self.saver.missing():
                 self.missing.note(what)
             self.log.flush()
@@ -136,12 +136,12 @@ class Run:
             if self.world.is_main:  # for others the directory may change while they read it
                 print(
                     f"[train] stopped after {self.completed} of {self.cfg.total_steps} steps "
-                    f"({self.stop.name or f'--max-minutes {self.cfg.max_minutes:g}'}); continue "
-                    f"with: {self._how_to_continue()}",
+                    f"({self.stop.name or f'--max-minutes {self.cfg.max_minutes:g}'}); "
+                    f"{self._how_to_continue()}",
                     flush=True,
                 )
             self.world.barrier()  # torchrun ends the others when one has gone
-            self.stop.leave()
+            self.stop.leave(failed=bool(self.missing))
 
     def _steps(self) -> bool:
         """All steps that are left; False if it was stopped before the last. After an error: saves
@@ -231,11 +231,17 @@ class Run:
         return step == self.cfg.total_steps - 1 or (every > 0 and step > 0 and step % every == 0)
 
     def _how_to_continue(self) -> str:
-        if self.data.train.paths and model_class(self.runner.model) is None:
-            return resume_command(self.cfg, self.world)
-        # The command knows nothing of train_loop's arrays and models.
         path = self.saver.newest
-        return "no checkpoint" if path is None else f"ckpt_path_to_resume={str(path)!r}"
+        if path is None:
+            return "there is no checkpoint to continue with"
+        if self._is_the_commands:
+            return f"continue with: {resume_command(self.cfg, self.world)}"
+        return f"continue with: {_as_setting(path)}"
+
+    @property
+    def _is_the_commands(self) -> bool:
+        """The command knows nothing of train_loop's arrays and models."""
+        return bool(self.data.train.paths) and model_class(self.runner.model) is None
 
     def _time_is_up(self) -> bool:
         minutes = self.cfg.max_minutes
@@ -305,7 +311,7 @@ class Run:
             return  # a signal came while it was written
         self.clock.pause()
         self.saver.save(name, self._payload(), wait=must)
-        self.report_saves()
+        self.report_saves(goes_on=not must or name == "final")
         self.clock.start()
 
     def _payload(self) -> dict[str, Any]:
@@ -322,16 +328,16 @@ class Run:
             **self.identity(),
         )
 
-    def report_saves(self) -> None:
+    def report_saves(self, *, goes_on: bool = True) -> None:
         """Says what has become of saves since the last call."""
         for path, error in self.saver.reports():
-            self._report(path, error)
+            self._report(path, error, goes_on)
 
-    def _report(self, path: Path, error: str | None) -> None:
+    def _report(self, path: Path, error: str | None, goes_on: bool) -> None:
         if error is None:
             self.log.checkpoint(path)
         else:
-            self.log.say(f"[CKPT] FAILED: {error}; the run goes on")
+            self.log.say(f"[CKPT] FAILED: {error}{'; the run goes on' * goes_on}")
 
     def _save_emergency(self) -> None:
         """{prefix}_emergency.pt: the state before the step that failed. A bare --resume never takes
@@ -341,9 +347,10 @@ class Run:
         try:
             self.runner.drop()
             path, error = self.saver.emergency(self._payload())
-            self._report(path, error)
+            self._report(path, error, goes_on=False)
             if error is None:
-                self.log.say(f"[train] an error follows; --resume {path} goes on from before it")
+                how = f"--resume {path}" if self._is_the_commands else _as_setting(path)
+                self.log.say(f"[train] an error follows; {how} goes on from before it")
         except Exception as error:
             self.log.say(f"[CKPT] FAILED: the emergency checkpoint: {error}")
 
@@ -391,3 +398,7 @@ class Run:
             self.saver.evaluated(val_loss)
             self.log.val(step, val_loss, losses if self.data.val_sets else {})
         self.clock.start()
+
+
+def _as_setting(path: Path) -> str:
+    return f"ckpt_path_to_resume={str(path)!r}"

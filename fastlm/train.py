@@ -5,8 +5,8 @@ is set up and checked; fastlm/loop.py runs it, fastlm/step.py is the step.
 
 Exit codes
     0    the run is complete, or was stopped by --max-minutes or SIGUSR1
-    1    it came to its end and something is missing: lines of a log, a checkpoint, a model that
-         learnt anything; the last line says what
+    1    it came there and something is missing: lines of a log, a checkpoint, a model that learnt
+         anything; the last line says what
     2    a setting, a file or the training itself must be changed first; the error says which
     129, 130, 143
          SIGHUP, SIGINT (Ctrl-C), SIGTERM: a checkpoint is saved, if the steps had begun
