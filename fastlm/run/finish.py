@@ -56,6 +56,7 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
         tokens=(run.samples_seen - (0 if whole else run.start_samples)) * cfg.context_len,
         step_seconds=clock.all_seconds,
         run_seconds=clock.run_seconds,
+        piece_tokens=(run.samples_seen - run.start_samples) * cfg.context_len,
         piece_seconds=clock.seconds,
         waited_seconds=runner.step_loader.waited,
         start_step=run.start_step,

@@ -125,7 +125,8 @@ class RunFigures:
     tokens: int
     step_seconds: float  # compilation, evaluation and saving not counted
     run_seconds: float  # everything since the run began
-    piece_seconds: float  # in steps, in this piece of it
+    piece_tokens: int  # in this piece of it, whose processes are known
+    piece_seconds: float  # in steps, likewise
     waited_seconds: float  # of them, for batches
     start_step: int  # of this piece of it
     whole: bool  # the four above are those of all pieces, not of this one
@@ -143,6 +144,11 @@ class RunFigures:
     def tokens_per_second(self) -> float | None:
         """None: this piece of the run had no step, and the time of the others is not known."""
         return self.tokens / self.step_seconds if self.tokens and self.step_seconds else None
+
+    @property
+    def piece_speed(self) -> float | None:
+        """Tokens/s of this piece; None: it had no step."""
+        return self.piece_tokens / self.piece_seconds if self.piece_tokens else None
 
     @property
     def covers(self) -> str:
@@ -182,9 +188,10 @@ def print_samples(
 def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None) -> dict:
     """Prints the summary; returns it for the metrics. ceiling: FLOP/s, None if not known."""
     speed = figures.tokens_per_second  # of all processes
-    processes = len(figures.peaks)
+    now, processes = figures.piece_speed, len(figures.peaks)  # other pieces may have had others
+    of_piece = " in this piece" if figures.start_step and figures.whole else ""
     peak = None if None in figures.peaks else max(figures.peaks)
-    achieved = None if speed is None else speed * figures.flops_per_token
+    achieved = None if now is None else now * figures.flops_per_token
     mfu = achieved / ceiling / processes if achieved and ceiling else None
 
     print(
@@ -195,7 +202,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
         + figures.covers
     )
     if processes > 1:
-        each = "" if speed is None else f", {speed / processes:,.0f} tokens/s in steps each"
+        each = "" if now is None else f", {now / processes:,.0f} tokens/s in steps each{of_piece}"
         print(f"[summary] processes   {processes}{each}")
     if figures.piece_seconds:
         share = figures.waited_seconds / figures.piece_seconds
@@ -213,7 +220,7 @@ def print_summary(figures: RunFigures, runner: TrainStep, ceiling: float | None)
     print(
         f"[summary] model FLOPs {figures.flops_per_token / 1e6:.1f} M a token "
         f"({flop_formula(runner.model)})"
-        + ("" if achieved is None else f": {achieved / 1e12:.3g} TFLOP/s")
+        + ("" if achieved is None else f": {achieved / 1e12:.3g} TFLOP/s{of_piece}")
     )
     print(
         "[summary] MFU         "
