@@ -191,7 +191,8 @@ class TrainingConfig:
 
     profile: str | None = None
     """A:B writes a torch.profiler trace of the steps A to B - 1 beside the log, on CUDA also a
-    snapshot of the memory."""
+    snapshot of the memory. With train_minutes the last step is known, and an A behind it refused,
+    only after the calibration."""
 
     # === Several processes (torchrun) ===
     parallel: Literal["ddp", "fsdp"] = "ddp"
