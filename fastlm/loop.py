@@ -59,6 +59,7 @@ class Run:
         directory: RunDirectory,
         start_step: int,
         samples_seen: int,  # before start_step; the data goes on from there
+        tokens_seen: int,  # in these samples
         clock: Clock,
         stop: StopSignals,
         missing: Missing,  # what the run could not show or write
@@ -66,7 +67,8 @@ class Run:
         self.data, self.cfg, self.runner, self.directory = data, cfg, runner, directory
         self.world: World = runner.world
         self.start_step, self.completed = start_step, start_step
-        self.samples_seen = self.start_samples = samples_seen
+        self.samples_seen = samples_seen
+        self.tokens_seen = self.start_tokens = tokens_seen
         self.clock, self.stop = clock, stop
         # What is missing, all ranks know, and rank 0 tells it.
         self.missing = missing if self.world.is_main else Missing()
@@ -218,6 +220,7 @@ class Run:
     def _count(self, loss: Tensor) -> None:
         """A step is done; the samples of a skipped one are passed, too."""
         self.samples_seen += self.runner.samples
+        self.tokens_seen += self.runner.tokens
         self.completed += 1
         self._window_loss += torch.where(self.runner.good, loss, 0.0)
         self._window_good += self.runner.good
@@ -266,7 +269,7 @@ class Run:
             grad_norm=float("nan") if norm is None else float(norm),
             steps_per_second=self._window_steps / seconds,
             tokens_per_second=tokens_per_second,
-            tokens=self.samples_seen * self.cfg.context_len,
+            tokens=self.tokens_seen,
             seconds=round(self.clock.all_seconds, 3),  # in steps
             memory_bytes=self.memory.bytes,
             **known,
@@ -322,6 +325,7 @@ class Run:
             runner.optimizer,
             self.completed,
             samples_seen=self.samples_seen,
+            tokens_seen=self.tokens_seen,
             scaler=runner.scaler.state_dict(),
             guard=runner.guard.state_dict(),
             clock=self.clock.state_dict(),

@@ -224,17 +224,29 @@ def _train(
             print(f"[compile] done in {runner.compile_seconds:.1f} s, not counted in tokens/s")
         if cfg.train_minutes is not None:
             cfg = _calibrated(cfg, runner, len(data.train), stop, world)
-        samples_seen, clock = 0, Clock(device, begin, resumed and resumed.payload)
+        samples_seen, tokens_seen = 0, 0
+        clock = Clock(device, begin, resumed and resumed.payload)
         if resumed:
             _restore_state(runner, resumed, compiled=cfg.compile)
-            samples_seen = resumed.position(cfg)
+            samples_seen, tokens_seen = resumed.position(cfg), resumed.tokens(cfg)
             if note := resumed.other_step(runner.tokens):
                 print(f"[resume] {note}")
             if note := rate_jump(start_step, resumed.settings, cfg):
                 print(f"[resume] {note}")
             resumed.free()
         directory.begin()
-        Run(data, cfg, runner, directory, start_step, samples_seen, clock, stop, missing).train()
+        Run(
+            data,
+            cfg,
+            runner,
+            directory,
+            start_step,
+            samples_seen,
+            tokens_seen,
+            clock,
+            stop,
+            missing,
+        ).train()
     return model
 
 

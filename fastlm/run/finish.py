@@ -53,10 +53,10 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     whole = clock.knows_all
     figures = RunFigures(
         steps=run.completed - (0 if whole else run.start_step),
-        tokens=(run.samples_seen - (0 if whole else run.start_samples)) * cfg.context_len,
+        tokens=run.tokens_seen - (0 if whole else run.start_tokens),
         step_seconds=clock.all_seconds,
         run_seconds=clock.run_seconds,
-        piece_tokens=(run.samples_seen - run.start_samples) * cfg.context_len,
+        piece_tokens=run.tokens_seen - run.start_tokens,
         piece_seconds=clock.seconds,
         waited_seconds=runner.step_loader.waited,
         start_step=run.start_step,

@@ -84,6 +84,8 @@ class Resumed:
             "iteration": 0 <= step < 2**63,
             "samples_seen": samples_seen is None
             or (type(samples_seen) is int and 0 <= samples_seen < _MAX_SAMPLES),
+            "tokens_seen": (tokens := payload.get("tokens_seen")) is None
+            or (type(tokens) is int and 0 <= tokens < 2**63),
             "run_id": run_id is None or (isinstance(run_id, str) and 0 < len(run_id) <= 100),
             "sampler_version": type(payload.get("sampler_version", 1)) is int,
             "environment": _is_plain(payload.get("environment", {})),
@@ -111,6 +113,13 @@ class Resumed:
                 f"{shown(batch_size)}); start with its weights: --init-from"
             )
         return position
+
+    def tokens(self, cfg: TrainingConfig) -> int:
+        """How many tokens it has trained on: a changed context_len changes those of a sample."""
+        tokens = self.payload.get("tokens_seen")
+        if tokens is None:  # an older checkpoint, or another program's
+            tokens = self.position(cfg) * self.settings.get("context_len", cfg.context_len)
+        return tokens
 
     def keep_length(self, cfg: TrainingConfig) -> TrainingConfig:
         """`cfg` that ends where the checkpoint's run does: train_minutes, if it has them, have

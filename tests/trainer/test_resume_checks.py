@@ -12,6 +12,7 @@ from in_process import TRAIN, VAL, checkpoint, run_tiny
 from training_runs import (
     listing,
     losses,
+    metrics,
     same,
     state,
     tiny_config,
@@ -59,6 +60,10 @@ def test_another_position_in_the_data_is_refused_unless_it_is_allowed(
     assert "[resume] --allow-data-change: " + what.split()[0] in capsys.readouterr().out
     payload = read_checkpoint(checkpoint(tmp_path / "on"))
     assert payload["samples_seen"] == 6 * 4
+    if "context_len" in settings:  # a sample has fewer tokens from now on
+        (summary,) = metrics(tmp_path / "on", "summary")
+        rows = [row["tokens"] for row in metrics(tmp_path / "on", "train")]
+        assert [*rows, summary["tokens"]] == [4 * 128 + 64, 4 * 128 + 128, 4 * 128 + 128]
     # The new data is the run's from now on.
     path = str(checkpoint(tmp_path / "on"))
     run_tiny(tmp_path / "on", ckpt_path_to_resume=path, total_steps=7, **settings)
@@ -252,6 +257,7 @@ def write(path, **extra):
         (dict(iteration=-1), "its iteration cannot"),
         (dict(samples_seen=2**63), "its samples_seen cannot be a run's"),
         (dict(samples_seen=True), "its samples_seen cannot"),
+        (dict(tokens_seen="x"), "its tokens_seen cannot be a run's"),
         (dict(run_id=5), "its run_id cannot"),
         (dict(config={"data": 5}), r"its setting data = 5: it must be tuple\[str, \.\.\.\]"),
         (dict(config={"betas": "x"}), "its setting betas = 'x': it must be tuple"),
