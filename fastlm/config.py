@@ -22,7 +22,11 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "csv")
 
 @dataclass
 class TrainingConfig:
-    """Every setting of a run. Raises ConfigError, naming the setting, for an invalid one."""
+    """Every setting of a run. Raises ConfigError, naming the setting, for an invalid one.
+
+    d_ff, cosine_iters, ckpt_dir and log_dir follow others where they are None, and are filled in.
+    dataclasses.replace keeps what was filled in: give it None for what should follow again.
+    """
 
     # === Data / batching ===
     data: tuple[str, ...] = ()
@@ -148,8 +152,8 @@ class TrainingConfig:
     """cosine; or wsd: constant, with a linear decay over the last fifth."""
     warmup_iters: int = 200
     """Steps of linear warm-up."""
-    cosine_iters: int = 10000
-    """After this many steps the rate is lr_min. Follows total_steps unless set."""
+    cosine_iters: int | None = None
+    """After this many steps the rate is lr_min. Default: total_steps."""
 
     # === Hardware ===
     device: str = "auto"
@@ -187,7 +191,8 @@ class TrainingConfig:
 
     profile: str | None = None
     """A:B writes a torch.profiler trace of the steps A to B - 1 beside the log, on CUDA also a
-    snapshot of the memory."""
+    snapshot of the memory. With train_minutes the last step is known, and an A behind it refused,
+    only after the calibration."""
 
     # === Several processes (torchrun) ===
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -214,7 +219,7 @@ class TrainingConfig:
     init_from: str | None = None
     """What the model starts with: a checkpoint's weights, or a directory of Hugging Face's
     transformers (config.json, safetensors). On the command line its architecture, too, unless flags
-    say otherwise. The optimizer and the step start anew."""
+    say otherwise. The optimizer and the step start anew. A resumed run ignores it."""
     eval_only: bool = False
     """Evaluate the checkpoint of --resume or --init-from and stop."""
     track: tuple[str, ...] = ()
@@ -230,6 +235,8 @@ class TrainingConfig:
         self.track = tuple(name for names in self.track for name in names.split(",") if name)
         if self.d_ff is None:
             self.d_ff = self.cal_d_ff(self.d_model)
+        if self.cosine_iters is None and self.train_minutes is None:  # else it waits for them
+            self.cosine_iters = self.total_steps
         if self.ckpt_dir is None:
             self.ckpt_dir = os.path.join(self.target_dir, "checkpoints")
         if self.log_dir is None:

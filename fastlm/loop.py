@@ -59,6 +59,7 @@ class Run:
         directory: RunDirectory,
         start_step: int,
         samples_seen: int,  # before start_step; the data goes on from there
+        tokens_seen: int,  # in these samples
         clock: Clock,
         stop: StopSignals,
         missing: Missing,  # what the run could not show or write
@@ -66,7 +67,8 @@ class Run:
         self.data, self.cfg, self.runner, self.directory = data, cfg, runner, directory
         self.world: World = runner.world
         self.start_step, self.completed = start_step, start_step
-        self.samples_seen = self.start_samples = samples_seen
+        self.samples_seen = samples_seen
+        self.tokens_seen = self.start_tokens = tokens_seen
         self.clock, self.stop = clock, stop
         # What is missing, all ranks know, and rank 0 tells it.
         self.missing = missing if self.world.is_main else Missing()
@@ -128,7 +130,7 @@ class Run:
                 self.log.close()
         finally:
             self.saver.wait()
-            self.report_saves()
+            self.report_saves(goes_on=False)
             for what in self.saver.missing():
                 self.missing.note(what)
             self.log.flush()
@@ -136,12 +138,12 @@ class Run:
             if self.world.is_main:  # for others the directory may change while they read it
                 print(
                     f"[train] stopped after {self.completed} of {self.cfg.total_steps} steps "
-                    f"({self.stop.name or f'--max-minutes {self.cfg.max_minutes:g}'}); continue "
-                    f"with: {self._how_to_continue()}",
+                    f"({self.stop.name or f'--max-minutes {self.cfg.max_minutes:g}'}); "
+                    f"{self._how_to_continue()}",
                     flush=True,
                 )
             self.world.barrier()  # torchrun ends the others when one has gone
-            self.stop.leave()
+            self.stop.leave(failed=bool(self.missing))
 
     def _steps(self) -> bool:
         """All steps that are left; False if it was stopped before the last. After an error: saves
@@ -218,6 +220,7 @@ class Run:
     def _count(self, loss: Tensor) -> None:
         """A step is done; the samples of a skipped one are passed, too."""
         self.samples_seen += self.runner.samples
+        self.tokens_seen += self.runner.tokens
         self.completed += 1
         self._window_loss += torch.where(self.runner.good, loss, 0.0)
         self._window_good += self.runner.good
@@ -231,11 +234,17 @@ class Run:
         return step == self.cfg.total_steps - 1 or (every > 0 and step > 0 and step % every == 0)
 
     def _how_to_continue(self) -> str:
-        if self.data.train.paths and model_class(self.runner.model) is None:
-            return resume_command(self.cfg, self.world)
-        # The command knows nothing of train_loop's arrays and models.
         path = self.saver.newest
-        return "no checkpoint" if path is None else f"ckpt_path_to_resume={str(path)!r}"
+        if path is None:
+            return "there is no checkpoint to continue with"
+        if self._is_the_commands:
+            return f"continue with: {resume_command(self.cfg, self.world)}"
+        return f"continue with: {_as_setting(path)}"
+
+    @property
+    def _is_the_commands(self) -> bool:
+        """The command knows nothing of train_loop's arrays and models."""
+        return bool(self.data.train.paths) and model_class(self.runner.model) is None
 
     def _time_is_up(self) -> bool:
         minutes = self.cfg.max_minutes
@@ -260,7 +269,7 @@ class Run:
             grad_norm=float("nan") if norm is None else float(norm),
             steps_per_second=self._window_steps / seconds,
             tokens_per_second=tokens_per_second,
-            tokens=self.samples_seen * self.cfg.context_len,
+            tokens=self.tokens_seen,
             seconds=round(self.clock.all_seconds, 3),  # in steps
             memory_bytes=self.memory.bytes,
             **known,
@@ -305,7 +314,7 @@ class Run:
             return  # a signal came while it was written
         self.clock.pause()
         self.saver.save(name, self._payload(), wait=must)
-        self.report_saves()
+        self.report_saves(goes_on=not must or name == "final")
         self.clock.start()
 
     def _payload(self) -> dict[str, Any]:
@@ -316,22 +325,23 @@ class Run:
             runner.optimizer,
             self.completed,
             samples_seen=self.samples_seen,
+            tokens_seen=self.tokens_seen,
             scaler=runner.scaler.state_dict(),
             guard=runner.guard.state_dict(),
             clock=self.clock.state_dict(),
             **self.identity(),
         )
 
-    def report_saves(self) -> None:
+    def report_saves(self, *, goes_on: bool = True) -> None:
         """Says what has become of saves since the last call."""
         for path, error in self.saver.reports():
-            self._report(path, error)
+            self._report(path, error, goes_on)
 
-    def _report(self, path: Path, error: str | None) -> None:
+    def _report(self, path: Path, error: str | None, goes_on: bool) -> None:
         if error is None:
             self.log.checkpoint(path)
         else:
-            self.log.say(f"[CKPT] FAILED: {error}; the run goes on")
+            self.log.say(f"[CKPT] FAILED: {error}{'; the run goes on' * goes_on}")
 
     def _save_emergency(self) -> None:
         """{prefix}_emergency.pt: the state before the step that failed. A bare --resume never takes
@@ -341,9 +351,10 @@ class Run:
         try:
             self.runner.drop()
             path, error = self.saver.emergency(self._payload())
-            self._report(path, error)
+            self._report(path, error, goes_on=False)
             if error is None:
-                self.log.say(f"[train] an error follows; --resume {path} goes on from before it")
+                how = f"--resume {path}" if self._is_the_commands else _as_setting(path)
+                self.log.say(f"[train] an error follows; {how} goes on from before it")
         except Exception as error:
             self.log.say(f"[CKPT] FAILED: the emergency checkpoint: {error}")
 
@@ -391,3 +402,7 @@ class Run:
             self.saver.evaluated(val_loss)
             self.log.val(step, val_loss, losses if self.data.val_sets else {})
         self.clock.start()
+
+
+def _as_setting(path: Path) -> str:
+    return f"ckpt_path_to_resume={str(path)!r}"

@@ -71,14 +71,23 @@ def rate_jump(step: int, stored: Any, cfg: Any) -> str | None:
     checkpoint before its decay (Hägele et al., arXiv:2405.18392).
     """
     names = ("schedule", "lr_max", "lr_min", "warmup_iters", "total_steps", "cosine_iters")
-    if not isinstance(stored, dict) or any(name not in stored for name in names):
+    if not isinstance(stored, dict) or any(stored.get(name) is None for name in names):
         return None  # of another program: nothing is known of its rates
     before = SimpleNamespace(**{name: stored[name] for name in names})
     if step <= max(before.warmup_iters, cfg.warmup_iters):
         return None  # warming up, the rate rises by itself
     was, becomes = learning_rate(step - 1, before), learning_rate(step, cfg)
     if becomes <= 1.5 * was:
-        return None
+        if getattr(cfg, "optimizer", "adamw") != "muon" or "muon_lr" not in stored:
+            return None
+        was *= stored["muon_lr"] / before.lr_max
+        becomes *= cfg.muon_lr / cfg.lr_max
+        if becomes <= 1.5 * was:
+            return None
+        return (
+            f"note: Muon's learning rate goes up from {was:.2e} to {becomes:.2e} at step {step}: "
+            f"it is the learning rate * muon_lr / lr_max"
+        )
     line = f"note: the learning rate goes up from {was:.2e} to {becomes:.2e} at step {step}"
     if before.schedule != "wsd" or cfg.schedule != "wsd":
         return f"{line}: it has decayed by another schedule than this one"

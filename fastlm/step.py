@@ -168,7 +168,9 @@ class TrainStep:
 
         Nothing here waits for the device: read the loss, self.good (was the step taken?) and
         optimizer.last_grad_norm when they are wanted. `stop` is asked before each micro-batch: if
-        it says yes, the step is dropped, nothing has changed, and None comes back.
+        it says yes, the step is dropped, nothing has changed, and None comes back. (Where a model
+        changes buffers in its forward, as BatchNorm does, they keep what the step's micro-batches
+        before it have left in them; so they do of a step that the guard skips.)
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -267,11 +269,16 @@ class TrainStep:
 
     @contextlib.contextmanager
     def _unchanged(self):
-        """Undoes what steps of lr = 0 do: moments, loss scale, what the guard counts. Weights stay
-        as is."""
+        """Undoes what steps of lr = 0 do: moments, loss scale, what the guard counts, and buffers,
+        which BatchNorm, for one, changes in each forward. Weights stay as is."""
         if self.optimizer.state:
             raise RuntimeError("the optimizer has state already: warm up before loading it")
         scale, guard = self.scaler.state_dict(), self.guard
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in self.model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
         self.guard = Guard("off", self.device)
         try:
             yield
@@ -285,6 +292,9 @@ class TrainStep:
             ) from error
         finally:
             self.guard = guard
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer.copy_(value))  # a forward may have put another there
         self.optimizer.state.clear()
         if scale:
             self.scaler.load_state_dict(scale)

@@ -5,8 +5,8 @@ is set up and checked; fastlm/loop.py runs it, fastlm/step.py is the step.
 
 Exit codes
     0    the run is complete, or was stopped by --max-minutes or SIGUSR1
-    1    it came to its end and something is missing: lines of a log, a checkpoint, a model that
-         learnt anything; the last line says what
+    1    it came there and something is missing: lines of a log, a checkpoint, a model that learnt
+         anything; the last line says what
     2    a setting, a file or the training itself must be changed first; the error says which
     129, 130, 143
          SIGHUP, SIGINT (Ctrl-C), SIGTERM: a checkpoint is saved, if the steps had begun
@@ -80,7 +80,9 @@ def train_loop(
     method hidden(x), (B, T, D), and an nn.Linear lm_head, the head and the loss are one op, which
     saves the memory for the logits. It is moved to cfg.device; vocab_size and context_len are
     cfg's, the other sizes there do not count. Continued with the same call and
-    cfg.ckpt_path_to_resume; the commands know TransformerLM alone and say so.
+    cfg.ckpt_path_to_resume; the commands know TransformerLM alone and say so. Buffers that its
+    forward changes, as BatchNorm does, are stored; in them alone a step leaves a trace that a
+    signal drops behind its first micro-batch.
     With cfg.eval_only it evaluates, and returns, the model of cfg.ckpt_path_to_resume or
     cfg.init_from. Ctrl-C saves a checkpoint at the micro-batch's end, then raises
     KeyboardInterrupt. Where a file cannot be written the run goes on; the last line says what is
@@ -137,10 +139,6 @@ def train(
             f"before they read a file of settings; give --device on the command line"
         )
     with backends(cfg, own_model=model is not None):
-        if cfg.ckpt_path_to_resume and cfg.init_from:
-            raise ConfigError(
-                "--resume continues a run and --init-from starts one: give one of them"
-            )
         if resumed is None and cfg.ckpt_path_to_resume:
             path = cfg.ckpt_path_to_resume
             resumed = world.together(lambda: Resumed.read(path, partial(read_for, world=world)))
@@ -160,6 +158,8 @@ def _train(
     begin = time.perf_counter()
     device = select_device(cfg.device)
     check_trackers(cfg.track)
+    if resumed:
+        cfg = world.together(lambda: resumed.keep_length(cfg))
     if device.type == "cpu":
         keep_freed_memory()
     world.decide(partial(data.check, cfg.context_len, cfg.vocab_size))  # it reads all ids, once
@@ -224,17 +224,29 @@ def _train(
             print(f"[compile] done in {runner.compile_seconds:.1f} s, not counted in tokens/s")
         if cfg.train_minutes is not None:
             cfg = _calibrated(cfg, runner, len(data.train), stop, world)
-        samples_seen, clock = 0, Clock(device, begin, resumed and resumed.payload)
+        samples_seen, tokens_seen = 0, 0
+        clock = Clock(device, begin, resumed and resumed.payload)
         if resumed:
             _restore_state(runner, resumed, compiled=cfg.compile)
-            samples_seen = resumed.position(cfg)
+            samples_seen, tokens_seen = resumed.position(cfg), resumed.tokens(cfg)
             if note := resumed.other_step(runner.tokens):
                 print(f"[resume] {note}")
             if note := rate_jump(start_step, resumed.settings, cfg):
                 print(f"[resume] {note}")
             resumed.free()
         directory.begin()
-        Run(data, cfg, runner, directory, start_step, samples_seen, clock, stop, missing).train()
+        Run(
+            data,
+            cfg,
+            runner,
+            directory,
+            start_step,
+            samples_seen,
+            tokens_seen,
+            clock,
+            stop,
+            missing,
+        ).train()
     return model
 
 
@@ -283,13 +295,7 @@ def _calibrated(
         f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about {minutes} "
         f"minutes{why} (the same run again: --total-steps {steps})"
     )
-    follows = cfg.cosine_iters == cfg.total_steps
-    return replace(
-        cfg,
-        total_steps=steps,
-        cosine_iters=steps if follows else cfg.cosine_iters,
-        train_minutes=None,
-    )
+    return replace(cfg, total_steps=steps, train_minutes=None)
 
 
 def _evaluate_only(

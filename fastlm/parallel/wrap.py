@@ -36,7 +36,9 @@ def wrap(
     dtype: what FSDP2 gathers the blocks' weights in; gradients are reduced in fp32. reshard: FSDP2
     frees a block's weights after its forward, and gathers them once more in backward. find_unused:
     some parameters may get no gradient, on some ranks or on all: a model of somebody else's. (FSDP2
-    before torch 2.13: on no rank or on all, or the run ends with an error of the collective.)
+    before torch 2.13: on no rank or on all, or the run ends with an error of the collective.) Under
+    fsdp all ranks must call the same blocks in the same order, since each gathers its weights from
+    all ranks: where they do not, their processes abort, in any version.
 
     Raises ConfigError for "fsdp" in float16.
     """

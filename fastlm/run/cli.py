@@ -89,6 +89,10 @@ def parse(
     resumed, initial = None, {}
     if not {"--help", "-h"} & set(argv):
         resumed = _find_resumed(first, file_settings, read)
+        if resumed and first.init_from:
+            raise ConfigError(
+                "--resume continues a run and --init-from starts one: give one of them"
+            )
         init_from = first.init_from or file_settings.get("init_from")
         if init_from and not resumed:
             initial = initial_architecture(init_from)
@@ -226,7 +230,7 @@ def _follow(settings: dict, origins: dict, flags: set[str], asked: set[str], sto
     # A resumed run keeps its schedule, unless it is told to end elsewhere.
     keeps_schedule = "cosine_iters" in stored and "total_steps" not in asked
     if "cosine_iters" not in asked and not keeps_schedule:
-        settings["cosine_iters"] = settings["total_steps"]
+        settings["cosine_iters"] = None
         origins["cosine_iters"] = "follows total_steps"
     minutes_are_a_flag = "train_minutes" in flags
     if "total_steps" in stored and minutes_are_a_flag:
@@ -263,6 +267,7 @@ def _place(
 ) -> None:
     """Where the run's files go: a resumed run's own place, or runs/<preset>-<time>."""
     if resumed is not None:
+        settings["init_from"] = None  # a file's, with which the run began
         settings["ckpt_path_to_resume"] = str(resumed.path)
         if "ckpt_path_to_resume" not in asked:
             origins["ckpt_path_to_resume"] = "command line"

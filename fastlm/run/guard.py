@@ -226,7 +226,7 @@ class GuardWatch:
             if report.in_a_row >= GIVE_UP:
                 raise DivergedError(
                     f"the last {report.in_a_row} steps were skipped: {self._reason()}; nothing is "
-                    f"learnt any more. Resume an earlier checkpoint with a lower --lr-max"
+                    f"learnt any more. Resume an earlier checkpoint with a lower {self._rates()}"
                 )
             return None
         step = iteration_of(found[1])
@@ -235,7 +235,7 @@ class GuardWatch:
             raise DivergedError(
                 f"{found[0]}: the run went back to it {ROLL_BACKS} times and each time "
                 f"{ROLL_BACK} steps in a row were bad ({self._reason()}); resume an earlier "
-                f"checkpoint, or lower --lr-max"
+                f"checkpoint, or lower {self._rates()}"
             )
         self._going_back = (guard.rolled_back + 1, step, times)
         return found
@@ -266,6 +266,11 @@ class GuardWatch:
             )
         elif not math.isfinite(val_loss):
             missing.note(f"a trained model (its validation loss is {val_loss})")
+
+    def _rates(self) -> str:
+        """The flags of the peak learning rates; Muon's does not follow lr_max."""
+        has_muon = any("momentum" in group for group in self.runner.optimizer.param_groups)
+        return "--lr-max and --muon-lr" if has_muon else "--lr-max"
 
     def _reason(self) -> str:
         report, parameter = self.report, self._parameter()

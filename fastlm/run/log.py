@@ -118,8 +118,8 @@ class RunLog:
                 self._evaluated[row["step"]] = val_loss if _is_number(val_loss) else math.nan
                 if _is_number(val_loss):
                     self.plotter.log_eval(row["step"], val_loss)
-        if self._bar is not None:
-            self._bar.n = step
+        if self._bar is not None:  # which draws once it is beyond what it has drawn last
+            self._bar.n = self._bar.last_print_n = step
 
     def track(self, cfg: TrainingConfig, run_id: str) -> None:
         """From now on the trackers of cfg.track get each row of the metrics, too."""

@@ -84,6 +84,8 @@ class Resumed:
             "iteration": 0 <= step < 2**63,
             "samples_seen": samples_seen is None
             or (type(samples_seen) is int and 0 <= samples_seen < _MAX_SAMPLES),
+            "tokens_seen": (tokens := payload.get("tokens_seen")) is None
+            or (type(tokens) is int and 0 <= tokens < 2**63),
             "run_id": run_id is None or (isinstance(run_id, str) and 0 < len(run_id) <= 100),
             "sampler_version": type(payload.get("sampler_version", 1)) is int,
             "environment": _is_plain(payload.get("environment", {})),
@@ -111,6 +113,29 @@ class Resumed:
                 f"{shown(batch_size)}); start with its weights: --init-from"
             )
         return position
+
+    def tokens(self, cfg: TrainingConfig) -> int:
+        """How many tokens it has trained on: a changed context_len changes those of a sample."""
+        tokens = self.payload.get("tokens_seen")
+        if tokens is None:  # an older checkpoint, or another program's
+            tokens = self.position(cfg) * self.settings.get("context_len", cfg.context_len)
+        return tokens
+
+    def keep_length(self, cfg: TrainingConfig) -> TrainingConfig:
+        """`cfg` that ends where the checkpoint's run does: train_minutes, if it has them, have
+        chosen that once. Raises ConfigError where the checkpoint does not tell."""
+        if cfg.train_minutes is None:
+            return cfg
+        total_steps = self.settings.get("total_steps")
+        if total_steps is None:
+            raise ConfigError(
+                f"{self.path}: does not say how long its run is, and train_minutes="
+                f"{cfg.train_minutes:g} chooses the length of a new one: give --total-steps N"
+            )
+        cosine_iters = self.settings.get("cosine_iters")
+        return dataclasses.replace(
+            cfg, total_steps=total_steps, cosine_iters=cosine_iters, train_minutes=None
+        )
 
     def other_step(self, tokens: int) -> str:
         """Says so if a step of `tokens` is not the size of the steps before."""

@@ -72,12 +72,13 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def leave(self) -> None:
-        """Ends as the received signal ends a program, SIGUSR1 with 0; returns if there was none."""
+    def leave(self, *, failed: bool = False) -> None:
+        """Ends as the received signal ends a program, SIGUSR1 with 0, or with 1 where something
+        has `failed`; returns if there was none."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:
-            sys.exit(0 if self.name == "SIGUSR1" else 128 + self.received)
+            sys.exit(int(failed) if self.name == "SIGUSR1" else 128 + self.received)
 
     def leave_together(self, world: World) -> None:
         """leave() of all processes, which call this together: a signal to one ends them all."""

@@ -148,10 +148,14 @@ def print_summary(
     runner, clock, processes = run.runner, run.clock, len(peaks)
     whole = clock.knows_all  # else what follows is of this piece of the run
     steps = run.completed - (0 if whole else run.start_step)
-    tokens = (run.samples_seen - (0 if whole else run.start_samples)) * run.cfg.context_len
+    piece_tokens = run.tokens_seen - run.start_tokens
+    tokens = run.tokens_seen if whole else piece_tokens
     step_seconds = clock.all_seconds  # without compilation, evaluations and saves
     speed = tokens / step_seconds if tokens and step_seconds else None  # of all processes
-    achieved = None if speed is None else speed * run.flops_per_token
+    # Other pieces may have had another number of processes.
+    now = piece_tokens / clock.seconds if piece_tokens else None
+    of_piece = " in this piece" if run.start_step and whole else ""
+    achieved = None if now is None else now * run.flops_per_token
     mfu = achieved / ceiling / processes if achieved and ceiling else None
     recompiles = graphs_compiled() - run.graphs if run.cfg.compile else 0
     skipped, rolled_back = run.watch.report.skipped, runner.guard.rolled_back
@@ -172,7 +176,7 @@ def print_summary(
         + f" tokens/s in steps, {tokens / run_seconds:,.0f} over the whole run{covers}"
     )
     if processes > 1:
-        each = "" if speed is None else f", {speed / processes:,.0f} tokens/s in steps each"
+        each = "" if now is None else f", {now / processes:,.0f} tokens/s in steps each{of_piece}"
         print(f"[summary] processes   {processes}{each}")
     if clock.seconds:
         share = waited / clock.seconds
@@ -190,7 +194,7 @@ def print_summary(
     print(
         f"[summary] model FLOPs {run.flops_per_token / 1e6:.1f} M a token "
         f"({flop_formula(runner.model)})"
-        + ("" if achieved is None else f": {achieved / 1e12:.3g} TFLOP/s")
+        + ("" if achieved is None else f": {achieved / 1e12:.3g} TFLOP/s{of_piece}")
     )
     print(
         "[summary] MFU         "

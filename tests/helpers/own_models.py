@@ -63,6 +63,20 @@ class Fused(Plain):
         return self.features(ids)
 
 
+class Counting(Plain):
+    """With buffers that each forward in training changes: in place, and by another tensor."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.norm = nn.BatchNorm1d(self.tokens.embedding_dim)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.training:
+            self.seen = self.seen + ids.numel()
+        return self.out(self.norm(self.features(ids).transpose(1, 2)).transpose(1, 2))
+
+
 class Silent(nn.Module):
     """A model without layers that could be compiled one by one."""
 

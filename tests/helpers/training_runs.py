@@ -31,12 +31,10 @@ TINY = dict(
 
 
 def tiny_config(target_dir, **settings):
-    """TrainingConfig of a tiny run whose schedule ends with it."""
+    """TrainingConfig of a tiny run."""
     from fastlm.config import TrainingConfig
 
-    settings = {**TINY, **settings}
-    settings.setdefault("cosine_iters", settings["total_steps"])
-    return TrainingConfig(target_dir=str(target_dir), **settings)
+    return TrainingConfig(target_dir=str(target_dir), **{**TINY, **settings})
 
 
 def flags(**settings) -> list[str]:

@@ -156,6 +156,22 @@ def test_a_rate_that_jumps_at_a_resume_is_told():
     assert "it has decayed by another schedule" in jump(100, cosine, longer_cosine(200))
 
 
+def test_a_jump_of_muons_rate_is_told():
+    stored = settings_of_a_schedule(optimizer="muon", muon_lr=0.02)
+    line = jump(50, stored, {**stored, "muon_lr": 0.2})
+    assert line.startswith(
+        "note: Muon's learning rate goes up from 2.00e-02 to 2.00e-01 at step 50"
+    )
+    # Late in the decay, where lr_min is near a lower lr_max.
+    assert "goes up from 2.18e-03 to 1.05e-02" in jump(99, stored, {**stored, "lr_max": 2e-5})
+    # The other rate's jump is told before; no jump, or no Muon, is none.
+    assert "the learning rate goes up" in jump(
+        50, stored, {**stored, "lr_max": 0.1, "muon_lr": 2.0}
+    )
+    for changed in ({}, dict(muon_lr=0.025), dict(muon_lr=0.2, optimizer="adamw")):
+        assert jump(50, stored, {**stored, **changed}) is None
+
+
 def jump(step, stored, settings):
     return rate_jump(step, stored, SimpleNamespace(**settings))
 

@@ -145,6 +145,8 @@ def test_cosine_iters_follows_total_steps_unless_it_is_set():
     assert (cfg.cosine_iters, origins["cosine_iters"]) == (50, "command line")
     cfg, _ = parsed("--config", write_toml("cosine_iters = 9"), "--total-steps", "77")
     assert cfg.cosine_iters == 9
+    for argv, steps in ((["--cosine-iters", "10000"], 10_000), ([], None)):
+        assert parsed("--train-minutes", "2", *argv)[0].cosine_iters == steps
 
 
 def test_a_resumed_run_keeps_its_schedule_unless_it_is_told_to_end_elsewhere():

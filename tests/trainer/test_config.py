@@ -1,13 +1,14 @@
 """TrainingConfig: the seeds' fields and defaults, what follows from what, and refusals."""
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
 from fastlm import ConfigError, TrainingConfig
 from fastlm.presets import PRESETS, preset_settings
 from fastlm.run.cli import parse
+from fastlm.schedule import learning_rate
 
 # TrainingConfig of the functions notebook; its device="cuda" is "auto" here.
 NOTEBOOK_DEFAULTS = dict(
@@ -51,6 +52,16 @@ def notebook_d_ff(d_model: int) -> int:
 def test_the_defaults_are_the_notebooks():
     cfg = TrainingConfig()
     assert {name: getattr(cfg, name) for name in NOTEBOOK_DEFAULTS} == NOTEBOOK_DEFAULTS
+
+
+def test_the_cosine_ends_with_the_run_unless_it_is_told_to_end_elsewhere():
+    cfg = TrainingConfig(total_steps=1000)
+    assert cfg.cosine_iters == 1000 and learning_rate(999, cfg) < 1.01 * cfg.lr_min
+    assert TrainingConfig(total_steps=1000, cosine_iters=10_000).cosine_iters == 10_000
+    assert replace(cfg, total_steps=2000, cosine_iters=None).cosine_iters == 2000
+    assert replace(cfg, seed=1).cosine_iters == 1000
+    # Where the calibration chooses the steps, it follows them.
+    assert TrainingConfig(train_minutes=1.0).cosine_iters is None
 
 
 def test_what_is_new_changes_nothing_of_the_notebooks_run():

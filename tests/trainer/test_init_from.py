@@ -13,12 +13,14 @@ from in_process import checkpoint
 from training_runs import VOCAB_SIZE, flags, losses, write_tokens
 
 import fastlm
+from fastlm import ConfigError
 from fastlm.data.loader import TrainLoader
 from fastlm.data.text import find_text_files
 from fastlm.data.tokenizer import train_tokenizer
 from fastlm.export import export
 from fastlm.prepare import prepare
 from fastlm.run.cli import parse
+from fastlm.train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 
@@ -157,3 +159,21 @@ def test_trained_weights_get_no_rates_for_new_ones(place):
     assert rates(parse([*weights, "--preset", "demo"]).config) == rates(parse(weights[2:]).config)
     assert rates(parse(weights[2:]).config)[0] == "muon"
     assert rates(parse([*weights, "--optimizer", "muon"]).config)[0] == "muon"
+
+
+@pytest.mark.parametrize("by", ["flag", "file"])
+def test_a_command_that_is_given_again_goes_on(place, monkeypatch, by):
+    """As torchrun's restarts and a cluster's queue do; weights are taken at the first time."""
+    (place / "start.toml").write_text('init_from = "model"\n')
+    start = {"flag": dict(init_from="model"), "file": dict(config="start.toml")}[by]
+    argv = flags(**{**RUN, "data": "data", "target_dir": f"again-{by}", **start})
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert main([*argv, "--max-minutes", "1e-9"]) == 0
+    assert set(losses(place / f"again-{by}")) == {0}
+    assert main(argv) == 0
+    assert set(losses(place / f"again-{by}")) == {0, 1, 2}
+    # Of two flags one is a mistake.
+    with pytest.raises(ConfigError, match="give one of them"):
+        parse(["--resume", f"again-{by}", "--init-from", "model"])
+    assert parse(["--resume", f"again-{by}", *flags(config="start.toml")]).config.init_from is None

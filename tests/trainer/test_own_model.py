@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from command_server import commands
 from in_process import TRAIN, VAL, checkpoint
-from own_models import Fused, Plain
+from own_models import Counting, Fused, Plain
 from training_runs import VOCAB_SIZE, flags, losses, metrics, same, state, tiny_config
 
 from fastlm import (
@@ -86,7 +86,7 @@ def test_losses_are_those_of_a_loop_of_torch_alone(tmp_path, make, grad_accum):
         assert torch.equal(model.tokens.weight, make().tokens.weight)
 
 
-@pytest.mark.parametrize("kind", [Plain, Fused])
+@pytest.mark.parametrize("kind", [Plain, Fused, Counting])
 def test_resumed_it_ends_bit_for_bit_as_undisturbed(tmp_path, kind):
     settings = dict(total_steps=6, ckpt_every=3, cosine_iters=6)
     whole = tiny_config(tmp_path / "whole", **settings)
@@ -100,6 +100,8 @@ def test_resumed_it_ends_bit_for_bit_as_undisturbed(tmp_path, kind):
     train_loop(TRAIN, VAL, again, model=other)
     assert same(state(checkpoint(tmp_path / "whole")), state(checkpoint(tmp_path / "again")))
     assert other.out.weight is other.tokens.weight
+    if kind is Counting:  # the warm-ups, which run the same steps, are not counted
+        assert other.norm.num_batches_tracked == 6 and other.seen == 6 * 4 * 32
 
 
 def test_what_the_run_says_writes_and_evaluates(tmp_path, capsys):

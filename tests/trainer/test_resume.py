@@ -21,7 +21,6 @@ from training_runs import listing, losses, metrics, same, state, tiny_config
 
 from fastlm import (
     CheckpointError,
-    ConfigError,
     create_model_and_optimizer,
     load_checkpoint,
     train_loop,
@@ -163,8 +162,6 @@ def test_what_cannot_be_resumed(tmp_path):
         for how in ("ckpt_path_to_resume", "init_from"):
             with pytest.raises(CheckpointError, match="architecture"):
                 run_tiny(tmp_path / "x", **{how: path}, **settings)
-    with pytest.raises(ConfigError, match="give one of them"):
-        run_tiny(tmp_path / "x", ckpt_path_to_resume=path, init_from=path)
     assert listing(tmp_path) == before
 
 
@@ -181,6 +178,12 @@ def test_init_from_takes_the_weights_and_nothing_else(tmp_path, capsys):
     final = state(checkpoint(tmp_path / "second"))
     assert final["iteration"] == 3
     assert {int(s["step"]) for s in final["optimizer_state"]["state"].values()} == {3}
+    # Resumed by the same settings, the run goes on.
+    settings = dict(init_from=path, seed=5, total_steps=3)
+    run_tiny(tmp_path / "second", ckpt_every=2, overwrite=True, **settings)
+    resumed = str(checkpoint(tmp_path / "second", 2))
+    run_tiny(tmp_path / "second", ckpt_path_to_resume=resumed, **settings)
+    assert same(state(checkpoint(tmp_path / "second")), final)
 
 
 # --- train_loop in somebody else's program ---

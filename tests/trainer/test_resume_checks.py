@@ -12,6 +12,7 @@ from in_process import TRAIN, VAL, checkpoint, run_tiny
 from training_runs import (
     listing,
     losses,
+    metrics,
     same,
     state,
     tiny_config,
@@ -26,6 +27,7 @@ from fastlm.loop import Run
 from fastlm.run.cli import parse
 from fastlm.run.environment import differences
 from fastlm.run.resume import Resumed, find
+from fastlm.step import TrainStep
 from fastlm.train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
@@ -58,6 +60,10 @@ def test_another_position_in_the_data_is_refused_unless_it_is_allowed(
     assert "[resume] --allow-data-change: " + what.split()[0] in capsys.readouterr().out
     payload = read_checkpoint(checkpoint(tmp_path / "on"))
     assert payload["samples_seen"] == 6 * 4
+    if "context_len" in settings:  # a sample has fewer tokens from now on
+        (summary,) = metrics(tmp_path / "on", "summary")
+        rows = [row["tokens"] for row in metrics(tmp_path / "on", "train")]
+        assert [*rows, summary["tokens"]] == [4 * 128 + 64, 4 * 128 + 128, 4 * 128 + 128]
     # The new data is the run's from now on.
     path = str(checkpoint(tmp_path / "on"))
     run_tiny(tmp_path / "on", ckpt_path_to_resume=path, total_steps=7, **settings)
@@ -144,6 +150,30 @@ def test_the_largest_seed(tmp_path):
     assert same(*(state(checkpoint(place)) for place in (tmp_path, tmp_path / "on")))
 
 
+# --- its length ---
+
+
+def test_a_resumed_run_is_not_calibrated_again(tmp_path, monkeypatch):
+    """On a busier machine it would become another run, shorter than what is done, even."""
+    monkeypatch.setattr(TrainStep, "seconds_per_step", lambda self, stop: 0.06)
+    settings = dict(train_minutes=0.02, total_steps=10_000, ckpt_every=15)
+    run_tiny(tmp_path / "run", **settings)
+    straight = state(checkpoint(tmp_path / "run"))
+    assert straight["iteration"] == 20
+    monkeypatch.setattr(TrainStep, "seconds_per_step", lambda self, stop: 0.12)
+    path = str(checkpoint(tmp_path / "run", 15))
+    run_tiny(tmp_path / "run", ckpt_path_to_resume=path, **settings)
+    assert same(state(checkpoint(tmp_path / "run")), straight)
+    # A checkpoint without settings does not tell its run's length.
+    payload = torch.load(path, weights_only=True)
+    del payload["config"], payload["data_fingerprint"]
+    torch.save(payload, tmp_path / "run" / "foreign.pt")
+    before, foreign = listing(tmp_path), str(tmp_path / "run" / "foreign.pt")
+    with pytest.raises(ConfigError, match=r"foreign\.pt: .*train_minutes=0\.02 .*--total-steps N$"):
+        run_tiny(tmp_path / "run", ckpt_path_to_resume=foreign, **settings)
+    assert listing(tmp_path) == before
+
+
 # --- memory and time ---
 
 
@@ -227,6 +257,7 @@ def write(path, **extra):
         (dict(iteration=-1), "its iteration cannot"),
         (dict(samples_seen=2**63), "its samples_seen cannot be a run's"),
         (dict(samples_seen=True), "its samples_seen cannot"),
+        (dict(tokens_seen="x"), "its tokens_seen cannot be a run's"),
         (dict(run_id=5), "its run_id cannot"),
         (dict(config={"data": 5}), r"its setting data = 5: it must be tuple\[str, \.\.\.\]"),
         (dict(config={"betas": "x"}), "its setting betas = 'x': it must be tuple"),

@@ -1,5 +1,6 @@
 """Signals and errors in the middle of a run: what is saved goes on as if nothing had happened."""
 
+import re
 import signal
 
 import pytest
@@ -172,7 +173,10 @@ def test_an_error_saves_what_there_is(tmp_path, monkeypatch, straight, error, ca
     with pytest.raises(type(error), match=str(error)):
         run_tiny(tmp_path, eval_every=2, **ACCUMULATED)
     path = checkpoint(tmp_path, "emergency")
-    assert f"[CKPT] Saved to {path}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"[CKPT] Saved to {path}" in said
+    # Not --resume: the command has not these arrays, or a caller's model.
+    assert f"an error follows; ckpt_path_to_resume={str(path)!r} goes on from before it" in said
     assert checkpoint_files(path.parent) == []  # a bare --resume does not find it
     monkeypatch.undo()
     if isinstance(error, DataError):  # what is saved does not depend on the error
@@ -216,18 +220,30 @@ def test_a_signal_during_a_save_does_not_write_it_again(tmp_path, monkeypatch):
     assert written == ["checkpoint_5"]
 
 
-def test_ctrl_c_is_raised_when_nothing_can_be_saved(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name, code", [("SIGINT", None), ("SIGUSR1", 1), ("SIGTERM", 143)])
+def test_a_stop_when_nothing_can_be_saved(tmp_path, monkeypatch, capsys, name, code):
+    """Without a checkpoint a stop is no success, and there is nothing to go on from."""
     from fastlm.run import saver
 
     def full(payload, path, **options):
         raise OSError(28, "No space left on device")
 
+    write_tokens(tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(saver, "write_checkpoint", full)
-    at_sample(monkeypatch, 5 * 4, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        run_tiny(tmp_path)
+    at_sample(monkeypatch, 5 * 4, lambda: signal.raise_signal(getattr(signal, name)))
+    if code is None:
+        assert main(tiny_flags(ckpt_every=3)) == 130
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            main(tiny_flags(ckpt_every=3))
+        assert stopped.value.code == code
     said = capsys.readouterr().out
-    assert "continue with: no checkpoint" in said and "[train] missing: " in said
+    stop = f"[train] stopped after 5 of 12 steps ({name}); there is no checkpoint to continue with"
+    assert stop in said.splitlines() and "continue with:" not in said
+    assert re.search(r"\[train\] missing: .*checkpoint_5\.pt", said)
+    failed = [line for line in said.splitlines() if line.startswith("[CKPT] FAILED")]
+    assert [line.endswith("; the run goes on") for line in failed] == [True, False]
 
 
 def test_a_second_ctrl_c_in_somebody_elses_program_raises(tmp_path, monkeypatch):

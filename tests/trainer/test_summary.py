@@ -1,6 +1,7 @@
 """The figures at the end of a run, and that nothing optional fails it."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from training_runs import metrics, tiny_config
 from fastlm.data.loader import TrainLoader
 from fastlm.model_loss import ModelLoss
 from fastlm.run.log import metrics_path
-from fastlm.run.summary import Clock
+from fastlm.run.summary import Clock, print_summary
 from fastlm.step import TrainStep, create_model_and_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
@@ -61,6 +62,25 @@ def test_a_run_that_only_gets_its_end_records_its_speed(tmp_path):
     (old,) = metrics(tmp_path / "old", "summary")
     assert (old["steps"], old["tokens_per_second"], old["mfu"]) == (0, None, None)
     assert old["whole_run"] is False
+
+
+def test_each_processs_speed_and_the_mfu_are_of_this_piece(tmp_path, monkeypatch, capsys):
+    """The pieces before may have had other processes, or another machine."""
+    run_tiny(tmp_path, total_steps=8)
+    payload = torch.load(checkpoint(tmp_path), weights_only=True)
+    payload["clock"] = {"step_seconds": 1e4, "run_seconds": 1e4}
+    torch.save(payload, tmp_path / "slow.pt")
+    two = lambda figures, *rest: print_summary(replace(figures, peaks=[1, 1]), *rest)  # noqa: E731
+    monkeypatch.setattr("fastlm.run.finish.print_summary", two)
+    capsys.readouterr()
+    run_tiny(tmp_path / "on", ckpt_path_to_resume=str(tmp_path / "slow.pt"))
+    said, (summary,) = capsys.readouterr().out, metrics(tmp_path / "on", "summary")
+    assert summary["tokens_per_second"] < 1
+    each = summary["mfu"] * summary["matmul_ceiling_flops"] / summary["flops_per_token"]
+    assert each > 100
+    form = r"^\[summary\] processes   2, ([\d,]+) tokens/s in steps each in this piece$"
+    assert float(re.search(form, said, re.M)[1].replace(",", "")) == pytest.approx(each, rel=0.01)
+    assert re.search(r"^\[summary\] model FLOPs .* TFLOP/s in this piece$", said, re.M)
 
 
 @pytest.mark.parametrize(

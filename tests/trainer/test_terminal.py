@@ -14,6 +14,8 @@ from command_server import commands
 from training_runs import losses, metrics, tiny_flags, write_tokens
 
 from fastlm import LivePlotter
+from fastlm.run.log import RunLog
+from fastlm.run.output import Missing
 
 COLUMNS = 90
 
@@ -125,6 +127,27 @@ def test_a_pipe_gets_plain_lines_though_stderr_is_a_terminal(tmp_path):
         r"^\[train\] step (\d)/5 \| avg_loss=.* \| ETA \d:\d\d$", result.stdout, re.M
     )
     assert steps == list("01234")
+
+
+def test_it_moves_on_behind_a_rollback(tmp_path, monkeypatch):
+    terminal = Terminal()
+    with open(terminal.path, "w") as tty:
+        monkeypatch.setattr(sys, "stdout", tty)
+        missing = Missing()
+        log = RunLog(
+            tmp_path, "train", missing=missing, resuming=False, start_step=0, total_steps=1000
+        )
+        bar = log._bar
+        for step in (400, 20):
+            for _ in range(step):
+                bar.last_print_t -= 1  # a second goes by
+                log.advance()
+            log.rewind(100)
+        log.close()
+        log.flush()
+        monkeypatch.undo()
+    drawn = [int(step) for step in re.findall(r"\rstep (\d+)/1000", terminal.close())]
+    assert {105, 119} < set(drawn[drawn.index(400) :]) and not missing
 
 
 def test_live_plotter_says_nothing_in_a_terminal(tmp_path, monkeypatch):

@@ -364,8 +364,9 @@ def test_the_calibration_fills_the_minutes(capsys):
     cfg = tiny_config("unused", train_minutes=2.0)
     chosen = _calibrated(cfg, Measured(), 2000, StopSignals(), ALONE)
     assert (chosen.total_steps, chosen.cosine_iters, chosen.train_minutes) == (480, 480, None)
-    chosen = _calibrated(replace(cfg, cosine_iters=7), Measured(), 2000, StopSignals(), ALONE)
-    assert (chosen.total_steps, chosen.cosine_iters) == (480, 7)
+    for own in (7, cfg.total_steps):
+        chosen = _calibrated(replace(cfg, cosine_iters=own), Measured(), 2000, StopSignals(), ALONE)
+        assert (chosen.total_steps, chosen.cosine_iters) == (480, own)
     assert "480 steps take about 2 minutes (" in capsys.readouterr().out
     # No more passes over the data than asked: 2,000 tokens are 20 steps.
     for epochs, steps in ((6.0, 120), (24.0, 480), (100.0, 480)):
