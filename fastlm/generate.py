@@ -52,7 +52,10 @@ def generate(
     check_sampling(temperature, top_k, top_p)
     if prompt.dim() != 2 or prompt.shape[1] < 1:
         raise ValueError(f"prompt has shape {tuple(prompt.shape)}: it must be (B, T), T at least 1")
-    follow = _cached(model) if model_class(model) is None else _uncached(model, context_len)
+    if model_class(model) is None:
+        follow = _cached(model, prompt.shape[1] + max_new_tokens)
+    else:
+        follow = _uncached(model, context_len)
     tokens = prompt
     # What was compiled for training windows would be compiled again for every length.
     with evaluating(model), torch.compiler.set_stance("force_eager"):
@@ -62,15 +65,18 @@ def generate(
     return tokens
 
 
-def _cached(model: TransformerLM) -> Callable[[Tensor], Tensor]:
-    """(B, T) ids, those of the call before and one more, to the logits of what follows: (B, V)."""
-    longest, cache = model.max_seq_len, KVCache()
+def _cached(model: TransformerLM, length: int) -> Callable[[Tensor], Tensor]:
+    """(B, T) ids, those of the call before and one more, to the logits of what follows: (B, V).
+
+    length: T at the end.
+    """
+    longest, cache = model.max_seq_len, KVCache(length)
 
     def follow(tokens: Tensor) -> Tensor:
         nonlocal cache
         unseen = tokens[:, -1:] if cache.length else tokens[:, -longest:]
         if cache.length + unseen.shape[1] > longest:
-            cache, unseen = KVCache(), tokens[:, -(longest // 2 or 1) :]
+            cache, unseen = KVCache(length), tokens[:, -(longest // 2 or 1) :]
         return model(unseen, cache)[:, -1]
 
     return follow

@@ -50,9 +50,14 @@ def _mix(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far: (B, H_kv, max_seq_len, d) each."""
+    """Keys and values of the positions seen so far: (B, H_kv, capacity, d) each.
 
-    def __init__(self):
+    capacity: the most positions it will hold, for which its memory is taken at once. Default: the
+    model's max_seq_len. The model raises ValueError for tokens beyond it.
+    """
+
+    def __init__(self, capacity: int | None = None):
+        self.capacity = capacity
         self.length = 0  # positions filled in every layer
         self.tokens: Tensor | None = None  # (B, length) ids, of a model with document_end
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -60,7 +65,8 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
         """Appends k, v: (B, H_kv, T, d); returns all positions': (B, H_kv, length + T, d)."""
         if layer not in self._layers:
-            shape = (*k.shape[:-2], max_seq_len, k.shape[-1])
+            capacity = max_seq_len if self.capacity is None else min(self.capacity, max_seq_len)
+            shape = (*k.shape[:-2], capacity, k.shape[-1])
             self._layers[layer] = (k.new_empty(shape), v.new_empty(shape))
         end = self.length + k.shape[-2]
         filled = []
@@ -333,6 +339,8 @@ class TransformerLM(nn.Module):
         end = begin + tokens.shape[-1]
         if end > self.max_seq_len:
             raise ValueError(f"{end} positions: this model was built for {self.max_seq_len}")
+        if cache is not None and cache.capacity is not None and end > cache.capacity:
+            raise ValueError(f"{end} positions: this cache was made for {cache.capacity}")
         # In fp32 also in a model of another dtype.
         cos, sin = self.rope_cos[begin:end].float(), self.rope_sin[begin:end].float()
         x = self.token_embeddings(tokens)

@@ -22,6 +22,7 @@ from fastlm.generate import (
     sample,
     sample_texts,
 )
+from fastlm.model import KVCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -159,6 +160,23 @@ def test_a_prompt_as_long_as_the_context_and_longer(length):
     with torch.no_grad():
         expected = model(prompt[:, -8:])[:, -1].argmax(-1)
     assert got[0, -1] == expected and torch.equal(got[:, :length], prompt)
+
+
+def test_the_cache_is_as_long_as_the_text(monkeypatch):
+    """However long a window the model takes; where the window moves on, as long as the window."""
+    made = []
+
+    class Cache(KVCache):
+        def __init__(self, capacity):
+            super().__init__(capacity)
+            made.append(self)
+
+    monkeypatch.setattr("fastlm.generate.KVCache", Cache)
+    model, prompt = make_model(context=8), torch.tensor([[3, 1]])
+    for new, sizes in ((3, [5]), (20, [8, 8, 8, 8])):
+        made.clear()
+        generate(model, prompt, new)
+        assert [k.shape[2] for cache in made for k, _ in [cache._layers[0]]] == sizes
 
 
 def test_a_context_of_one_token():
