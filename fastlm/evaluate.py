@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastlm.config import TrainingConfig
+from fastlm.data.dataset import TokenDataset
 from fastlm.data.files import Data
 from fastlm.data.loader import all_batches, spread_batches
 from fastlm.data.progress import progress
@@ -141,7 +143,7 @@ class Evaluation(NamedTuple):
 
 def loss_over_all(
     loss: LossFunction,
-    data: Any,
+    data: TokenDataset,
     batch_size: int,
     context_len: int,
     device: torch.device,
@@ -153,17 +155,25 @@ def loss_over_all(
     in windows spread evenly. Shows how far it is. world: ranks that share the work; all get the
     result.
     """
-    of_targets = sum(len(segment) for segment in data.segments) - 1
+    positions = len(data) - 1  # of targets, and of tokens that are none
     batches = all_batches(data, batch_size, context_len, device, max_targets)
     with progress(
         "[VAL] final loss",
-        min(max_targets or of_targets, of_targets),
+        min(max_targets or positions, positions),
         partial(print, flush=True),
         unit="targets",
         silent_seconds=10.0,
     ) as on_targets:
         total, targets = _loss_sum(loss, batches, world, on_targets)
-    return Evaluation(_mean(total, targets), targets, of_targets)
+    return Evaluation(_mean(total, targets), targets, positions - _ignored(data))
+
+
+def _ignored(data: TokenDataset) -> int:
+    """How many tokens behind the first are no targets. Reads all of data.ignored."""
+    if data.ignored is None:
+        return 0
+    data.ignored.check_files()
+    return sum(int(np.count_nonzero(a)) for a in data.ignored.slice(1, len(data)).segments)
 
 
 def loss_over_sets(

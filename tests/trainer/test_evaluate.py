@@ -236,6 +236,25 @@ def test_the_loss_over_a_part_is_of_windows_spread_evenly():
     assert over(1).targets == T  # a window at least
 
 
+@pytest.mark.parametrize("segments", [[101], [1, 40, 60], [0, 101]])
+def test_tokens_that_are_no_targets_are_not_missed(segments):
+    """As in conversations. Only where windows are left out it is a sample."""
+    ids, no_target = tokens(101), np.arange(101) % 4 != 3
+    ends = np.cumsum(segments)[:-1]
+    data = as_dataset(np.split(ids, ends))
+    data.ignored = as_dataset(np.split(no_target.astype(np.uint8), ends))
+
+    def over(max_targets):
+        cpu = torch.device("cpu")
+        return loss_over_all(
+            lambda x, y: torch.tensor(1.0), data, 2, T, cpu, max_targets=max_targets
+        )
+
+    for all_of_them in (0, 100):
+        assert over(all_of_them).extent == "over all 25 targets"
+    assert over(50).extent == "over 11 of 25 targets, evenly spread"
+
+
 def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):
     now = iter(range(0, 10_000, 4))  # 4 s a look at the clock
     monkeypatch.setattr("fastlm.data.progress.time.monotonic", lambda: next(now))
