@@ -113,7 +113,7 @@ class Run:
                 rank=self.world.rank, say=self.log.say, missing=missing.note,
             )  # fmt: skip
         self.graphs = graphs_compiled() if cfg.compile else 0
-        # Sums over the good steps since the last log line.
+        # Sums over the good steps with targets since the last log line.
         self._window_loss = torch.zeros((), device=runner.device)
         self._window_good = torch.zeros((), device=runner.device)
         self._window_steps, self._window_begin = 0, 0.0
@@ -219,8 +219,9 @@ class Run:
         """A step is done; the samples of a skipped one are passed, too."""
         self.samples_seen += self.runner.samples
         self.completed += 1
-        self._window_loss += torch.where(self.runner.good, loss, 0.0)
-        self._window_good += self.runner.good
+        counts = self.runner.good & loss.isfinite()  # a good step's is NaN if it had no targets
+        self._window_loss += torch.where(counts, loss, 0.0)
+        self._window_good += counts
         self._window_steps += 1
         self.log.advance()
         if self.completed == self.start_step + 1:
