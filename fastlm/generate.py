@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastlm.data.chat import CHATML, LLAMA_3
 from fastlm.data.text import END_OF_TEXT
 from fastlm.data.tokenizer import encode_batch, encoding_plain_text, named_end_of_text
-from fastlm.errors import ConfigError, run_command
+from fastlm.errors import ConfigError, DivergedError, run_command
 from fastlm.evaluate import evaluating
 from fastlm.hardware import select_device
 from fastlm.huggingface_tokenizer import special_tokens
@@ -95,10 +95,17 @@ def sample(
     top_p: float | None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (B, 1)
-    """One token id a row."""
+    """One token id a row. Raises DivergedError for NaN or infinite logits; -inf is no token's."""
+    largest = logits.amax(dim=-1, keepdim=True)  # NaN if one is
+    if not largest.isfinite().all():
+        raise DivergedError(
+            "the model's logits are not finite (NaN or infinite): its weights are damaged, or its "
+            "training has diverged; take an earlier checkpoint"
+        )
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    # The largest is 0 for any temperature, and none is too small for fp32.
+    logits = (logits - largest) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None:
         smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))

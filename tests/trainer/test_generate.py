@@ -13,6 +13,7 @@ from training_runs import flags, listing, metrics, tiny_config, write_prepared
 
 from fastlm import ConfigError, TransformerLM, create_model_and_optimizer, save_checkpoint
 from fastlm.data.manifest import Manifest
+from fastlm.errors import DivergedError
 from fastlm.generate import (
     GenerateArguments,
     check_sampling,
@@ -68,6 +69,28 @@ def test_temperature_0_takes_the_likeliest():
     assert draws(0.0).tolist() == [0, DRAWS, 0, 0, 0, 0]
     assert draws(0.0, top_k=3, top_p=0.5).tolist() == [0, DRAWS, 0, 0, 0, 0]
     assert draws(1e-6).tolist() == [0, DRAWS, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300])
+def test_a_temperature_near_0_takes_the_likeliest(temperature):
+    """Of two that are equally likely, either."""
+    assert draws(temperature).tolist() == [0, DRAWS, 0, 0, 0, 0]
+    assert draws(temperature, top_k=3, top_p=0.5).tolist() == [0, DRAWS, 0, 0, 0, 0]
+    assert draws(temperature, logits=LOGITS * 1e30).tolist() == [0, DRAWS, 0, 0, 0, 0]
+    two = torch.tensor([[7.0, -math.inf, 7.0, 6.9]])
+    assert_distribution(draws(temperature, logits=two), torch.tensor([0.5, 0, 0.5, 0]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_an_error(temperature, bad):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = bad
+    with pytest.raises(DivergedError, match=r"logits are not finite .* earlier checkpoint"):
+        sample(logits, temperature, None, 0.9)
+    logits[1] = -math.inf
+    with pytest.raises(DivergedError, match="logits are not finite"):
+        sample(logits, temperature, None, 0.9)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 6, 100])
