@@ -19,6 +19,7 @@ from fastlm.data.dataset import TokenDataset
 from fastlm.data.files import Data
 from fastlm.data.loader import all_batches, spread_batches
 from fastlm.data.progress import progress
+from fastlm.errors import ConfigError
 from fastlm.hardware import autocast, select_device, select_dtype
 from fastlm.ops.cross_entropy import check_labels, cross_entropy_loss
 from fastlm.parallel.world import ALONE, World
@@ -37,6 +38,7 @@ def evaluate_model_loss(
     the same at every call, and the matmuls are in config.dtype, as in training. The model, (B, T)
     ids to (B, T, V) logits, is put into eval mode and back into the mode it was in.
     """
+    _check_positive(num_batches=num_batches)
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
     batches = spread_batches(data, config.batch_size, config.context_len, num_batches, device)
@@ -62,10 +64,19 @@ def validate(
 
     The sizes from vocab_size to rope_theta are there for its callers; the model knows them.
     """
+    _check_positive(
+        batch_size=batch_size, context_length=context_length, num_val_batches=num_val_batches
+    )
     device = select_device(device)
     batches = spread_batches(val_dataset, batch_size, context_length, num_val_batches, device)
     with evaluating(model):
         return mean_loss(lambda x, y: summed_loss(model(x), y), batches)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name}={size}: it must be at least 1")
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:

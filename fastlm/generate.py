@@ -199,8 +199,11 @@ def sample_texts(
         if tokenizer is None:
             texts.append(" ".join(map(str, ids + new)))
             continue
-        # Decoded as a whole: a character's bytes may stand on both sides of the prompt's end.
-        texts.append(tokenizer.decode(prompt_ids + new))
+        # The prompt as it was given: decoded, it lacks `<|endoftext|>` and what has no token.
+        # Decoded together with it, what follows keeps a space that begins it.
+        text, head = (tokenizer.decode(part) for part in (prompt_ids + new, prompt_ids))
+        following = text[len(head) :] if text.startswith(head) else tokenizer.decode(new)
+        texts.append(prompt + following)
     return texts
 
 

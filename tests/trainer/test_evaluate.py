@@ -169,6 +169,16 @@ def test_too_little_data_is_an_error():
     assert evaluate_model_loss(make_model(), tokens(T + 1), config()) > 0
 
 
+def test_sizes_below_1_are_errors():
+    data = tokens(300)
+    for name in ("batch_size", "context_length", "num_val_batches"):
+        sizes = dict(batch_size=2, context_length=T, num_val_batches=2) | {name: 0}
+        with pytest.raises(ValueError, match=f"{name}=0: it must be at least 1"):
+            validate(make_model(), data, device="cpu", **sizes)
+    with pytest.raises(ValueError, match="num_batches=-1: it must be at least 1"):
+        evaluate_model_loss(make_model(), data, config(), -1)
+
+
 @pytest.mark.parametrize("length", [T + 1, T + 2, 2 * T, 2 * T + 1, 5 * T - 3, 101])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_loss_over_all_targets_counts_each_once(length, batch_size):

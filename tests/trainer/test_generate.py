@@ -260,6 +260,32 @@ def test_texts_begin_with_the_prompt_and_end_with_their_document(tokenizer_json,
     assert texts == ["def f(x)", "def"]
 
 
+def test_the_prompt_comes_back_as_it_was_given(tokenizer_json, monkeypatch):
+    """What follows keeps its space; and bytes that are no character do not spoil the prompt's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    new = []
+    monkeypatch.setattr(
+        "fastlm.generate.generate",
+        lambda model, prompt, *a, **k: torch.cat((prompt, torch.tensor([new]).long()), dim=1),
+    )
+    model, prompt = make_model(vocab_size=270), "x<|endoftext|> é"
+    assert sample_texts(model, tokenizer_json, prompt=prompt, num_samples=1) == [prompt]
+
+    vocabulary = {"?": 0, "▁": 1, "a": 2, "b": 3, "<0xC3>": 4, "<0xA9>": 5}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="?", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )  # fmt: skip
+    for prompt, following, text in (("a ☃é", [1, 3], "a ☃é b"), ("a é", [5, 3], "a é\ufffdb")):
+        new[:] = following
+        assert sample_texts(model, tokenizer.to_str(), prompt=prompt, num_samples=1) == [text]
+
+
 def test_another_end_of_text_and_the_end_of_a_turn(tokenizer_json, monkeypatch):
     from tokenizers import Tokenizer
 
