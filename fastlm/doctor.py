@@ -27,8 +27,8 @@ import torch
 from fastlm.checkpoint_reading import read_values
 from fastlm.config import TrainingConfig
 from fastlm.corpus import VOCAB_SIZE
-from fastlm.data.files import open_data
-from fastlm.errors import CompileError, ConfigError, OutputError, UserError, run_command
+from fastlm.data.files import Data, open_data
+from fastlm.errors import CompileError, OutputError, UserError, run_command
 from fastlm.extension import extension
 from fastlm.hardware import (
     DTYPES,
@@ -43,12 +43,13 @@ from fastlm.hardware import (
 )
 from fastlm.model_interface import describe_model
 from fastlm.ops.dispatch import IMPLEMENTATIONS, active_implementation
-from fastlm.ops.gather_batch import check_window_fits
+from fastlm.parallel.world import ALONE
 from fastlm.run.cli import Invocation, parse
 from fastlm.run.environment import environment
 from fastlm.run.estimate import Memory, Sizes, StepTime, memory_needed, step_time
+from fastlm.run.resume import Resumed, load_weights
 from fastlm.run.track import check_trackers
-from fastlm.step import create_model
+from fastlm.step import create_model, restart_at_documents
 
 _PROGRAM = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nstd::vector<int> v(3);\n"
 
@@ -93,7 +94,10 @@ def examine(invocation: Invocation) -> list[str]:
         return problems
     dtype = select_dtype(cfg.dtype, device)
     _tell_machine(cfg, device, dtype)
-    cfg = attempt(lambda: with_data(cfg, invocation.origins)) or cfg
+    data, cfg = attempt(lambda: _with_data(cfg, invocation.origins)) or (None, cfg)
+    if data is not None:
+        attempt(lambda: data.check_windows(cfg.context_len, training=not cfg.eval_only))
+    attempt(lambda: _check_model(cfg, data, invocation.resumed))
     attempt(lambda: check_trackers(cfg.track))
     ceiling = _tell_rates(device, dtype)
     attempt(lambda: _tell_run(cfg.accumulated(1), device, ceiling, problems))
@@ -130,22 +134,31 @@ def compiler_error(device: torch.device) -> str | None:
     return None
 
 
-def with_data(cfg: TrainingConfig, origins: dict[str, str]) -> TrainingConfig:
-    """Says what the data is. Returns `cfg` with its vocabulary. Raises UserError."""
+def _with_data(cfg: TrainingConfig, origins: dict[str, str]) -> tuple[Data | None, TrainingConfig]:
+    """Says what the data is. Returns it, None for what the run makes itself, and `cfg` with its
+    vocabulary. Raises UserError."""
     if not cfg.data:
         _say("data", "the Python standard library's source, tokenised when it is first used")
-        return cfg.with_vocabulary(VOCAB_SIZE, origins["vocab_size"])
+        return None, cfg.with_vocabulary(VOCAB_SIZE, origins["vocab_size"])
     with contextlib.redirect_stdout(io.StringIO()):  # a line for each file
         data = open_data(cfg.data, cfg.val_data, dtype=cfg.data_dtype, verify=False)
-    for dataset, what in ((data.train, "training"), (data.val, "validation")):
-        try:
-            check_window_fits(len(dataset), cfg.context_len, f"{what} data")
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
     _say("data", f"{len(data.train):,} training and {len(data.val):,} validation tokens")
-    if data.manifest is None:
-        return cfg
-    return cfg.with_vocabulary(data.manifest.vocab_size, origins["vocab_size"])
+    if data.manifest is not None:
+        cfg = cfg.with_vocabulary(data.manifest.vocab_size, origins["vocab_size"])
+    return data, cfg
+
+
+def _check_model(cfg: TrainingConfig, data: Data | None, resumed: Resumed | None) -> None:
+    """Raises UserError if a model of these settings cannot train on this data, or not begin with
+    the weights that --resume or --init-from name."""
+    model = create_model(cfg, meta=True)
+    if data is not None:
+        restart_at_documents(model, data, cfg)
+    with contextlib.redirect_stdout(io.StringIO()):  # what the trainer says of it
+        tokenizer = None if data is None else data.tokenizer_json
+        load_weights(model, cfg, resumed, ALONE, tokenizer=tokenizer)
+        if resumed and data is not None and not cfg.eval_only:
+            resumed.check(data, cfg)
 
 
 def _tell_machine(cfg: TrainingConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -44,7 +44,7 @@ class OutputError(UserError, OSError):
 
 
 class DivergedError(UserError, RuntimeError):
-    """Training does not go on: one bad step follows the other."""
+    """Training does not go on, as one bad step follows the other; or logits are not finite."""
 
 
 class RankLostError(UserError, RuntimeError):

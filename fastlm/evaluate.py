@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastlm.config import TrainingConfig
+from fastlm.data.dataset import TokenDataset
 from fastlm.data.files import Data
 from fastlm.data.loader import all_batches, spread_batches
 from fastlm.data.progress import progress
+from fastlm.errors import ConfigError
 from fastlm.hardware import autocast, select_device, select_dtype
 from fastlm.ops.cross_entropy import check_labels, cross_entropy_loss
 from fastlm.parallel.world import ALONE, World
@@ -35,6 +38,7 @@ def evaluate_model_loss(
     the same at every call, and the matmuls are in config.dtype, as in training. The model, (B, T)
     ids to (B, T, V) logits, is put into eval mode and back into the mode it was in.
     """
+    _check_positive(num_batches=num_batches)
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
     batches = spread_batches(data, config.batch_size, config.context_len, num_batches, device)
@@ -60,10 +64,19 @@ def validate(
 
     The sizes from vocab_size to rope_theta are there for its callers; the model knows them.
     """
+    _check_positive(
+        batch_size=batch_size, context_length=context_length, num_val_batches=num_val_batches
+    )
     device = select_device(device)
     batches = spread_batches(val_dataset, batch_size, context_length, num_val_batches, device)
     with evaluating(model):
         return mean_loss(lambda x, y: summed_loss(model(x), y), batches)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name}={size}: it must be at least 1")
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -141,7 +154,7 @@ class Evaluation(NamedTuple):
 
 def loss_over_all(
     loss: LossFunction,
-    data: Any,
+    data: TokenDataset,
     batch_size: int,
     context_len: int,
     device: torch.device,
@@ -153,17 +166,25 @@ def loss_over_all(
     in windows spread evenly. Shows how far it is. world: ranks that share the work; all get the
     result.
     """
-    of_targets = sum(len(segment) for segment in data.segments) - 1
+    positions = len(data) - 1  # of targets, and of tokens that are none
     batches = all_batches(data, batch_size, context_len, device, max_targets)
     with progress(
         "[VAL] final loss",
-        min(max_targets or of_targets, of_targets),
+        min(max_targets or positions, positions),
         partial(print, flush=True),
         unit="targets",
         silent_seconds=10.0,
     ) as on_targets:
         total, targets = _loss_sum(loss, batches, world, on_targets)
-    return Evaluation(_mean(total, targets), targets, of_targets)
+    return Evaluation(_mean(total, targets), targets, positions - _ignored(data))
+
+
+def _ignored(data: TokenDataset) -> int:
+    """How many tokens behind the first are no targets. Reads all of data.ignored."""
+    if data.ignored is None:
+        return 0
+    data.ignored.check_files()
+    return sum(int(np.count_nonzero(a)) for a in data.ignored.slice(1, len(data)).segments)
 
 
 def loss_over_sets(

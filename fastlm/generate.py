@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastlm.data.chat import CHATML, LLAMA_3
 from fastlm.data.text import END_OF_TEXT
 from fastlm.data.tokenizer import encode_batch, encoding_plain_text, named_end_of_text
-from fastlm.errors import ConfigError, run_command
+from fastlm.errors import ConfigError, DivergedError, run_command
 from fastlm.evaluate import evaluating
 from fastlm.hardware import select_device
 from fastlm.huggingface_tokenizer import special_tokens
@@ -52,7 +52,10 @@ def generate(
     check_sampling(temperature, top_k, top_p)
     if prompt.dim() != 2 or prompt.shape[1] < 1:
         raise ValueError(f"prompt has shape {tuple(prompt.shape)}: it must be (B, T), T at least 1")
-    follow = _cached(model) if model_class(model) is None else _uncached(model, context_len)
+    if model_class(model) is None:
+        follow = _cached(model, prompt.shape[1] + max_new_tokens)
+    else:
+        follow = _uncached(model, context_len)
     tokens = prompt
     # What was compiled for training windows would be compiled again for every length.
     with evaluating(model), torch.compiler.set_stance("force_eager"):
@@ -62,15 +65,18 @@ def generate(
     return tokens
 
 
-def _cached(model: TransformerLM) -> Callable[[Tensor], Tensor]:
-    """(B, T) ids, those of the call before and one more, to the logits of what follows: (B, V)."""
-    longest, cache = model.max_seq_len, KVCache()
+def _cached(model: TransformerLM, length: int) -> Callable[[Tensor], Tensor]:
+    """(B, T) ids, those of the call before and one more, to the logits of what follows: (B, V).
+
+    length: T at the end.
+    """
+    longest, cache = model.max_seq_len, KVCache(length)
 
     def follow(tokens: Tensor) -> Tensor:
         nonlocal cache
         unseen = tokens[:, -1:] if cache.length else tokens[:, -longest:]
         if cache.length + unseen.shape[1] > longest:
-            cache, unseen = KVCache(), tokens[:, -(longest // 2 or 1) :]
+            cache, unseen = KVCache(length), tokens[:, -(longest // 2 or 1) :]
         return model(unseen, cache)[:, -1]
 
     return follow
@@ -89,10 +95,17 @@ def sample(
     top_p: float | None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (B, 1)
-    """One token id a row."""
+    """One token id a row. Raises DivergedError for NaN or infinite logits; -inf is no token's."""
+    largest = logits.amax(dim=-1, keepdim=True)  # NaN if one is
+    if not largest.isfinite().all():
+        raise DivergedError(
+            "the model's logits are not finite (NaN or infinite): its weights are damaged, or its "
+            "training has diverged; take an earlier checkpoint"
+        )
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    # The largest is 0 for any temperature, and none is too small for fp32.
+    logits = (logits - largest) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None:
         smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
@@ -186,8 +199,11 @@ def sample_texts(
         if tokenizer is None:
             texts.append(" ".join(map(str, ids + new)))
             continue
-        # Decoded as a whole: a character's bytes may stand on both sides of the prompt's end.
-        texts.append(tokenizer.decode(prompt_ids + new))
+        # The prompt as it was given: decoded, it lacks `<|endoftext|>` and what has no token.
+        # Decoded together with it, what follows keeps a space that begins it.
+        text, head = (tokenizer.decode(part) for part in (prompt_ids + new, prompt_ids))
+        following = text[len(head) :] if text.startswith(head) else tokenizer.decode(new)
+        texts.append(prompt + following)
     return texts
 
 

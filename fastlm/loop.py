@@ -115,7 +115,7 @@ class Run:
                 rank=self.world.rank, say=self.log.say, missing=missing.note,
             )  # fmt: skip
         self.graphs = graphs_compiled() if cfg.compile else 0
-        # Sums over the good steps since the last log line.
+        # Sums over the good steps with targets since the last log line.
         self._window_loss = torch.zeros((), device=runner.device)
         self._window_good = torch.zeros((), device=runner.device)
         self._window_steps, self._window_begin = 0, 0.0
@@ -222,8 +222,9 @@ class Run:
         self.samples_seen += self.runner.samples
         self.tokens_seen += self.runner.tokens
         self.completed += 1
-        self._window_loss += torch.where(self.runner.good, loss, 0.0)
-        self._window_good += self.runner.good
+        counts = self.runner.good & loss.isfinite()  # a good step's is NaN if it had no targets
+        self._window_loss += torch.where(counts, loss, 0.0)
+        self._window_good += counts
         self._window_steps += 1
         self.log.advance()
         if self.completed == self.start_step + 1:

@@ -50,16 +50,23 @@ def _mix(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far: (B, H_kv, max_seq_len, d) each."""
+    """Keys and values of the positions seen so far: (B, H_kv, capacity, d) each.
 
-    def __init__(self):
+    capacity: the most positions it will hold, for which its memory is taken at once. Default: the
+    model's max_seq_len. The model raises ValueError for tokens beyond it.
+    """
+
+    def __init__(self, capacity: int | None = None):
+        self.capacity = capacity
         self.length = 0  # positions filled in every layer
+        self.tokens: Tensor | None = None  # (B, length) ids, of a model with document_end
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
         """Appends k, v: (B, H_kv, T, d); returns all positions': (B, H_kv, length + T, d)."""
         if layer not in self._layers:
-            shape = (*k.shape[:-2], max_seq_len, k.shape[-1])
+            capacity = max_seq_len if self.capacity is None else min(self.capacity, max_seq_len)
+            shape = (*k.shape[:-2], capacity, k.shape[-1])
             self._layers[layer] = (k.new_empty(shape), v.new_empty(shape))
         end = self.length + k.shape[-2]
         filled = []
@@ -120,7 +127,7 @@ class Attention(nn.Module):
         cos: Tensor,  # (T, d/2) fp32, or one for each sequence: (B, 1, T, d/2)
         sin: Tensor,  # as cos
         cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        mask: Tensor | None = None,  # (B, 1, T, T), added to the scores: of document_mask
+        mask: Tensor | None = None,  # (B, 1, T, keys), added to the scores: of document_mask
         first_values: Tensor | None = None,  # (B, H_kv, T, d), of value_residual
     ) -> Tensor | tuple[Tensor, Tensor]:  # (B, T, D); with first_values if gives_values
         dropout_p = self.dropout if self.training else 0.0
@@ -332,13 +339,18 @@ class TransformerLM(nn.Module):
         end = begin + tokens.shape[-1]
         if end > self.max_seq_len:
             raise ValueError(f"{end} positions: this model was built for {self.max_seq_len}")
+        if cache is not None and cache.capacity is not None and end > cache.capacity:
+            raise ValueError(f"{end} positions: this cache was made for {cache.capacity}")
         # In fp32 also in a model of another dtype.
         cos, sin = self.rope_cos[begin:end].float(), self.rope_sin[begin:end].float()
-        ends = self.document_end
         x = self.token_embeddings(tokens)
         mask = None
-        if ends is not None and cache is None:
-            mask = document_mask(tokens, ends, compute_dtype(x))
+        if self.document_end is not None:
+            keys = tokens
+            if cache is not None:
+                seen = tokens[:, :0] if cache.tokens is None else cache.tokens[:, :begin]
+                cache.tokens = keys = torch.cat((seen, tokens), dim=-1)
+            mask = document_mask(keys, self.document_end, compute_dtype(x), begin)
         x = self.drop(x.to(compute_dtype(x)) if self.residual_follows_autocast else x)
         embedded, values = x if self.config.embedding_residual else None, None
         for index, layer in enumerate(self.layers):
@@ -356,17 +368,19 @@ class TransformerLM(nn.Module):
         return self.ln_final(x)
 
 
-def document_mask(tokens: Tensor, document_end: int, dtype: torch.dtype) -> Tensor:
-    """(B, T) ids -> (B, 1, T, T), to be added to the scores: 0 where a query sees a key, those of
-    its own document up to itself, and -inf elsewhere.
+def document_mask(
+    tokens: Tensor, document_end: int, dtype: torch.dtype, first_query: int = 0
+) -> Tensor:
+    """(B, T) ids -> (B, 1, T - first_query, T), to be added to the scores: 0 where a query sees a
+    key, those of its own document up to itself, and -inf elsewhere.
 
     The token that ends a document belongs to it. Of a bool mask PyTorch would make such a one in
     each layer, and keep it for backward.
     """
     ends = (tokens == document_end).long()
     document = ends.cumsum(-1) - ends
-    same = document.unsqueeze(-1) == document.unsqueeze(-2)
-    hidden = same.tril().logical_not_().unsqueeze(-3)
+    same = document[..., first_query:].unsqueeze(-1) == document.unsqueeze(-2)
+    hidden = same.tril(first_query).logical_not_().unsqueeze(-3)
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 

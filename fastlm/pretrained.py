@@ -72,6 +72,8 @@ def load_model(
     model.to_empty(device=device)
     model.init_rope()
     restore_model(model, payload)
+    if config.get("doc_mask"):
+        model.document_end = payload.get("end_of_text")
     return model.eval(), payload
 
 

@@ -164,7 +164,7 @@ class TrainStep:
         self, first_sample: int, lr: float, stop: Callable[[], bool] = lambda: False
     ) -> Tensor | None:
         """One optimizer step on the samples from `first_sample` on. Returns the mean loss of its
-        targets on all ranks, 0-d on the device.
+        targets on all ranks, 0-d on the device; NaN of no targets, as long prompts may leave none.
 
         Nothing here waits for the device: read the loss, self.good (was the step taken?) and
         optimizer.last_grad_norm when they are wanted. `stop` is asked before each micro-batch: if
@@ -200,6 +200,7 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)  # does nothing without float16
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        loss = torch.where(targets > 0, loss, torch.nan)
         self.good = self.guard.record(loss, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         return loss

@@ -56,19 +56,28 @@ class Data:
         return cls(as_dataset(train), joined(list(sets.values())), val_sets=sets)
 
     def check(self, context_len: int, vocab_size: int, *, training: bool = True) -> None:
-        """check_dataset of each source (if `training`) and each validation set."""
+        """check_windows, and check_dataset of the same parts: reads every token."""
+        self.check_windows(context_len, training=training)
+        for dataset, what in self._parts(training):
+            check_dataset(dataset, what, context_len=context_len, vocab_size=vocab_size)
+
+    def check_windows(self, context_len: int, *, training: bool = True) -> None:
+        """DataError if a source (if `training`) or a validation set is too short for one window, or
+        has no target."""
+        for dataset, what in self._parts(training):
+            check_window_fits(len(dataset), context_len, f"{what} data ({_paths(dataset)})")
+            if not dataset.has_targets():
+                raise DataError(f"{what} data: no token is a target: no assistant says anything")
+
+    def _parts(self, training: bool) -> list[tuple[TokenDataset, str]]:
+        """Each source (if `training`) and each validation set, and what it is."""
         if isinstance(self.train, Mixture):
             parts = [(s.dataset, f"training set {s.name}") for s in self.train.sources]
         else:
             parts = [(self.train, "training")]
         parts = parts if training else []
         parts += [(part, f"validation set {name}") for name, part in self.val_sets.items()]
-        if not self.val_sets:
-            parts.append((self.val, "validation"))
-        for dataset, what in parts:
-            check_dataset(dataset, what, context_len=context_len, vocab_size=vocab_size)
-            if not dataset.has_targets():
-                raise DataError(f"{what} data: no token is a target: no assistant says anything")
+        return parts if self.val_sets else [*parts, (self.val, "validation")]
 
     @property
     def end_of_text(self) -> int | None:
@@ -374,13 +383,16 @@ def _read_tokenizer(directory: Path, manifest: Manifest) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def _paths(dataset: TokenDataset) -> str:
+    return ", ".join(dataset.paths) or "array"
+
+
 def check_dataset(dataset: TokenDataset, what: str, *, context_len: int, vocab_size: int) -> None:
     """DataError if `dataset` is too short for one window or holds an id outside the vocabulary.
 
     Reads every token once, with the multi-threaded C++ scan.
     """
-    paths = ", ".join(dataset.paths) or "array"
-    check_window_fits(len(dataset), context_len, f"{what} data ({paths})")
+    check_window_fits(len(dataset), context_len, f"{what} data ({_paths(dataset)})")
     dataset.check_files()
     base = 0
     for segment in dataset.segments:

@@ -82,4 +82,5 @@ def _whole_model(run: Any, weights: dict[str, Any]) -> nn.Module:
         raise RuntimeError("only a TransformerLM can be gathered on one process")
     model = create_model(run.cfg)
     restore_model(model, weights)
+    model.document_end = run.runner.model.document_end
     return model

@@ -98,6 +98,7 @@ class Guard:
     def record(self, loss: Tensor, optimizer: AdamW) -> Tensor:
         """After the update: counts the step. Returns whether it was taken, 0-d bool.
 
+        loss: as judged; NaN of a good step that had no targets, which tells of no level.
         optimizer.last_grad_norm None: its step did not run (GradScaler, where it asks the host).
         """
         optimizer.__dict__.pop("found_inf", None)
@@ -106,7 +107,7 @@ class Guard:
         norm = optimizer.last_grad_norm
         good = ~beyond & norm.isfinite() if norm is not None else beyond & False
         newer = torch.cat((self._ring[1:], loss.reshape(1)))
-        self._ring = torch.where(good, newer, self._ring)
+        self._ring = torch.where(good & loss.isfinite(), newer, self._ring)
         bad, spike = (~good).long(), (beyond & loss.isfinite()).long()
         self._skipped = self._skipped + bad
         self._in_a_row = (self._in_a_row + bad) * bad

@@ -331,12 +331,15 @@ def load_weights(
 
     tokenizer: the data's, which must not give other meanings to the ids that --init-from's has.
     restored_later: several processes read a resumed run's weights with its moments, once.
+    With a model on the meta device it only checks whether it could, and reads no tensor.
     """
     if resumed is not None:
         print(f"[resume] Loading checkpoint from {resumed.path}")
         path, payload = str(resumed.path), resumed.payload
     elif cfg.init_from is not None:
-        path, payload = cfg.init_from, world.together(lambda: read_for(cfg.init_from, world))
+        tensors = not any(p.is_meta for p in model.parameters())
+        path = cfg.init_from
+        payload = world.together(lambda: read_for(path, world, tensors=tensors))
     else:
         return
     check_model_class(payload, path, model)
@@ -408,9 +411,9 @@ def read_unchecked(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{shown(str(path))}: cannot be read ({reason})") from error
 
 
-def read_for(path: str | os.PathLike, world: World) -> dict[str, Any]:
+def read_for(path: str | os.PathLike, world: World, *, tensors: bool = True) -> dict[str, Any]:
     """The content; in a world of several without the weights, which each rank reads in parts."""
     try:
-        return read_checkpoint(path) if world.size == 1 else read_values(path)
+        return read_checkpoint(path) if tensors and world.size == 1 else read_values(path)
     except OSError as error:
         raise CheckpointError(f"{shown(str(path))}: cannot be read ({error.strerror})") from error

@@ -1,6 +1,8 @@
 """--doc-mask: what a document's tokens become does not depend on the documents before it."""
 
 import itertools
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +12,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import losses, same, state, tiny_config, write_prepared
 
-from fastlm import ConfigError, TransformerLM, train_loop
+from fastlm import ConfigError, TransformerLM, save_checkpoint, train_loop
 from fastlm.data.files import open_data
+from fastlm.generate import generate, sample_texts
 from fastlm.model import document_mask
+from fastlm.pretrained import load_model
+from fastlm.run.finish import _whole_model
+from fastlm.step import create_model
 from fastlm.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
@@ -91,6 +97,48 @@ def test_recomputed_in_backward_it_is_the_same():
         net(packed()).square().sum().backward()
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    "prompt", [[[END], [END]], [[3, END, 5], [END, 7, 2]], [[6, 4, 1, 2], [9, 8, 3, END]]]
+)
+def test_sampled_text_is_that_of_the_masked_forward(prompt):
+    """Also where the rows of a batch end their documents at different places."""
+    net = model(num_kv_heads=1).eval()
+    expected = torch.tensor(prompt)
+    got = generate(net, expected, 12, temperature=0)
+    with torch.no_grad():
+        for _ in range(12):
+            following = net(expected)[:, -1].argmax(-1, keepdim=True)
+            expected = torch.cat((expected, following), dim=1)
+    assert torch.equal(got, expected)
+    net.document_end = None
+    assert not torch.equal(generate(net, torch.tensor(prompt), 12, temperature=0), got)
+
+
+def test_a_checkpoint_and_a_gathered_model_are_sampled_with_it(tmp_path):
+    """The first token is drawn from the end of text, which nothing behind it sees."""
+    cfg = tiny_config(tmp_path, vocab_size=16, doc_mask=True, context_len=16)
+    net = create_model(cfg)
+    net.document_end = END
+    save_checkpoint(net, None, 1, tmp_path / "a.pt", config=asdict(cfg), end_of_text=END)
+    loaded, _ = load_model(tmp_path / "a.pt", "cpu")
+    runner = SimpleNamespace(is_sharded=True, model=net)
+    gathered = _whole_model(
+        SimpleNamespace(runner=runner, cfg=cfg), {"model_state": net.state_dict()}
+    )
+    for prompt in ("", "5 3 9 2"):
+        texts = [
+            sample_texts(m, None, prompt=prompt, num_samples=1, max_new_tokens=8, temperature=0)
+            for m in (net, loaded, gathered)
+        ]
+        assert texts[0] == texts[1] == texts[2]
+        ids = [int(word) for word in texts[0][0].split()]
+        for t in range(len(prompt.split()) or 1, len(ids)):
+            with torch.no_grad():
+                assert int(net(torch.tensor([ids[:t]]))[0, -1].argmax()) == ids[t]
+    save_checkpoint(net, None, 1, tmp_path / "b.pt", config=asdict(cfg) | {"doc_mask": False})
+    assert load_model(tmp_path / "b.pt", "cpu")[0].document_end is None
 
 
 def test_a_run_resumes_with_it(tmp_path):

@@ -1,16 +1,20 @@
 """python -m fastlm.doctor: what it measures and foretells, and what it says would stop a run."""
 
+import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from in_process import checkpoint, run_tiny
-from training_runs import flags, tiny_config, tiny_flags, write_prepared, write_tokens
+from training_runs import flags, tiny_config, tiny_flags, tokens, write_prepared, write_tokens
 
 import fastlm.doctor as doctor
 import fastlm.run.estimate as estimate
+from fastlm import create_model_and_optimizer, save_checkpoint
 from fastlm.hardware import copy_rate, free_memory
 from fastlm.model_loss import ModelLoss
 from fastlm.step import create_model
@@ -102,13 +106,35 @@ def test_several_things_would_stop_a_run(tmp_path, monkeypatch, capsys, quick):
         ({"device": "cuda:7"}, "device='cuda:7' is not available"),
         ({"data": "prepared", "val_data": None, "vocab_size": 10}, "vocab_size=10 is less than"),
         ({"tokens_per_step": 100}, "tokens_per_step=100"),
+        ({"data": ["train.npy:0.9", "short.npy:0.1"]}, "training set short.npy data .* 20 tokens"),
+        ({"val_data": ["a=val.npy", "b=short.npy"]}, "validation set b data .* holds 20 tokens"),
+        ({"doc_mask": True}, "doc_mask=True: the data has no manifest"),
+        ({"init_from": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
+        (
+            {"init_from": "other.pt", "data": "prepared", "val_data": None, "vocab_size": 270},
+            "other.pt: its tokenizer is not the data's: id 1 is",
+        ),
+        ({"init_from": "other.pt", "num_layers": 1}, "other.pt: .* of another architecture"),
+        (
+            {"ckpt_path_to_resume": "other.pt", "vocab_size": 270, "optimizer": "muon"},
+            "its optimizer is 'adamw'",
+        ),
     ],
 )
 def test_each_problem_says_what_to_do(tmp_path, monkeypatch, capsys, quick, settings, form):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     write_tokens(tmp_path)
-    write_prepared(tmp_path / "prepared")
+    np.save("short.npy", tokens(20))
+    tokenizer = json.loads((write_prepared(tmp_path / "prepared") / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
+    cfg = tiny_config("unused", vocab_size=270)
+    model, optimizer, _ = create_model_and_optimizer(cfg)
+    save_checkpoint(
+        model, optimizer, 1, "other.pt", config=asdict(cfg), tokenizer=json.dumps(tokenizer)
+    )
+    capsys.readouterr()
     code, _, problems = examined(capsys, tiny_flags(**settings))
     assert code == 1 and len(problems) == 1
     assert re.search(form, problems[0]), problems

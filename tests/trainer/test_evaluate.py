@@ -169,6 +169,16 @@ def test_too_little_data_is_an_error():
     assert evaluate_model_loss(make_model(), tokens(T + 1), config()) > 0
 
 
+def test_sizes_below_1_are_errors():
+    data = tokens(300)
+    for name in ("batch_size", "context_length", "num_val_batches"):
+        sizes = dict(batch_size=2, context_length=T, num_val_batches=2) | {name: 0}
+        with pytest.raises(ValueError, match=f"{name}=0: it must be at least 1"):
+            validate(make_model(), data, device="cpu", **sizes)
+    with pytest.raises(ValueError, match="num_batches=-1: it must be at least 1"):
+        evaluate_model_loss(make_model(), data, config(), -1)
+
+
 @pytest.mark.parametrize("length", [T + 1, T + 2, 2 * T, 2 * T + 1, 5 * T - 3, 101])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_loss_over_all_targets_counts_each_once(length, batch_size):
@@ -234,6 +244,25 @@ def test_the_loss_over_a_part_is_of_windows_spread_evenly():
     assert over(0) == over(100 * T) == over(10**9)
     assert over(0).targets == 100 * T and over(0).extent == f"over all {100 * T} targets"
     assert over(1).targets == T  # a window at least
+
+
+@pytest.mark.parametrize("segments", [[101], [1, 40, 60], [0, 101]])
+def test_tokens_that_are_no_targets_are_not_missed(segments):
+    """As in conversations. Only where windows are left out it is a sample."""
+    ids, no_target = tokens(101), np.arange(101) % 4 != 3
+    ends = np.cumsum(segments)[:-1]
+    data = as_dataset(np.split(ids, ends))
+    data.ignored = as_dataset(np.split(no_target.astype(np.uint8), ends))
+
+    def over(max_targets):
+        cpu = torch.device("cpu")
+        return loss_over_all(
+            lambda x, y: torch.tensor(1.0), data, 2, T, cpu, max_targets=max_targets
+        )
+
+    for all_of_them in (0, 100):
+        assert over(all_of_them).extent == "over all 25 targets"
+    assert over(50).extent == "over 11 of 25 targets, evenly spread"
 
 
 def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):

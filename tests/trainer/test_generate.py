@@ -1,4 +1,4 @@
-"""Sampling rules, the sliding window, and the generate command on a tiny checkpoint."""
+"""The sliding window, texts, and the generate command on a tiny checkpoint."""
 
 import inspect
 import itertools
@@ -15,110 +15,14 @@ from fastlm import ConfigError, TransformerLM, create_model_and_optimizer, save_
 from fastlm.data.manifest import Manifest
 from fastlm.generate import (
     GenerateArguments,
-    check_sampling,
     encode_prompt,
     generate,
     load_model,
-    sample,
     sample_texts,
 )
+from fastlm.model import KVCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-LOGITS = torch.tensor([[1.0, 3.0, 0.0, 2.0, -4.0, 2.5]])
-PROBABILITIES = LOGITS.softmax(-1)[0]
-ORDER = [1, 5, 3, 0, 2, 4]  # likeliest first
-DRAWS = 20_000
-
-
-def draws(temperature=1.0, top_k=None, top_p=None, logits=LOGITS) -> torch.Tensor:
-    """How often each token comes, of DRAWS."""
-    generator = torch.Generator().manual_seed(0)
-    rows = logits.expand(DRAWS, -1)
-    ids = sample(rows, temperature, top_k, top_p, generator)
-    assert ids.shape == (DRAWS, 1) and ids.dtype == torch.int64
-    return torch.bincount(ids[:, 0], minlength=logits.shape[-1])
-
-
-def assert_distribution(counts: torch.Tensor, expected: torch.Tensor) -> None:
-    """Chi-square, at a level that a right sampler misses once in a million seeds."""
-    kept = expected > 0
-    assert (counts[~kept] == 0).all(), counts
-    wanted = expected[kept] * DRAWS
-    statistic = float(((counts[kept] - wanted) ** 2 / wanted).sum())
-    # Quantiles of chi-square at 1 - 1e-6, by degrees of freedom.
-    limit = {0: 1e-6, 1: 23.9, 2: 27.6, 3: 30.7, 4: 33.4, 5: 35.9}[int(kept.sum()) - 1]
-    assert statistic < limit, (counts, wanted)
-
-
-def restricted(keep: list[int], temperature: float = 1.0) -> torch.Tensor:
-    mask = torch.zeros(6, dtype=torch.bool)
-    mask[keep] = True
-    return (LOGITS[0] / temperature).masked_fill(~mask, -math.inf).softmax(-1)
-
-
-@pytest.mark.parametrize("temperature", [0.25, 0.5, 1.0, 2.0])
-def test_temperature(temperature):
-    assert_distribution(draws(temperature), restricted(list(range(6)), temperature))
-
-
-def test_temperature_0_takes_the_likeliest():
-    assert draws(0.0).tolist() == [0, DRAWS, 0, 0, 0, 0]
-    assert draws(0.0, top_k=3, top_p=0.5).tolist() == [0, DRAWS, 0, 0, 0, 0]
-    assert draws(1e-6).tolist() == [0, DRAWS, 0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 4, 6, 100])
-def test_top_k_keeps_the_k_likeliest(top_k):
-    assert_distribution(draws(top_k=top_k), restricted(ORDER[:top_k]))
-
-
-@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.52, 0.6, 0.8, 0.95, 0.999, 1.0])
-def test_top_p_keeps_the_fewest_that_reach_p(top_p):
-    keep, reached = [], 0.0
-    for token in ORDER:
-        if reached < top_p:
-            keep.append(token)
-        reached += float(PROBABILITIES[token])
-    assert_distribution(draws(top_p=top_p), restricted(keep))
-
-
-def test_the_nucleus_ends_with_the_token_that_reaches_p():
-    half = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125]]))
-    assert (draws(top_p=0.5, logits=half) > 0).tolist() == [True, False, False, False]
-    assert (draws(top_p=0.51, logits=half) > 0).tolist() == [True, True, False, False]
-    assert (draws(top_p=0.75, logits=half) > 0).tolist() == [True, True, False, False]
-
-
-def test_top_k_and_top_p_together():
-    """The nucleus is that of what top_k leaves, after the temperature."""
-    narrowed = restricted(ORDER[:3], 2.0)
-    assert float(narrowed[1] + narrowed[5]) > 0.7 > float(narrowed[1])
-    assert_distribution(draws(2.0, top_k=3, top_p=0.7), restricted(ORDER[:2], 2.0))
-
-
-def test_rows_are_sampled_by_their_own_logits():
-    logits = torch.full((3, 5), -1e9)
-    logits[0, 4] = logits[1, 0] = logits[2, 2] = 0
-    for arguments in ((0.0, None, None), (1.0, 2, None), (1.0, None, 0.5), (0.7, 3, 0.9)):
-        assert sample(logits, *arguments)[:, 0].tolist() == [4, 0, 2]
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((-0.1, None, None), "temperature=-0.1: it must not be negative"),
-        ((1.0, 0, None), "top_k=0: it must be at least 1"),
-        ((1.0, None, 0.0), r"top_p=0.0: it must lie in \(0, 1\]"),
-        ((1.0, None, 1.1), "top_p=1.1"),
-        ((float("nan"), None, None), "temperature=nan"),
-        ((1.0, None, float("nan")), "top_p=nan"),
-    ],
-)
-def test_impossible_sampling_is_an_error(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        check_sampling(*arguments)
 
 
 # --- generate ---
@@ -159,6 +63,23 @@ def test_a_prompt_as_long_as_the_context_and_longer(length):
     with torch.no_grad():
         expected = model(prompt[:, -8:])[:, -1].argmax(-1)
     assert got[0, -1] == expected and torch.equal(got[:, :length], prompt)
+
+
+def test_the_cache_is_as_long_as_the_text(monkeypatch):
+    """However long a window the model takes; where the window moves on, as long as the window."""
+    made = []
+
+    class Cache(KVCache):
+        def __init__(self, capacity):
+            super().__init__(capacity)
+            made.append(self)
+
+    monkeypatch.setattr("fastlm.generate.KVCache", Cache)
+    model, prompt = make_model(context=8), torch.tensor([[3, 1]])
+    for new, sizes in ((3, [5]), (20, [8, 8, 8, 8])):
+        made.clear()
+        generate(model, prompt, new)
+        assert [k.shape[2] for cache in made for k, _ in [cache._layers[0]]] == sizes
 
 
 def test_a_context_of_one_token():
@@ -217,6 +138,32 @@ def test_texts_begin_with_the_prompt_and_end_with_their_document(tokenizer_json,
     monkeypatch.setattr("fastlm.generate.generate", lambda model, prompt, *a, **k: rows)
     texts = sample_texts(make_model(vocab_size=270), tokenizer_json, prompt="def", num_samples=2)
     assert texts == ["def f(x)", "def"]
+
+
+def test_the_prompt_comes_back_as_it_was_given(tokenizer_json, monkeypatch):
+    """What follows keeps its space; and bytes that are no character do not spoil the prompt's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    new = []
+    monkeypatch.setattr(
+        "fastlm.generate.generate",
+        lambda model, prompt, *a, **k: torch.cat((prompt, torch.tensor([new]).long()), dim=1),
+    )
+    model, prompt = make_model(vocab_size=270), "x<|endoftext|> é"
+    assert sample_texts(model, tokenizer_json, prompt=prompt, num_samples=1) == [prompt]
+
+    vocabulary = {"?": 0, "▁": 1, "a": 2, "b": 3, "<0xC3>": 4, "<0xA9>": 5}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="?", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )  # fmt: skip
+    for prompt, following, text in (("a ☃é", [1, 3], "a ☃é b"), ("a é", [5, 3], "a é\ufffdb")):
+        new[:] = following
+        assert sample_texts(model, tokenizer.to_str(), prompt=prompt, num_samples=1) == [text]
 
 
 def test_another_end_of_text_and_the_end_of_a_turn(tokenizer_json, monkeypatch):

@@ -361,6 +361,21 @@ def test_greedy_generation_equals_that_by_whole_forward_passes():
     assert len(set(got[0, 3:].tolist())) > 2  # not one token repeated, which anything would give
 
 
+def test_a_cache_takes_the_memory_that_it_was_made_for():
+    model, ids = make_model().eval(), random_tokens(3, T)
+    cache = KVCache(5)
+    with torch.no_grad():
+        got = torch.cat([model(piece, cache) for piece in ids[:, :5].split(2, dim=1)], dim=1)
+        torch.testing.assert_close(got, model(ids[:, :5]), rtol=1e-4, atol=1e-4)
+        assert all(k.shape[2] == v.shape[2] == 5 for k, v in cache._layers.values())
+        with pytest.raises(ValueError, match="6 positions: this cache was made for 5"):
+            model(ids[:, 5:6], cache)
+        assert cache.length == 5
+        cache = KVCache(1 << 40)
+        model(ids, cache)
+        assert all(k.shape[2] == v.shape[2] == T for k, v in cache._layers.values())
+
+
 def test_a_sequence_that_is_too_long_is_an_error():
     model = make_model()
     with pytest.raises(ValueError, match=f"{T + 1} positions.*built for {T}"):

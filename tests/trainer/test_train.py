@@ -18,7 +18,7 @@ from in_process import (
     log_events,
     run_tiny,
 )
-from training_runs import losses, metrics, same, state, tiny_config
+from training_runs import losses, metrics, same, state, tiny_config, tokens
 
 from fastlm import (
     OutputError,
@@ -27,6 +27,7 @@ from fastlm import (
     load_checkpoint,
     set_seed,
 )
+from fastlm.data.dataset import as_dataset
 from fastlm.data.loader import TrainLoader
 from fastlm.loop import learning_rate
 from fastlm.model_loss import ModelLoss
@@ -112,6 +113,28 @@ def test_the_average_is_over_the_steps_since_the_last_line(tmp_path):
     assert averages[0] == pytest.approx(every[0])
     assert averages[4] == pytest.approx(np.mean([every[step] for step in range(1, 5)]), rel=1e-6)
     assert averages[8] == pytest.approx(np.mean([every[step] for step in range(5, 9)]), rel=1e-6)
+
+
+def test_steps_without_targets_have_no_loss(tmp_path):
+    """As conversations of long prompts have them: no 0 in the average, nor for the guard."""
+    data = as_dataset(tokens(4000))
+    data.ignored = as_dataset((np.arange(4000) // 32 % 2).astype(np.uint8))  # 0: a target
+
+    def train(name, **settings):
+        settings |= dict(total_steps=16, batch_size=1, context_len=8)
+        run_tiny(tmp_path / name, data, **settings)
+        return metrics(tmp_path / name, "train"), state(checkpoint(tmp_path / name))
+
+    every, final = train("all", log_every=1)
+    some, again = train("some", log_every=5)
+    found = [row["loss"] for row in every]
+    assert 4 <= found.count(None) < 14 and min(loss for loss in found if loss) > 1
+    assert found == [row["avg_loss"] for row in every] and same(final, again)
+    for row, first in zip(some[1:], (1, 6, 11), strict=True):
+        known = [loss for loss in found[first : first + 5] if loss]
+        assert row["avg_loss"] == pytest.approx(np.mean(known), rel=1e-6)
+    guard = torch.load(checkpoint(tmp_path / "all"), weights_only=True)["guard"]
+    assert guard["ring"][found.count(None) - 16 :].isfinite().all()
 
 
 def test_clipping_clips(tmp_path):
