@@ -1,7 +1,6 @@
 """The figures at the end of a run, and that nothing optional fails it."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -70,7 +69,7 @@ def test_each_processs_speed_and_the_mfu_are_of_this_piece(tmp_path, monkeypatch
     payload = torch.load(checkpoint(tmp_path), weights_only=True)
     payload["clock"] = {"step_seconds": 1e4, "run_seconds": 1e4}
     torch.save(payload, tmp_path / "slow.pt")
-    two = lambda figures, *rest: print_summary(replace(figures, peaks=[1, 1]), *rest)  # noqa: E731
+    two = lambda *figures: print_summary(*figures[:-1], peaks=[1, 1])  # noqa: E731
     monkeypatch.setattr("fastlm.run.finish.print_summary", two)
     capsys.readouterr()
     run_tiny(tmp_path / "on", ckpt_path_to_resume=str(tmp_path / "slow.pt"))
