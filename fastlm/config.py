@@ -93,7 +93,8 @@ class TrainingConfig:
     """Optimizer steps of the whole run."""
     train_minutes: float | None = None
     """Choose total_steps so that training takes about this long, by a calibration at the start.
-    Without effect if total_steps is set on the command line or in a file."""
+    Without effect if total_steps is set on the command line or in a file; a resumed run keeps the
+    length that was chosen."""
     max_epochs: float | None = None
     """Limits what train_minutes chooses to so many passes over the training data: of a small text
     a model remembers more and predicts less with each."""

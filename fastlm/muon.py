@@ -65,13 +65,20 @@ class Muon(AdamW):
     AdamW's, without a wait for the device.
     """
 
-    def __init__(self, params: Any, *, matmul_dtype: torch.dtype = torch.float32, **options: Any):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        matmul_dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ):
         if matmul_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"matmul_dtype={matmul_dtype}: it must be float32 or bfloat16")
         if "param_precision" in options:
             raise TypeError("Muon has no argument 'param_precision'")
         self.matmul_dtype = matmul_dtype
-        super().__init__(params, **options)
+        super().__init__(params, lr, **options)
 
     def _check_last_group(self) -> None:
         super()._check_last_group()

@@ -118,6 +118,11 @@ def restart_at_documents(model: nn.Module, data: Data, cfg: TrainingConfig) -> N
     Raises ConfigError for data that does not say which token ends one, and for models of others.
     """
     if not cfg.doc_mask:
+        if getattr(model, "document_end", None) is not None:
+            raise ConfigError(
+                "doc_mask=False: the model has a document_end, as a checkpoint of --doc-mask; set "
+                "doc_mask=True, or model.document_end = None"
+            )
         return
     if model_class(model) is not None:
         raise ConfigError(
@@ -295,7 +300,9 @@ class TrainStep:
             self.guard = guard
         with torch.no_grad():
             for module, name, buffer, value in buffers:
-                setattr(module, name, buffer.copy_(value))  # a forward may have put another there
+                # A forward may have put another there. Expanded memory cannot be written to.
+                same = torch.equal(buffer, value)
+                setattr(module, name, buffer if same else buffer.copy_(value))
         self.optimizer.state.clear()
         if scale:
             self.scaler.load_state_dict(scale)

@@ -98,7 +98,7 @@ class FusedAdamW(torch.optim.AdamW):
             raise ValueError(f"param_precision={param_precision!r}: it must be 'native' or 'split'")
         for name in torch_options:
             if name not in (*_TORCHS_CHOICES, *REFUSED_OPTIONS):
-                raise TypeError(f"AdamW has no argument {name!r}")
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}")
         check_options(torch_options, "AdamW")
         if skip_nonfinite is None:
             skip_nonfinite = max_grad_norm is not None

@@ -63,10 +63,10 @@ def check_options(options: dict[str, Any], what: str) -> None:
             raise ValueError(
                 f"{what}: {name}={options[name]} is not supported; torch.optim.AdamW has it"
             )
-    if not options.get("decoupled_weight_decay", True):
+    if options.get("weight_decay") and not options.get("decoupled_weight_decay", True):
         raise ValueError(
-            f"{what}: decoupled_weight_decay=False, as torch.optim.Adam's, is not supported; "
-            f"AdamW's weight decay is decoupled: drop the option"
+            f"{what}: weight_decay={options['weight_decay']} with decoupled_weight_decay=False, as "
+            f"torch.optim.Adam's, is not supported; AdamW's is decoupled: drop that option"
         )
 
 

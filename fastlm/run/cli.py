@@ -268,6 +268,7 @@ def _place(
     """Where the run's files go: a resumed run's own place, or runs/<preset>-<time>."""
     if resumed is not None:
         settings["init_from"] = None  # a file's, with which the run began
+        origins["init_from"] = "default"
         settings["ckpt_path_to_resume"] = str(resumed.path)
         if "ckpt_path_to_resume" not in asked:
             origins["ckpt_path_to_resume"] = "command line"

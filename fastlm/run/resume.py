@@ -117,7 +117,7 @@ class Resumed:
     def tokens(self, cfg: TrainingConfig) -> int:
         """How many tokens it has trained on: a changed context_len changes those of a sample."""
         tokens = self.payload.get("tokens_seen")
-        if tokens is None:  # an older checkpoint, or another program's
+        if tokens is None:  # another program's
             tokens = self.position(cfg) * self.settings.get("context_len", cfg.context_len)
         return tokens
 

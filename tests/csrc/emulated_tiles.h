@@ -71,7 +71,9 @@ inline void store(int t, void* base, int64_t stride) {
     std::memcpy(static_cast<uint8_t*>(base) + r * stride, tile(t)[r], state.bytes[t]);
 }
 
-// c += a b: a's rows hold pairs of bf16, b's row p the p-th pair of every column.
+// c += a b: a's rows hold pairs of bf16, b's row p the p-th pair of every column. As the
+// processor's manual has it, the products of the pairs' first elements are summed apart from those
+// of the second.
 FASTLM_TARGET_AVX512_BF16 inline void multiply(int c, int a, int b) {
   uint8_t (*const sums)[64] = tile(c);
   const uint8_t (*const left)[64] = tile(a);
@@ -81,14 +83,20 @@ FASTLM_TARGET_AVX512_BF16 inline void multiply(int c, int a, int b) {
               state.bytes[a] == 4 * state.rows[b],
           "shapes that do not fit");
   for (int r = 0; r < state.rows[c]; ++r) {
-    __m512 sum = _mm512_load_ps(sums[r]);
+    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int p = 0; p < state.rows[b]; ++p) {
       int32_t pair;
       std::memcpy(&pair, left[r] + 4 * p, 4);
-      sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
-                             reinterpret_cast<__m512bh>(_mm512_load_si512(right[p])));
+      for (int i = 0; i < 2; ++i) {
+        const __m512i half = _mm512_set1_epi32(i ? 0xffff0000 : 0xffff);
+        const __m512i x = _mm512_and_si512(_mm512_set1_epi32(pair), half);
+        const __m512i y = _mm512_and_si512(_mm512_load_si512(right[p]), half);
+        sum[i] =
+            _mm512_dpbf16_ps(sum[i], reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
+      }
     }
-    _mm512_store_ps(sums[r], sum);
+    const __m512 both = _mm512_add_ps(sum[0], sum[1]);
+    _mm512_store_ps(sums[r], _mm512_add_ps(_mm512_load_ps(sums[r]), both));
   }
 }
 

@@ -70,6 +70,7 @@ class Counting(Plain):
         super().__init__(**settings)
         self.norm = nn.BatchNorm1d(self.tokens.embedding_dim)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("expanded", torch.zeros(1, 2).expand(3, 2), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.training:

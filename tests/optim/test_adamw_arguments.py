@@ -32,8 +32,12 @@ def test_refused_options(option):
 
 def test_decay_that_is_not_decoupled():
     groups = torch.optim.Adam(parameters(), weight_decay=0.5).param_groups
-    with pytest.raises(ValueError, match="group 0: decoupled_weight_decay=False"):
+    with pytest.raises(ValueError, match=r"group 0: weight_decay=0\.5 with decoupled"):
         AdamW(groups)
+    plain = AdamW(torch.optim.Adam(parameters()).param_groups)  # without decay they are the same
+    plain.param_groups[0]["weight_decay"] = 0.5
+    with pytest.raises(ValueError, match=r"group 0: weight_decay=0\.5 with decoupled"):
+        run(plain, plain.param_groups[0]["params"], range(1))
     AdamW(torch.optim.AdamW(parameters()).param_groups)
 
 

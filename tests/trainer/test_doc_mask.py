@@ -141,6 +141,13 @@ def test_a_checkpoint_and_a_gathered_model_are_sampled_with_it(tmp_path):
     assert load_model(tmp_path / "b.pt", "cpu")[0].document_end is None
 
 
+def test_a_masked_model_is_not_trained_as_if_it_had_no_mask(tmp_path):
+    net = create_model(cfg := tiny_config(tmp_path))
+    net.document_end = END
+    with pytest.raises(ConfigError, match="doc_mask=False: the model has a document_end"):
+        train_loop(TRAIN, VAL, cfg, model=net)
+
+
 def test_a_run_resumes_with_it(tmp_path):
     data = open_data([str(write_prepared(tmp_path / "data"))])
 
