@@ -118,7 +118,7 @@ def restart_at_documents(model: nn.Module, data: Data, cfg: TrainingConfig) -> N
     Raises ConfigError for data that does not say which token ends one, and for models of others.
     """
     if not cfg.doc_mask:
-        if getattr(model, "document_end", None) is not None:
+        if model_class(model) is None and model.document_end is not None:
             raise ConfigError(
                 "doc_mask=False: the model has a document_end, as a checkpoint of --doc-mask; set "
                 "doc_mask=True, or model.document_end = None"

@@ -21,7 +21,7 @@ from fastlm.ops.dispatch import autocasts, compute_dtype, on_gpu, resolve_implem
 from fastlm.ops.rope import Rope, apply_rope, rotate
 
 # Of fewer queries than this behind a cache "cpp" would spend most of its time on packing the keys:
-# 1.2 to 2.6 times SDPA's (bench/LOG.md, 2026-11-26).
+# 1.1 to 2.6 times SDPA's (bench/LOG.md, 2026-11-26).
 _FEW_QUERIES = 8
 
 
