@@ -23,9 +23,10 @@
 #
 # Where a machine is lent for minutes, the goals' figures first, in one command (`;`, not `&&`: a part
 # that was cut off exits with 1). On an H100 with 16 cores nanoGPT's row takes 35 to 60 s, fastlm's
-# 65 s, half of it compilation; "switches" 30 s and 10 to 30 s for each; a case of the losses 15 s; the
-# Triton cases and tests/gpu half a minute each.
-#     MINUTES=3.5 ROWS="preset's step$|switches" bench/gpu.sh trainer OUT
+# 65 s, half of it compilation; "in turns" 35 s and 15 to 35 s for each switch, the ones that matter
+# most first, until the minutes end; a case of the losses 15 s; the Triton cases and tests/gpu half a
+# minute each.
+#     MINUTES=5.5 ROWS="preset's step$|in turns" bench/gpu.sh trainer OUT
 #     MINUTES=2 ROWS="bf16 and not|default|124" bench/gpu.sh kernels OUT
 #     MINUTES=3 bench/gpu.sh correctness OUT
 set -euo pipefail

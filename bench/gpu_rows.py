@@ -1,11 +1,10 @@
 """The programs behind bench/gpu_steps.py's rows, each in a process of its own.
 
-    python bench/gpu_rows.py machine|fastlm|nanogpt|steps|demo|kill --out FILE [--name NAME] ...
+    python bench/gpu_rows.py machine|fastlm|nanogpt|demo|kill --out FILE [--name NAME] ...
 
 machine: copy and matmul rates. fastlm: a run of `python -m fastlm.train` on the preset gpt2-124m.
-nanogpt: nanoGPT's model in its loop, on the same batches. steps: steps of each --variant, of
-131,072 tokens, in turns in one process: what a switch is worth, in a tenth of the time. demo: the
-preset demo-gpu. kill: a run that is killed with SIGKILL and resumed, against one that is not.
+nanogpt: nanoGPT's model in its loop, on the same batches. demo: the preset demo-gpu. kill: a run
+that is killed with SIGKILL and resumed, against one that is not.
 
 Data: the prepared directory that DATA names, else .gpu/corpus, else the default corpus.
 """
@@ -16,31 +15,27 @@ import json
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import harness
 import torch
 from nanogpt_peer import nanogpt_folder, nanogpt_model, nanogpt_step
+from peer_model import PeerStep
 
 from fastlm import TrainingConfig
 from fastlm.corpus import default_corpus
 from fastlm.data.files import open_data
 from fastlm.data.loader import TrainLoader
 from fastlm.hardware import PeakMemory, matmul_ceiling, select_dtype, synchronize
-from fastlm.model import training_flops_per_token
-from fastlm.model_loss import ModelLoss
 from fastlm.presets import PRESETS
-from fastlm.run.backends import backends
-from fastlm.run.cli import parse
 from fastlm.schedule import learning_rate
-from fastlm.step import TrainStep, create_model_and_optimizer, set_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 REHEARSAL = os.environ.get("DEVICE") == "cpu"
@@ -48,7 +43,7 @@ DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
 # What is measured in 20 s, and long enough for a loss to be compared: 500 steps of one micro-batch.
 SHORT = dict(batch_size=16, tokens_per_step=16 * 1024, total_steps=500, warmup_iters=50)
 FULL = dict(total_steps=12, warmup_iters=2)  # of the preset's 524,288 tokens
-TINY = dict(batch_size=2, context_len=32, num_layers=1, num_heads=2, d_model=32)
+TINY = dict(batch_size=2, context_len=32, num_layers=1, num_heads=2, d_model=48)
 LAST = 5  # logged losses whose mean is the loss at the end
 LOG_EVERY = 10
 
@@ -122,31 +117,49 @@ def fastlm_row(args: argparse.Namespace) -> dict[str, Any]:
         return {"top_kernels": top_kernels(json.loads(gzip.decompress(trace.read_bytes())), 2)}
 
 
-def nanogpt_row(args: argparse.Namespace) -> dict[str, Any]:
-    """Its loop: micro-batches, each batch made while the device works on the one before."""
+def nanogpt_loop(
+    cfg: TrainingConfig,
+) -> tuple[torch.nn.Module, PeerStep, Callable[[int, float], torch.Tensor]]:
+    """(model, step, train(number, rate) -> loss): its loop on the batches that fastlm takes, each
+    made while the device works on the one before."""
     if (folder := nanogpt_folder()) is None:
         sys.exit("error: no checkout of nanoGPT: take its files along in .gpu/nanoGPT")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as it does
-    preset = {**PRESETS["gpt2-124m"], **settings(args.full)}
-    cfg = TrainingConfig(**preset, device=DEVICE.type).accumulated(1)
     data = open_data((str(data_directory()),))
     loader = TrainLoader(data.train, cfg.batch_size, cfg.context_len, seed=cfg.seed, device=DEVICE)
     torch.manual_seed(cfg.seed)
-    dtype = select_dtype(cfg.dtype, DEVICE)
     model = nanogpt_model(folder, cfg)
-    step = nanogpt_step(model, dtype, compiled=not REHEARSAL)
-    samples = cfg.batch_size * cfg.grad_accum
+    step = nanogpt_step(model, select_dtype(cfg.dtype, DEVICE), compiled=not REHEARSAL)
 
     def train(number: int, rate: float) -> torch.Tensor:
-        first = number * samples
+        first = number * cfg.batch_size * cfg.grad_accum
         batches = (loader.batch(first + micro * cfg.batch_size) for micro in range(cfg.grad_accum))
         return step.accumulate(batches, rate, count=cfg.grad_accum)
 
+    return model, step, train
+
+
+def nanogpt_flops(model: torch.nn.Module, cfg: TrainingConfig) -> int:
+    """A token's, forward and backward, counted as fastlm counts its own."""
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    per_token = 6 * sum(layer.weight.numel() for layer in layers)
+    return per_token + 6 * cfg.num_layers * cfg.context_len * cfg.d_model
+
+
+def warmed_up(train: Callable[[int, float], torch.Tensor]) -> float:
+    """Seconds of two steps that change nothing but the optimizer's state."""
     begin = time.perf_counter()
     for _ in range(2):
         train(0, 0.0)
     synchronize(DEVICE)
-    compile_seconds = time.perf_counter() - begin
+    return time.perf_counter() - begin
+
+
+def nanogpt_row(args: argparse.Namespace) -> dict[str, Any]:
+    preset = {**PRESETS["gpt2-124m"], **settings(args.full)}
+    cfg = TrainingConfig(**preset, device=DEVICE.type).accumulated(1)
+    model, step, train = nanogpt_loop(cfg)
+    compile_seconds = warmed_up(train)
     step.optimizer.state.clear()
     if args.profile:
         return {"top_kernels": profiled(lambda: [train(number, 0.0) for number in range(2)], 2)}
@@ -160,11 +173,8 @@ def nanogpt_row(args: argparse.Namespace) -> dict[str, Any]:
     synchronize(DEVICE)
     seconds = time.perf_counter() - begin
     memory.sample()
-    tokens = cfg.total_steps * samples * cfg.context_len
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    per_token = 6 * sum(layer.weight.numel() for layer in layers)
-    per_token += 6 * cfg.num_layers * cfg.context_len * cfg.d_model
-    ceiling = matmul_ceiling(DEVICE, dtype)
+    tokens = cfg.total_steps * cfg.batch_size * cfg.grad_accum * cfg.context_len
+    per_token, ceiling = nanogpt_flops(model, cfg), matmul_ceiling(DEVICE, step.dtype)
     return {
         "steps": cfg.total_steps,
         "tokens": tokens,
@@ -177,59 +187,6 @@ def nanogpt_row(args: argparse.Namespace) -> dict[str, Any]:
         "step_seconds": seconds,
         "loss": sum(losses[-LAST:]) / len(losses[-LAST:]),
     }
-
-
-def steps_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each variant. Rounds of one step each, from an idle device until it is idle."""
-    torch._dynamo.config.recompile_limit = 4 * len(args.variant) + 8  # of the code they share
-    data = open_data((str(data_directory()),))
-    variants, rows = [], []
-    for variant in args.variant:
-        name, options = variant.split("=", 1)
-        chosen = settings(full=True)
-        if not REHEARSAL:
-            chosen |= {"batch_size": 64, "tokens_per_step": 131_072}
-        words = ["--preset=gpt2-124m", f"--device={DEVICE.type}", "--compile", *flags(chosen)]
-        words += [*shlex.split(options), *["--no-compile"] * REHEARSAL]
-        cfg = parse(words).config.accumulated(1)
-        loader = TrainLoader(data.train, cfg.batch_size, cfg.context_len, seed=0, device=DEVICE)
-        set_seed(cfg.seed)
-        others = 0  # what the variants before hold
-        if DEVICE.type == "cuda":
-            others = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        with backends(cfg):
-            model, optimizer, _ = create_model_and_optimizer(cfg)
-            runner = TrainStep(ModelLoss(model, DEVICE, cfg), optimizer, loader, cfg)
-            memory = PeakMemory(DEVICE)
-            runner.warm_up()
-            memory.sample()
-        variants.append((cfg, runner))
-        rows.append({
-            "name": f"steps: {name}", "options": options, "steps": 0, "tokens": 0,
-            "peak_memory_bytes": memory.bytes - others, "compile_seconds": runner.compile_seconds,
-            "flops_per_token": training_flops_per_token(model, cfg.context_len),
-        })  # fmt: skip
-    seconds: list[list[float]] = [[] for _ in rows]
-    for number in range(2 if REHEARSAL else 7):
-        for (cfg, runner), row, times in zip(variants, rows, seconds, strict=True):
-            synchronize(DEVICE)
-            begin = time.perf_counter()
-            with backends(cfg):
-                loss = runner.run(number * runner.samples, learning_rate(number, cfg))
-            synchronize(DEVICE)
-            times.append(time.perf_counter() - begin)
-            row |= {
-                "loss": float(loss),
-                "steps": number + 1,
-                "tokens": (number + 1) * runner.tokens,
-            }
-    ceiling = matmul_ceiling(DEVICE, variants[0][1].dtype)
-    for (_, runner), row, times in zip(variants, rows, seconds, strict=True):
-        speed = runner.tokens / statistics.median(times[1:])
-        row |= {"tokens_per_second": speed, "mfu": speed * row["flops_per_token"] / ceiling}
-        row |= {"matmul_ceiling_flops": ceiling, "step_seconds": sum(times)}
-    return rows
 
 
 def profiled(work: Any, steps: int) -> dict[str, Any]:
@@ -343,7 +300,6 @@ ROWS = {
     "machine": machine_row,
     "fastlm": fastlm_row,
     "nanogpt": nanogpt_row,
-    "steps": steps_rows,
     "demo": demo_row,
     "kill": kill_row,
 }
@@ -356,18 +312,15 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--full", action="store_true", help="steps of the preset's 524,288 tokens")
     parser.add_argument("--options", default="", help="fastlm.train's, as one word")
-    parser.add_argument("--variant", action="append", help="of steps: NAME=OPTIONS, once or more")
     parser.add_argument("--profile", action="store_true", help="the ten kernels with the most time")
     return parser.parse_args(words)
 
 
 def main(words: list[str] | None = None) -> None:
     args = arguments(words)
-    found = ROWS[args.row](args)
     row = {"name": args.name or args.row, "program": args.row, "options": args.options}
-    row |= {"full": args.full}
-    rows = [{**row, **each} for each in (found if isinstance(found, list) else [found])]
-    args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    row |= {"full": args.full, **ROWS[args.row](args)}
+    args.out.write_text(json.dumps({"rows": [row]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -156,6 +156,7 @@ class Row:
     options: tuple[str, ...] = ()
     full: bool = False  # the preset's own step of 524,288 tokens; else 16 x 1024 tokens, 500 steps
     needs_cuda: bool = False  # a CPU refuses the options; a rehearsal goes without them
+    in_turns: bool = True  # its steps are measured in turns with "fastlm", too
 
 
 # Each switch alone against "fastlm", the ones that matter most first. Add a row for a new one here;
@@ -164,48 +165,52 @@ ROWS = [
     Row("fastlm, the preset's step", full=True),
     Row("fastlm, the preset's step in micro-batches of 16", ("--batch-size", "16"), full=True),
     Row("fastlm"),
-    Row("residual-dtype float32", ("--residual-dtype", "float32")),
-    Row("attention cudnn", ("--attention", "cudnn"), needs_cuda=True),
     Row("joint-projections", ("--joint-projections",)),
+    Row("heads of 128", ("--num-heads", "6")),
+    Row("joint-projections, heads of 128", ("--joint-projections", "--num-heads", "6")),
     Row("fp8-head", ("--fp8-head",), needs_cuda=True),
+    Row("micro-batches of 16", ("--batch-size", "16")),
+    Row("residual-dtype float32", ("--residual-dtype", "float32")),
+    Row("attention flash", ("--attention", "flash"), needs_cuda=True),
+    Row("attention cudnn", ("--attention", "cudnn"), needs_cuda=True),
+    Row("compile-mode max-autotune", ("--compile-mode", "max-autotune-no-cudagraphs")),
+    Row("no-prefetch", ("--no-prefetch",)),
+    Row("guard off", ("--guard", "off")),
+    Row("compile-scope block", ("--compile-scope", "block")),
+    Row("deterministic", ("--deterministic",)),
     Row(
         "64 x 1024 tokens, 125 steps",
         ("--batch-size", "64", "--tokens-per-step", "65536", "--total-steps", "125"),
+        in_turns=False,
     ),
-    Row("no-prefetch", ("--no-prefetch",)),
-    Row("guard off", ("--guard", "off")),
-    Row("attention flash", ("--attention", "flash"), needs_cuda=True),
-    Row("compile-mode max-autotune", ("--compile-mode", "max-autotune-no-cudagraphs")),
-    Row("compile-scope block", ("--compile-scope", "block")),
-    Row("deterministic", ("--deterministic",)),
     Row("dtype float32", ("--dtype", "float32")),
     Row("dtype float32, no-tf32", ("--dtype", "float32", "--no-tf32")),
-    Row("no-compile", ("--no-compile",)),
+    Row("no-compile", ("--no-compile",), in_turns=False),
 ]
 
 
 def trainer() -> list[Step]:
+    def options(row: Row) -> str:
+        return "" if row.needs_cuda and REHEARSAL else shlex.join(row.options)
+
     def ours(row: Row) -> Step:
-        options = () if row.needs_cuda and REHEARSAL else row.options
-        arguments = [*["--full"] * row.full, f"--options={shlex.join(options)}"]
+        arguments = [*["--full"] * row.full, f"--options={options(row)}"]
         return program(row.name, 240 if row.full else 150, "fastlm", *arguments)
 
-    def variant(row: Row) -> str:
-        options = () if row.needs_cuda and REHEARSAL else row.options
-        return f"--variant={row.name}={shlex.join(options)}"
-
     full, (plain, *switches) = [r for r in ROWS if r.full], [r for r in ROWS if not r.full]
-    steps = [
+    variants = [(plain.name, ""), ("nanoGPT", "nanogpt")]
+    variants += [(row.name, options(row)) for row in switches if row.in_turns]
+    turns = [sys.executable, "bench/gpu_turns.py", *(f"--variant={n}={o}" for n, o in variants)]
+    return [
         program("machine", 40, "machine"),
         program("nanoGPT, the preset's step", 200, "nanogpt", "--full"),
         *map(ours, full),
-        program("switches", 300, "steps", *map(variant, (plain, *switches))),
+        Step("in turns", [*turns, "--out", "$STEP/found.json"], 300, of_program),
         program("nanoGPT", 100, "nanogpt"),
         ours(plain),
         *(program(f"profile of {name}", 90, name, "--profile") for name in ("nanogpt", "fastlm")),
         *map(ours, switches),
     ]
-    return steps
 
 
 def presets() -> list[Step]:

@@ -59,7 +59,8 @@ def trainer_table(rows: dict[str, dict[str, Any]], gpu: str) -> list[str]:
         return []
     peak = next((flops for name, flops in PEAKS.items() if name in gpu), None)
     header = (
-        "row", "options", "tokens/s", "of nanoGPT's", "MFU (measured ceiling)",
+        "row", "options", "tokens/s", "of nanoGPT's", "of steps: fastlm, in turns",
+        "MFU (measured ceiling)",
         "MFU (dense bf16 peak)", "peak GiB", "loss", "bits/byte", "s of compilation",
     )  # fmt: skip
     lines = [
@@ -85,6 +86,7 @@ def trainer_table(rows: dict[str, dict[str, Any]], gpu: str) -> list[str]:
                 row["options"] and f"`{row['options']}`",
                 f"{speed:,.0f}",
                 f"{speed / peer:.2f}" if peer and is_gpt else "",
+                f"{row['speed_to_first']:.3f}" if "speed_to_first" in row else "",
                 f"{row['mfu']:.1%}",
                 f"{flops / peak:.1%}" if peak else "",
                 f"{row['peak_memory_bytes'] / 2**30:.1f}",

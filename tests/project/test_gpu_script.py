@@ -14,6 +14,7 @@ from pathlib import Path
 
 import gpu_rows
 import gpu_steps
+import gpu_turns
 import harness
 import pytest
 import torch
@@ -44,13 +45,17 @@ def test_a_parts_commands_name_what_exists(part, rehearsal, monkeypatch):
     monkeypatch.setattr(gpu_steps, "DEVICE", "cpu" if rehearsal else "cuda")
     steps = gpu_steps.PARTS[part]()
     assert len({step.name for step in steps}) == len(steps) >= 3
+    options_of_all = []
     for step in steps:
         words = [word for word in step.command if re.match(r"(tests|bench)/", word)]
         assert words and all((ROOT / word).exists() for word in words), step
         if "bench/gpu_rows.py" in step.command:
-            row = gpu_rows.arguments(step.command[2:])
-            if row.options:  # as the trainer's command line takes them
-                parse(["--preset", "gpt2-124m", "--device", "cpu", *shlex.split(row.options)])
+            options_of_all.append(gpu_rows.arguments(step.command[2:]).options)
+        variants = [w.split("=", 2)[2] for w in step.command if w.startswith("--variant=")]
+        options_of_all += [options for options in variants if options != "nanogpt"]
+    for options in options_of_all:  # as the trainer's command line takes them
+        parse(["--preset", "gpt2-124m", "--device", "cpu", *shlex.split(options)])
+    assert part != "trainer" or len(options_of_all) > 30
     if not rehearsal:
         assert all(step.seconds <= 420 for step in steps)
 
@@ -157,15 +162,39 @@ def test_the_row_of_a_run(rehearsed):
     assert 0 < found["loss"] < 8.5 and found["peak_memory_bytes"] > 0
 
 
-def test_switches_in_turns(rehearsed):
-    variants = ["--variant=fastlm=", "--variant=guard off=--guard off"]
-    fastlm, off = rehearsed("steps", *variants)
-    assert (fastlm["name"], off["name"], off["options"]) == (
-        "steps: fastlm", "steps: guard off", "--guard off",
-    )  # fmt: skip
-    assert fastlm["loss"] == off["loss"] > 7 and fastlm["steps"] == off["steps"] == 2
-    assert min(row["tokens_per_second"] for row in (fastlm, off)) > 0
-    assert fastlm["tokens"] == 2048 and fastlm["peak_memory_bytes"] > 0
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the peer's own
+def test_switches_in_turns(rehearsed, tmp_path, monkeypatch):
+    """Each with the first; what was found is written before the next is made."""
+    monkeypatch.setattr(gpu_turns, "matmul_ceiling", lambda *_, **__: 1e12)
+    monkeypatch.setattr(gpu_turns, "nanogpt_folder", lambda: Path("somewhere"))
+    monkeypatch.setattr(gpu_rows, "nanogpt_folder", lambda: Path("somewhere"))
+    monkeypatch.setattr(gpu_rows, "nanogpt_model", lambda folder, cfg: TheirGPT(cfg))
+    out, written, make = tmp_path / "turns.json", [], gpu_turns.contender
+
+    def noted(variant):
+        written.append(json.loads(out.read_text())["rows"] if out.exists() else [])
+        return make(variant)
+
+    monkeypatch.setattr(gpu_turns, "contender", noted)
+    variants = ["fastlm=", "nanoGPT=nanogpt", "guard off=--guard off"]
+    gpu_turns.main(["--out", str(out), *(f"--variant={variant}" for variant in variants)])
+    assert [len(rows) for rows in written] == [0, 0, 2]
+    fastlm, peer, off = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in (fastlm, peer, off)] == [
+        "steps: fastlm", "steps: nanoGPT", "steps: guard off",
+    ]  # fmt: skip
+    assert off["options"] == "--guard off" and fastlm["loss"] != off["loss"] > 7
+    assert (fastlm["steps"], peer["steps"], off["steps"]) == (4, 2, 2)
+    assert peer["tokens"] == off["tokens"] == 2048 and fastlm["speed_to_first"] == 1
+    for row in (fastlm, peer, off):
+        assert min(row["tokens_per_second"], row["peak_memory_bytes"], row["speed_to_first"]) > 0
+
+
+def test_turns_without_nanogpt(rehearsed, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_turns, "nanogpt_folder", lambda: None)
+    monkeypatch.setattr(gpu_turns, "matmul_ceiling", lambda *_, **__: 1e12)
+    assert list(gpu_turns.rows_in_turns(["fastlm=", "nanoGPT=nanogpt"])) == []
+    assert "nanoGPT is left out" in capsys.readouterr().out
 
 
 def test_the_row_of_a_demo_and_of_the_machine(rehearsed):

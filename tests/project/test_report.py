@@ -140,6 +140,7 @@ def test_what_a_gpu_told_is_shown(tmp_path, run):
         trained("nanoGPT, the preset's step", 4e5, full=True, program="nanogpt"),
         trained("fastlm, the preset's step", 5e5, full=True),
         trained("guard off", 2e5, full=False),
+        {**trained("steps: guard off", 5e5, full=True, program="steps"), "speed_to_first": 1.0125},
         {"name": "profile of fastlm", "program": "fastlm", "options": "", "full": False,
          "top_kernels": {"busy_ms": 30.0, "top": [
              {"name": "a<|b>", "ms": 3.0, "calls": 12.0, "share": 0.1}]}},
@@ -153,9 +154,11 @@ def test_what_a_gpu_told_is_shown(tmp_path, run):
     text = page(tmp_path, run)
     assert "a copy 3.00 TB/s" in text and "bfloat16 790 TFLOP/s" in text
     assert (
-        "| fastlm, the preset's step |  | 500,000 | 1.25 | 50.0% | 50.6% | 2.0 | 3.2500 |" in text
+        "| fastlm, the preset's step |  | 500,000 | 1.25 |  | 50.0% | 50.6% | 2.0 | 3.2500 |"
+        in text
     )
-    assert "| guard off |  | 200,000 |  | 50.0% |" in text
+    assert "| guard off |  | 200,000 |  |  | 50.0% |" in text
+    assert "| steps: guard off |  | 500,000 |  | 1.012 | 50.0% |" in text
     assert "30.0 ms of kernels" in text and "| `a<\\|b>` | 3.000 | 12 | 10.0% |" in text
     assert "| Triton cases | **exit code 1**: 240 passed, 1 failed | 61 |" in text
     assert "| racecheck | not begun | 0 |" in text
