@@ -7,6 +7,7 @@ checkpoint_file.py, and in parallel/sharded.py.
 """
 
 import math
+import operator
 import os
 import re
 import warnings
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from fastlm.checkpoint_file import remove_stale_temporaries as remove_stale_temporaries
-from fastlm.checkpoint_file import write_checkpoint
+from fastlm.checkpoint_file import storable, write_checkpoint
 from fastlm.checkpoint_reading import (
     FORMAT_VERSION,
     MODEL_KEYS,
@@ -61,9 +62,10 @@ def save_checkpoint(
     """Writes model, optimizer and `iteration` (completed steps, the index of the next) to `out`.
 
     Keys: model_state, optimizer_state (unless None), iteration, format_version, and those of
-    `extra` (tensors and plain values only). Parameter names never carry a wrapper's prefix.
+    `extra`. Parameter names never carry a wrapper's prefix. NumPy's numbers are stored as Python's.
     A path is written under a temporary name, synced and renamed: at every moment there is the old
-    file or the whole new one. Raises OutputError if it cannot be written.
+    file or the whole new one. Raises OutputError if it cannot be written, TypeError for what is no
+    tensor nor plain value, ValueError for an `iteration` that is no number of steps.
     """
     payload = checkpoint_payload(model, optimizer, iteration, **extra)
     if isinstance(out, str | os.PathLike):
@@ -76,15 +78,23 @@ def checkpoint_payload(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, iteration: int, **extra: Any
 ) -> dict[str, Any]:
     """What save_checkpoint writes; its tensors are the model's and the optimizer's own."""
+    try:
+        steps = int(operator.index(iteration))  # also NumPy's, and a tensor's
+    except TypeError:
+        steps = -1
+    if not 0 <= steps < 1 << 63:
+        raise ValueError(
+            f"iteration={shortened(iteration)}: it must be the number of completed steps"
+        )
     payload = {
         "format_version": FORMAT_VERSION,
         "model_state": unwrap(model).state_dict(),
-        "iteration": iteration,
+        "iteration": steps,
         **extra,
     }
     if optimizer is not None:
         payload["optimizer_state"] = optimizer.state_dict()
-    return payload
+    return storable(payload)
 
 
 def load_checkpoint(

@@ -6,6 +6,7 @@ where every reader ignores it and a bit flipped anywhere in the file, padding in
 """
 
 import contextlib
+import copy
 import errno
 import fcntl
 import hashlib
@@ -13,11 +14,14 @@ import os
 import re
 import secrets
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fastlm.data.staging import sync
 from fastlm.errors import OutputError
@@ -27,6 +31,36 @@ _COMMENT_TAG = b"sha256:"
 _COMMENT_SIZE = len(_COMMENT_TAG) + 64
 _ZIP_END, _ZIP_END_SIZE = b"PK\5\6", 22  # a zip file's last record, which the comment follows
 _TEMPORARY = re.compile(r"\..+\.pt\.[a-z0-9_]{8}\.tmp", re.DOTALL)
+
+
+# What torch.load(weights_only=True) reads; of these types exactly, as a subclass is stored as code.
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray)
+_PLAIN += (torch.dtype, torch.device, torch.Size)
+_CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
+
+
+def storable(value: Any, name: str = "") -> Any:
+    """`value` as a checkpoint can hold it: NumPy's numbers as Python's, all else as it is.
+
+    Raises TypeError, naming the place, for what can be saved and never loaded.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Tensor) or type(value) in _PLAIN:
+        return value
+    if type(value) not in _CONTAINERS:
+        raise TypeError(
+            f"{name} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint holds "
+            f"tensors, numbers, strings, and dicts, lists and tuples of them"
+        )
+    if not isinstance(value, dict):
+        return type(value)(storable(item, f"{name}[{i}]") for i, item in enumerate(value))
+    changed = copy.copy(value)  # an OrderedDict of weights has attributes
+    changed.clear()
+    for key, item in value.items():
+        place = f"{name}[{key!r}]" if name else str(key)
+        changed[storable(key, f"a key of {name}")] = storable(item, place)
+    return changed
 
 
 def write_checkpoint(payload: dict[str, Any], path: Path, *, read_back: bool = False) -> None:

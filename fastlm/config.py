@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args, get_origin
 
+import numpy as np
+
 from fastlm.errors import ConfigError, shown
 from fastlm.model_config import ModelConfig, default_d_ff
 from fastlm.run.profiler import parse_span
@@ -232,6 +234,12 @@ class TrainingConfig:
     the same sample number, in another order or other data."""
 
     def __post_init__(self):
+        for name, value in vars(self).items():  # NumPy's numbers: no log or checkpoint takes them
+            if isinstance(value, np.generic):
+                setattr(self, name, value.item())
+            elif isinstance(value, tuple):
+                plain = (v.item() if isinstance(v, np.generic) else v for v in value)
+                setattr(self, name, tuple(plain))
         self._check_ranges()
         self.track = tuple(name for names in self.track for name in names.split(",") if name)
         if self.d_ff is None:

@@ -1,6 +1,7 @@
 """What a checkpoint of unknown origin may hold: checks of an optimizer's state, and plain words."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,6 +123,8 @@ def _untied(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list
     first_name: dict[tuple, str] = {}
     result = []
     for name, tensor in expected.items():
+        if not isinstance(tensor, Tensor):  # of a module's get_extra_state
+            continue
         address = local_part(tensor).data_ptr()
         if address == 0:  # empty, or without memory (the meta device)
             continue
@@ -174,5 +177,8 @@ def shortened(value: Any, *, quoted: bool = True) -> str:
 
 def first_line(error: BaseException) -> str:
     """What went wrong, without torch.load's advice to run whatever code a file holds."""
-    lines = [line.strip() for line in str(error).splitlines() if "weights_only" not in line]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    if found := re.search(r"Unsupported global: GLOBAL (\S+)", text):
+        return f"it holds a {found[1]}, which is no tensor nor plain value"
+    lines = [line.strip() for line in text.splitlines() if "weights_only" not in line]
     return next(filter(None, lines), type(error).__name__)[:300]

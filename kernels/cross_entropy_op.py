@@ -24,6 +24,13 @@ _CASTS = tuple(int if field.type is int else float for field in fields(Options))
 # --- Checks ---
 
 
+def check_tensors(**values: object) -> None:
+    """TypeError, naming it, for what is no tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}: it must be a torch.Tensor")
+
+
 def check_rows(name: str, rows: Tensor, V: int, targets: Tensor) -> None:
     """`rows` (..., anything) must be floating-point, `targets` integers of the leading shape."""
     if is_dtensor(rows):
@@ -42,6 +49,8 @@ def check_rows(name: str, rows: Tensor, V: int, targets: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(rows.shape)} and the vocabulary no entry: V = 0")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise TypeError(f"targets has dtype {targets.dtype}: it must hold integer labels")
+    if targets.dtype == torch.uint64:  # as int64, which labels are read in, some are ignore_index
+        raise TypeError("targets has dtype torch.uint64: pass targets.long()")
     if not rows.is_floating_point():
         raise TypeError(f"{name} has dtype {rows.dtype}: it must be a floating-point dtype")
 

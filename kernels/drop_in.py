@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import adamw as _adamw
 from . import cross_entropy as _row_kernels
-from .cross_entropy_op import check_rows, define_cross_entropy
+from .cross_entropy_op import check_rows, check_tensors, define_cross_entropy
 from .loss_options import LossOptions, shows_options
 from .optimizer import FusedAdamW
 
@@ -71,6 +71,7 @@ def cross_entropy_loss(
     makes the loss NaN, and check_labels() raises.
     """
     checked = LossOptions.of(cross_entropy_loss, options)
+    check_tensors(logits=logits, targets=targets)
     check_rows("logits", logits, logits.shape[-1] if logits.dim() else 0, targets)
     if logits.device.type not in _device_types:
         raise ValueError(

@@ -19,7 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.kernels.cross_entropy_op import bad_label, check_rows, define_cross_entropy
+from fastlm.kernels.cross_entropy_op import (
+    bad_label,
+    check_rows,
+    check_tensors,
+    define_cross_entropy,
+    is_transformed,
+)
 from fastlm.kernels.loss_options import LossOptions, shows_options
 from fastlm.ops.dispatch import implementation, resolve_implementation
 
@@ -88,6 +94,7 @@ def cross_entropy_loss(
     `fastlm.check_labels()` raises. There is no second derivative, except with impl="torch".
     """
     checked = LossOptions.of(cross_entropy_loss, options)
+    check_tensors(logits=logits, targets=targets)
     check_rows("logits", logits, logits.shape[-1] if logits.dim() else 0, targets)
     if resolve_implementation("cross_entropy", impl, logits.device, logits.dtype) == "torch":
         return _torch_cross_entropy(logits, targets, checked)
@@ -112,7 +119,8 @@ def _torch_cross_entropy(
     # Before any comparison: in a narrower dtype V and ignore_index would wrap around.
     targets = targets.long()
     V = logits.shape[-1]
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    read = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if read and not is_transformed(targets):  # under vmap F.cross_entropy has its own check
         _check_label_range(targets, V, o.ignore_index)
     rows = logits.reshape(targets.numel(), V)
     rows = rows if rows.dtype == torch.float64 else rows.float()

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastlm.kernels.collect import is_dtensor
 from fastlm.kernels.cross_entropy_op import (
     check_rows,
+    check_tensors,
     flat,
     fp32,
     refuse_other_backwards,
@@ -195,6 +196,7 @@ def _whole(parameter: Tensor | None) -> Tensor | None:
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}: they must be "

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from gpu import DEVICES, NO_GPU, nothing_waits, on_another_stream, recorded
+from gpu import DEVICES, NO_GPU, nothing_waits, on_another_stream, on_cuda, recorded
 from torch import nn
 from training_runs import tiny_config, tokens
 
@@ -21,7 +21,7 @@ from fastlm import (
 )
 from fastlm.data.loader import TrainLoader
 from fastlm.model_loss import ModelLoss
-from fastlm.step import TrainStep
+from fastlm.step import TrainStep, set_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,6 +157,36 @@ def test_a_training_step_waits_for_nothing(dtype, optimizer, device, tmp_path):
             norms.append(optimizer.last_grad_norm)
     assert all(torch.stack(losses).isfinite().tolist()) and all(float(n) > 0 for n in norms)
     assert runner.good.item() and runner.guard.steps == 4
+    check_labels()
+
+
+MODELS = {
+    "joint": dict(joint_projections=True),
+    "mixes": dict(value_residual=True, embedding_residual=True, joint_projections=True),
+    "mask and groups": dict(num_heads=4, num_kv_heads=2),
+}
+
+
+@pytest.mark.parametrize(
+    "device, compiled", [("cpu", False), pytest.param("cuda", True, marks=on_cuda.marks)]
+)
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_a_step_of_every_model(options, device, compiled, tmp_path):
+    """In bf16, near the loss of float32 without what only CUDA has; nothing waits."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        cfg = tiny_config(tmp_path, device=device, dtype=dtype, compile=compiled, **options)
+        place = torch.device(device)
+        set_seed(cfg.seed)
+        model, optimizer, _ = create_model_and_optimizer(cfg)
+        model.document_end = 3 if "num_kv_heads" in options else None
+        loader = TrainLoader(tokens(4000), cfg.batch_size, cfg.context_len, seed=0, device=place)
+        runner = TrainStep(ModelLoss(model, place, cfg), optimizer, loader, cfg)
+        steps = [runner.run(0, lr=1e-3)]
+        with nothing_waits(place):
+            steps += [runner.run(step * runner.samples, lr=1e-3) for step in range(1, 4)]
+        losses[dtype] = torch.stack(steps).cpu()
+    torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=5e-3, atol=5e-3)
     check_labels()
 
 

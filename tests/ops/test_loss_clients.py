@@ -219,6 +219,10 @@ def test_transforms_of_torch_func_are_refused(loss):
             run()
     got = torch.func.grad(by_torch)(hidden, weight, targets)
     assert got.isfinite().all()
+    # One gradient a sample, as that message advises.
+    single_by_torch = torch.func.grad(lambda h, y: by_torch(h[None], weight, y[None]))
+    each = torch.func.vmap(single_by_torch)(hidden, targets)
+    torch.testing.assert_close(each / len(hidden), got)
 
 
 @both

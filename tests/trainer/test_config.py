@@ -3,6 +3,7 @@
 import os
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 
 from fastlm import ConfigError, TrainingConfig
@@ -264,3 +265,14 @@ def test_values_beyond_what_can_be_meant(settings, message):
 
 def test_values_at_the_edge():
     TrainingConfig(seed=2**64 - 1, ckpt_save_prefix="é" * 100, total_steps=2**63 - 1)
+
+
+def test_numpys_numbers_become_plain():
+    """No log and no checkpoint takes them."""
+    cfg = TrainingConfig(
+        lr_max=np.logspace(-3, -2, 2)[0], total_steps=np.int64(4), seed=np.int64(3),
+        betas=(np.float32(0.5), 0.75), compile=np.bool_(True),
+    )  # fmt: skip
+    assert (cfg.lr_max, cfg.total_steps, cfg.cosine_iters, cfg.seed) == (1e-3, 4, 4, 3)
+    kinds = [type(v) for v in (cfg.lr_max, cfg.total_steps, cfg.seed, *cfg.betas, cfg.compile)]
+    assert kinds == [float, int, int, float, float, bool] and cfg.betas == (0.5, 0.75)
