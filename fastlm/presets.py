@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # GPT-2 124M's size and schedule (about 0.5 M tokens a step), with this model's architecture.
     "gpt2-124m": dict(
-        batch_size=16,  # see LARGER_BATCHES
+        batch_size=16,  # see LARGE_DEVICES
         context_len=1024,
         tokens_per_step=524_288,
         vocab_size=50304,
@@ -79,11 +79,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 
-# Windows in a micro-batch where the device's memory, in GiB, is at least so much: longer kernels,
-# and gradients are added up less often. By the memory that the device has, not by what is free: a
-# command means the same on the same machine every time. 64 windows of gpt2-124m take about 25 GiB
-# compiled and 50 not (counted, bench/LOG.md 2026-11-26).
-LARGER_BATCHES = {"gpt2-124m": (72, 64)}
+# Where the device's memory, in GiB, is at least so much: windows in a micro-batch, for longer
+# kernels and fewer sums of gradients; and joint projections. By the memory that the device has, not
+# by what is free: a command means the same on the same machine every time. 64 windows of gpt2-124m
+# take 23 GiB compiled (bench/LOG.md, 2026-11-27) and about 50 not.
+LARGE_DEVICES = {"gpt2-124m": (72, 64)}
 
 
 def preset_settings(name: str, memory_bytes: int = 0, processes: int = 1) -> dict[str, Any]:
@@ -92,10 +92,10 @@ def preset_settings(name: str, memory_bytes: int = 0, processes: int = 1) -> dic
     The larger batch is halved until the processes' micro-batches divide the step.
     """
     settings = PRESETS[name]
-    gib, batch_size = LARGER_BATCHES.get(name, (0, 0))
+    gib, batch_size = LARGE_DEVICES.get(name, (0, 0))
     if not batch_size or memory_bytes < gib << 30:
         return settings
     windows = settings["tokens_per_step"] // settings["context_len"]
     while batch_size > settings["batch_size"] and windows % (batch_size * processes):
         batch_size //= 2
-    return {**settings, "batch_size": batch_size}
+    return {**settings, "batch_size": batch_size, "joint_projections": True}

@@ -114,7 +114,14 @@ def _by_sdpa(
         scale=scale,
         enable_gqa=True if q.shape[-3] != k.shape[-3] else False,  # noqa: SIM210
     )
-    return out.transpose(1, 2).contiguous()  # which most backends give, for such a q
+    out = out.transpose(1, 2).contiguous()  # which most backends give, for such a q
+    # torch (2.11) keeps cuDNN's backward under the strides of q, k and v alone: after a gradient of
+    # one layout another, as that of out.sum(), would give wrong ones, silently. (A compiled graph's
+    # gradients have the strides that it was compiled for.)
+    eager = not torch.compiler.is_compiling() and not is_transformed(q, k, v)
+    if out.is_cuda and out.requires_grad and eager:
+        out.register_hook(Tensor.contiguous)
+    return out
 
 
 def _seen(q: Tensor, k: Tensor) -> Tensor:

@@ -131,6 +131,7 @@ def test_a_large_memory_takes_gpt2s_step_in_larger_pieces(processes, batch_size,
     settings = preset_settings("gpt2-124m", 80 << 30, processes)
     cfg = TrainingConfig(**settings).accumulated(processes)
     assert (cfg.batch_size, cfg.grad_accum) == (batch_size, grad_accum)
+    assert cfg.joint_projections
     assert cfg.batch_size * cfg.grad_accum * processes * cfg.context_len == 524_288
     for name, memory in (("gpt2-124m", 40 << 30), ("demo-gpu", 80 << 30)):
         assert preset_settings(name, memory) == PRESETS[name]
