@@ -3,7 +3,7 @@
 # Each makes the environment it needs first: .venv, .venv-newest or .venv-oldest.
 #
 # PYTHON=python3.12           the interpreter that environments are made with
-# PIP_FLAGS="--index-url URL" passed to pip, for a CPU-only or other build of torch (see README.md)
+# PIP_FLAGS="--extra-index-url URL" to pip, for a CPU-only or other build of torch (see README.md)
 # ARGS="--max-minutes 1"      passed to the command
 
 PYTHON ?= python3

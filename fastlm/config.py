@@ -294,7 +294,9 @@ class TrainingConfig:
                 f"multiples of 16; a larger vocab_size pads it"
             )
         if self.lr_min > self.lr_max:
-            raise ConfigError(f"lr_min={self.lr_min}: it must not be above lr_max={self.lr_max}")
+            raise ConfigError(
+                f"lr_min={self.lr_min}: it must not be above lr_max={self.lr_max}; set both"
+            )
         for field in fields(self):  # Literal[...], or Literal[...] | None
             optional = type(None) in get_args(field.type)
             hint = get_args(field.type)[0] if optional else field.type

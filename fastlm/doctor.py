@@ -208,7 +208,7 @@ def _tell_run(
         )
         timed = None
     else:
-        timed = step_time(cfg, sizes, device, ceiling, free) if ceiling else None
+        timed = step_time(cfg, device, ceiling, free) if ceiling else None
     steps = _tell_time(cfg, sizes, ceiling, timed)
     _tell_disk(replace(cfg, total_steps=steps), sizes, problems)
 

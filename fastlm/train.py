@@ -82,14 +82,16 @@ def train_loop(
     cfg's, the other sizes there do not count. Continued with the same call and
     cfg.ckpt_path_to_resume; the commands know TransformerLM alone and say so. Buffers that its
     forward changes, as BatchNorm does, are stored; in them alone a step leaves a trace that a
-    signal drops behind its first micro-batch.
+    signal drops behind its first micro-batch. Of several processes each has its own, and rank 0's
+    are stored: use nn.SyncBatchNorm there.
     With cfg.eval_only it evaluates, and returns, the model of cfg.ckpt_path_to_resume or
     cfg.init_from. Ctrl-C saves a checkpoint at the micro-batch's end, then raises
     KeyboardInterrupt. Where a file cannot be written the run goes on; the last line says what is
     missing.
 
     The same call gives the same model bit for bit, however often it was interrupted and resumed:
-    on a CPU always, on CUDA with cfg.deterministic (fastlm/run/environment.py says what it takes).
+    on a CPU always (but for such buffers of several processes), on CUDA with cfg.deterministic
+    (fastlm/run/environment.py says what it takes).
     Under torchrun every process calls it with the same arguments. Sharded (cfg.parallel "fsdp") the
     model that is returned answers no longer by itself: load its weights from …_model.pt.
     """

@@ -156,7 +156,8 @@ def _peak(cfg: TrainingConfig, device: torch.device) -> int:
                 functional_call(both, tensors, (x, items))
         hidden = torch.empty(x.numel(), cfg.d_model, dtype=loss.dtype, device=device)
         with autocast(device, loss.dtype):
-            plan = linear_cross_entropy_plan(hidden, tensors["loss.model.token_embeddings.weight"])
+            weight = tensors["loss.model.token_embeddings.weight"]
+            plan = linear_cross_entropy_plan(hidden, weight, fp8=cfg.fp8_head)
     return live.peak + plan.extra_bytes
 
 
@@ -170,7 +171,7 @@ class StepTime:
 
 
 def step_time(
-    cfg: TrainingConfig, sizes: Sizes, device: torch.device, ceiling: float, memory: int | None
+    cfg: TrainingConfig, device: torch.device, ceiling: float, memory: int | None
 ) -> StepTime | None:
     """Times steps of models of a few layers, with as large a micro-batch as takes about a second.
 

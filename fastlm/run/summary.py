@@ -68,6 +68,9 @@ class Clock:
         return {"step_seconds": self.all_seconds, "run_seconds": self.run_seconds}
 
 
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
+
+
 def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainStep) -> None:
     """What the run does, on what, for how long."""
     compiled = "compiled" if cfg.compile else "not compiled (--compile is faster)"
@@ -103,7 +106,7 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
             f"of {cfg.batch_size} x {cfg.context_len} tokens{' each' * bool(each)} in a step"
         )
     print(
-        f"[run] {length}, seed {cfg.seed}, into {cfg.target_dir}",
+        f"[run] {length}, {_OPTIMIZERS[cfg.optimizer]}, seed {cfg.seed}, into {cfg.target_dir}",
         flush=True,
     )
 

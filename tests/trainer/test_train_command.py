@@ -102,7 +102,7 @@ def test_what_a_run_says(here):
         r"^\[run\] model: 0\.\d\d M parameters \(2 layers, d_model 32, 2 heads, vocabulary 270\)$",
         r"^\[run\] data: [\d,]+ training and \d+ validation tokens, fingerprint [0-9a-f]{16}$",
         r"^\[run\] on cpu \(.*\), torch \S+, float32, not compiled",
-        r"^\[run\] 12 steps of 128 tokens, seed 0, into runs.demo-",
+        r"^\[run\] 12 steps of 128 tokens, AdamW, seed 0, into runs.demo-",
         r"^\[train\] step 0/12 \| avg_loss=",
         r"^\[VAL\] step 000005 val_loss \d\.\d{4}$",
         r"^\[VAL\] step 000011 val_loss \d\.\d{4}$",
