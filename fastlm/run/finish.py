@@ -1,5 +1,6 @@
 """The end of a run: the weights alone, the loss over all validation data, samples, the summary."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def finish(run: Any) -> bool:  # run: fastlm.loop.Run
     run.memory.sample()
     # Now, not behind the samples, which rank 0 alone writes.
     peaks, run_seconds = run.world.gather(run.memory.bytes), run.clock.run_seconds
-    texts = run.log.attempt("samples", lambda: print_samples(_whole_model(run, weights), data, cfg))
+    whole = partial(_whole_model, run, weights)
+    texts = run.log.attempt("samples", lambda: print_samples(whole, data, cfg))
     if texts:
         run.log.metrics("sample", step=run.completed, texts=texts)
     ceiling = run.log.attempt("matmul ceiling", lambda: measured_ceiling(runner))

@@ -1,7 +1,7 @@
 """What a run says of itself: at the start what it will do, at the end what was measured."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -126,13 +126,14 @@ def measured_ceiling(runner: TrainStep) -> float | None:
     return matmul_ceiling(runner.device, runner.dtype)
 
 
-def print_samples(model: nn.Module, data: Data, cfg: TrainingConfig) -> list[str]:
-    """Five samples, the first five: none is chosen. Returns them; without a tokenizer, none."""
+def print_samples(model: Callable[[], nn.Module], data: Data, cfg: TrainingConfig) -> list[str]:
+    """Five samples, the first five: none is chosen. Returns them; without a tokenizer, none, and
+    `model` is not asked for."""
     if data.tokenizer_json is None:
         print("[sample] none: the data has no tokenizer to turn ids into text")
         return []
     texts = sample_texts(
-        model, data.tokenizer_json, num_samples=5, seed=cfg.seed, context_len=cfg.context_len,
+        model(), data.tokenizer_json, num_samples=5, seed=cfg.seed, context_len=cfg.context_len,
         end_of_text=data.end_of_text,
     )  # fmt: skip
     for index, text in enumerate(texts):
