@@ -12,6 +12,7 @@ import json
 import shlex
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ class Contender:
             "name": f"steps: {self.name}",
             "program": "steps",
             "options": self.options,
-            "full": True,
+            "full": False,
             "steps": len(self.seconds),
             "tokens": tokens * len(self.seconds),
             "tokens_per_second": speed,
@@ -131,13 +132,17 @@ def rows_in_turns(variants: list[str]) -> Iterator[list[dict[str, Any]]]:
         if variant.endswith("=nanogpt") and nanogpt_folder() is None:
             print(ABSENT)
             continue
-        second = contender(variant)
-        for number in range(2 if gpu_rows.REHEARSAL else 7):
-            first.time_step(len(first.seconds))
-            second.time_step(number)
-        rows.append(second.measured(first, ceiling))
-        yield [first.measured(first, ceiling), *rows]
-        del second
+        try:
+            second = contender(variant)
+            for number in range(2 if gpu_rows.REHEARSAL else 7):
+                first.time_step(len(first.seconds))
+                second.time_step(number)
+            rows.append(second.measured(first, ceiling))
+        except Exception:  # as of too little memory: the others go on
+            print(f"{variant}: not measured\n{traceback.format_exc()}", flush=True)
+        else:
+            yield [first.measured(first, ceiling), *rows]
+        second = None
         gc.collect()
         if gpu_rows.DEVICE.type == "cuda":
             torch.cuda.empty_cache()

@@ -69,7 +69,8 @@ def trainer_table(rows: dict[str, dict[str, Any]], gpu: str) -> list[str]:
         "",
         "gpt2-124m: the preset's step has 524,288 tokens, those in turns (steps: …) 131,072, or",
         "what they say; the others 16,384, and their loss is that after 500 steps on the same",
-        "batches (nanoGPT's of another model).",
+        "batches (nanoGPT's of another model). In turns the loss is the last step's, of the first,",
+        "which every other runs with, a later one; speeds are compared round by round.",
         "",
         _row(header),
         "|---" * len(header) + "|",
@@ -157,26 +158,27 @@ def readme_table(
         return []
     newest = list(runs.values())[-1]
     gpu, rows = newest["gpu"], rows_of(runs, newest["gpu"])
-    when = f"torch {newest['versions']['torch']}, {newest['date'][:10]}, by CUDA events"
+    when = (
+        f"torch {newest['versions']['torch']}, {newest['date'][:10]}, by CUDA events (wall clock)"
+    )
     lines = [_row((f"**{gpu}**, {when}:", "", "", ""))]
     for op, case, peer, name in HEADLINES:
         _, comparison = cases.get(gpu, {}).get((op, case, "as-is"), (None, {"rows": []}))
-        ratios = [row["device_ratio_to_ours"] for row in comparison["rows"] if row["name"] == peer]
+        ratios = [
+            f"{row['device_ratio_to_ours']:.2f} ({row['ratio_to_ours']:.2f})"
+            for row in comparison["rows"]
+            if row["name"] == peer
+        ]
         name += " (each alone)" if "each alone" in comparison.get("note", "") else ""
-        if (
-            peer == "Liger"
-        ):  # it waits for the host inside, which an event sees and a queue may hide
-            clock = [row["ratio_to_ours"] for row in comparison["rows"] if row["name"] == peer]
-            name += "".join(f"; by the wall clock {ratio:.2f}" for ratio in clock)
-        lines += [_row((name, peer, f"{ratio:.2f}", "")) for ratio in ratios]
+        lines += [_row((name, peer, ratio, "")) for ratio in ratios]
     if "steps: nanoGPT" in rows:
         ratio = 1 / rows["steps: nanoGPT"]["speed_to_first"]
         name = "a training step, gpt2-124m, in turns"
-        lines.append(_row((name, "nanoGPT's model and loop, compiled", f"{ratio:.3f}", "")))
+        lines.append(_row((name, "nanoGPT's model and loop, compiled", f"({ratio:.3f})", "")))
     if NANOGPT in rows and FASTLM in rows:
         ratio = rows[FASTLM]["tokens_per_second"] / rows[NANOGPT]["tokens_per_second"]
         peer = "nanoGPT's model and loop, compiled"
-        lines.append(_row(("a training step, gpt2-124m", peer, f"{ratio:.2f}", "")))
+        lines.append(_row(("a training step, gpt2-124m", peer, f"({ratio:.2f})", "")))
     return lines
 
 

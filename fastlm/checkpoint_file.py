@@ -35,7 +35,7 @@ _TEMPORARY = re.compile(r"\..+\.pt\.[a-z0-9_]{8}\.tmp", re.DOTALL)
 
 # What torch.load(weights_only=True) reads; of these types exactly, as a subclass is stored as code.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray)
-_PLAIN += (torch.dtype, torch.device, torch.Size)
+_PLAIN += (torch.dtype, torch.device, torch.layout, torch.Size)
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 
 
@@ -46,12 +46,14 @@ def storable(value: Any, name: str = "") -> Any:
     """
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, Tensor) or type(value) in _PLAIN:
+    of_torch = isinstance(value, Tensor) and type(value).__module__.split(".")[0] == "torch"
+    if of_torch or type(value) in _PLAIN:
         return value
     if type(value) not in _CONTAINERS:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(
-            f"{name} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint holds "
-            f"tensors, numbers, strings, and dicts, lists and tuples of them"
+            f"{name or 'this'} is a {kind}: a checkpoint holds tensors, "
+            f"numbers, strings, and dicts, lists and tuples of them"
         )
     if not isinstance(value, dict):
         return type(value)(storable(item, f"{name}[{i}]") for i, item in enumerate(value))

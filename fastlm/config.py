@@ -234,12 +234,9 @@ class TrainingConfig:
     the same sample number, in another order or other data."""
 
     def __post_init__(self):
-        for name, value in vars(self).items():  # NumPy's numbers: no log or checkpoint takes them
-            if isinstance(value, np.generic):
-                setattr(self, name, value.item())
-            elif isinstance(value, tuple):
-                plain = (v.item() if isinstance(v, np.generic) else v for v in value)
-                setattr(self, name, tuple(plain))
+        for name, value in vars(self).items():
+            several = isinstance(value, tuple | list)
+            setattr(self, name, tuple(map(_plain, value)) if several else _plain(value))
         self._check_ranges()
         self.track = tuple(name for names in self.track for name in names.split(",") if name)
         if self.d_ff is None:
@@ -379,6 +376,12 @@ class TrainingConfig:
             power = _POWERS.get(name, 63)
             if isinstance(value, int) and value >= 2**power:
                 raise ConfigError(f"{name}={shown(value)}: it must be below 2^{power}")
+
+
+def _plain(value: object) -> object:
+    """NumPy's numbers as Python's: no log and no checkpoint takes them."""
+    of_numpy = isinstance(value, np.generic | np.ndarray) and value.ndim == 0
+    return value.item() if of_numpy else value
 
 
 def _can_be_a_path(text: str) -> bool:

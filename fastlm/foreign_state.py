@@ -179,6 +179,6 @@ def first_line(error: BaseException) -> str:
     """What went wrong, without torch.load's advice to run whatever code a file holds."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     if found := re.search(r"Unsupported global: GLOBAL (\S+)", text):
-        return f"it holds a {found[1]}, which is no tensor nor plain value"
+        return f"it holds a {found[1]}, which torch.load(weights_only=True) refuses"
     lines = [line.strip() for line in text.splitlines() if "weights_only" not in line]
     return next(filter(None, lines), type(error).__name__)[:300]

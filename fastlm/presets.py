@@ -89,7 +89,8 @@ LARGE_DEVICES = {"gpt2-124m": (72, 64)}
 def preset_settings(name: str, memory_bytes: int = 0, processes: int = 1) -> dict[str, Any]:
     """The settings of preset `name` on devices with so much memory. KeyError: there is none.
 
-    The larger batch is halved until the processes' micro-batches divide the step.
+    On large ones a larger batch, halved until the processes' micro-batches divide the step, and
+    joint projections.
     """
     settings = PRESETS[name]
     gib, batch_size = LARGE_DEVICES.get(name, (0, 0))

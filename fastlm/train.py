@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from fastlm import __version__
+from fastlm.checkpoint import checkpoint_payload
 from fastlm.config import TrainingConfig
 from fastlm.data.files import Data, open_data
 from fastlm.data.loader import TrainLoader
@@ -83,7 +84,8 @@ def train_loop(
     cfg.ckpt_path_to_resume; the commands know TransformerLM alone and say so. Buffers that its
     forward changes, as BatchNorm does, are stored; in them alone a step leaves a trace that a
     signal drops behind its first micro-batch. Of several processes each has its own, and rank 0's
-    are stored: use nn.SyncBatchNorm there.
+    are stored: use nn.SyncBatchNorm there. TypeError, before the first step, for a model whose
+    state (get_extra_state) no checkpoint can hold.
     With cfg.eval_only it evaluates, and returns, the model of cfg.ckpt_path_to_resume or
     cfg.init_from. Ctrl-C saves a checkpoint at the micro-batch's end, then raises
     KeyboardInterrupt. Where a file cannot be written the run goes on; the last line says what is
@@ -216,6 +218,7 @@ def _train(
             )
         runner = TrainStep(loss, create_optimizer(model, cfg), loader, cfg, world, wrapped)
         describe(data, cfg, model, runner)
+        checkpoint_payload(model, None, 0)  # a state that none can hold is told now
         if cfg.compile:
             print("[compile] compiling the training and the evaluation step ...", flush=True)
         runner.warm_up()

@@ -197,6 +197,8 @@ def _whole(parameter: Tensor | None) -> Tensor | None:
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
     check_tensors(hidden=hidden, weight=weight, targets=targets)
+    if bias is not None:
+        check_tensors(bias=bias)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}: they must be "

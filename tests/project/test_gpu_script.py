@@ -20,6 +20,7 @@ import pytest
 import torch
 from training_runs import write_prepared
 
+from fastlm import TrainingConfig
 from fastlm.presets import PRESETS
 from fastlm.run.cli import parse
 
@@ -188,6 +189,23 @@ def test_switches_in_turns(rehearsed, tmp_path, monkeypatch):
     assert peer["tokens"] == off["tokens"] == 2048 and fastlm["speed_to_first"] == 1
     for row in (fastlm, peer, off):
         assert min(row["tokens_per_second"], row["peak_memory_bytes"], row["speed_to_first"]) > 0
+
+
+def test_speeds_in_turns_are_compared_round_by_round():
+    cfg = TrainingConfig(batch_size=2, context_len=32, grad_accum=3)
+    row = {"peak_memory_bytes": 1, "compile_seconds": 1.0, "flops_per_token": 10}
+    first, second = (gpu_turns.Contender(name, "", cfg, None, dict(row)) for name in "ab")
+    first.seconds, second.seconds = [9.0, 9.0, 9.0, 2.0, 4.0, 6.0], [9.0, 1.0, 1.0, 2.0]
+    found = second.measured(first, 1e3)
+    assert found["speed_to_first"] == 3.0 and found["tokens_per_second"] == 192
+    assert found["mfu"] == 1.92 and found["steps"] == 4 and found["tokens"] == 4 * 192
+
+
+def test_a_variant_that_fails_leaves_the_others(rehearsed, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_turns, "matmul_ceiling", lambda *_, **__: 1e12)
+    (*_, rows) = gpu_turns.rows_in_turns(["a=", "b=--d-model 31", "c="])
+    assert [row["name"] for row in rows] == ["steps: a", "steps: c"]
+    assert "b=--d-model 31: not measured" in capsys.readouterr().out
 
 
 def test_turns_without_nanogpt(rehearsed, monkeypatch, capsys):

@@ -4,9 +4,23 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_model, make_pair
-from training_runs import same
+from in_process import TRAIN, VAL
+from own_models import Plain
+from training_runs import same, tiny_config
 
-from fastlm import CheckpointError, TrainingConfig, load_checkpoint, save_checkpoint
+from fastlm import (
+    CheckpointError,
+    TrainingConfig,
+    load_checkpoint,
+    save_checkpoint,
+    train_loop,
+)
+from fastlm.foreign_state import first_line
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,6 +38,7 @@ def test_numpys_numbers_are_stored_as_plain_ones(tmp_path):
     other, other_optimizer = make_pair(seed=1)
     assert load_checkpoint(other, other_optimizer, path) == 5
     assert same(dict(other.state_dict()), dict(model.state_dict()))
+    assert payload["model_state"]._metadata == model.state_dict()._metadata
 
 
 @pytest.mark.parametrize(
@@ -32,6 +47,7 @@ def test_numpys_numbers_are_stored_as_plain_ones(tmp_path):
         ({"rng": {"state": np.zeros(2)}}, r"rng\['state'\] is a numpy\.ndarray"),
         ({"cfg": [TrainingConfig()]}, r"cfg\[0\] is a fastlm\.config\.TrainingConfig"),
         ({"x": np.longdouble(1)}, r"x is a numpy"),
+        ({"x": torch.ones(2).as_subclass(OwnTensor)}, r"x is a \S*OwnTensor"),
         ({"x": {lambda: 1: 2}}, r"a key of x is a builtins\.function"),
     ],
 )
@@ -49,9 +65,13 @@ def test_an_iteration_that_is_no_number_of_steps(tmp_path, iteration):
 
 def test_a_file_of_other_objects_is_told_by_their_name(tmp_path):
     torch.save({"model_state": {}, "lr": np.float64(1)}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"holds a numpy\S*scalar, which is no") as error:
+    with pytest.raises(CheckpointError, match=r"holds a numpy\S*scalar, which torch") as error:
         load_checkpoint(make_model(), None, tmp_path / "a.pt")
     assert "\x1b" not in str(error.value)
+
+
+def test_words_without_a_terminals_codes():
+    assert first_line(ValueError("\x1b[1mthis\x1b[0m is wrong\nrest")) == "this is wrong"
 
 
 def test_a_module_with_extra_state(tmp_path):
@@ -69,3 +89,13 @@ def test_a_module_with_extra_state(tmp_path):
     save_checkpoint(model, None, 1, tmp_path / "a.pt")
     assert load_checkpoint(other, None, tmp_path / "a.pt") == 1
     assert other.calls == 7 and torch.equal(other.weight, model.weight)
+
+
+def test_a_run_of_a_model_that_no_checkpoint_can_hold_does_not_begin(tmp_path, capsys):
+    class Holding(Plain):
+        def get_extra_state(self):
+            return np.zeros(2)
+
+    with pytest.raises(TypeError, match=r"_extra_state'\] is a numpy\.ndarray"):
+        train_loop(TRAIN, VAL, tiny_config(tmp_path), model=Holding())
+    assert "step 0" not in capsys.readouterr().out

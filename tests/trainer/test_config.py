@@ -272,8 +272,9 @@ def test_numpys_numbers_become_plain():
     """No log and no checkpoint takes them."""
     cfg = TrainingConfig(
         lr_max=np.logspace(-3, -2, 2)[0], total_steps=np.int64(4), seed=np.int64(3),
-        betas=(np.float32(0.5), 0.75), compile=np.bool_(True),
+        betas=[np.float32(0.5), 0.75], compile=np.bool_(True), eps=np.array(1e-6),
     )  # fmt: skip
     assert (cfg.lr_max, cfg.total_steps, cfg.cosine_iters, cfg.seed) == (1e-3, 4, 4, 3)
     kinds = [type(v) for v in (cfg.lr_max, cfg.total_steps, cfg.seed, *cfg.betas, cfg.compile)]
     assert kinds == [float, int, int, float, float, bool] and cfg.betas == (0.5, 0.75)
+    assert type(cfg.eps) is float and cfg.eps == 1e-6
