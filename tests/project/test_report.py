@@ -169,10 +169,8 @@ def test_what_a_gpu_told_is_shown(tmp_path, run):
         "| **NVIDIA H100 80GB HBM3**, torch 2.13.0, 2026-01-03, by CUDA events (wall clock): |"
         in table
     )
-    assert (
-        "| norm, clip and AdamW step, 124 M parameters | clip_grad_norm_ + torch fused | 1.20 (1.50) |"
-        in table
-    )
+    name = "norm, clip and AdamW step, 124 M parameters"
+    assert f"| {name} | clip_grad_norm_ + torch fused | 1.20 (1.50) |" in table
     assert "| a training step, gpt2-124m | nanoGPT's model and loop, compiled | (1.25) |" in table
 
 
