@@ -124,9 +124,10 @@ def contender(variant: str) -> Contender:
 
 
 def rows_in_turns(variants: list[str]) -> Iterator[list[dict[str, Any]]]:
-    """After each variant the rows so far. Each is let go before the next is made."""
+    """After each variant the rows so far. Each is let go before the next is made. RuntimeError at
+    the end, naming them, if some could not be measured."""
     torch._dynamo.config.recompile_limit = 4 * len(variants) + 8  # of the code they share
-    first, rows = contender(variants[0]), []
+    first, rows, failed = contender(variants[0]), [], []
     ceiling = matmul_ceiling(gpu_rows.DEVICE, select_dtype(first.cfg.dtype, gpu_rows.DEVICE))
     for variant in variants[1:]:
         if variant.endswith("=nanogpt") and nanogpt_folder() is None:
@@ -139,13 +140,16 @@ def rows_in_turns(variants: list[str]) -> Iterator[list[dict[str, Any]]]:
                 second.time_step(number)
             rows.append(second.measured(first, ceiling))
         except Exception:  # as of too little memory: the others go on
-            print(f"{variant}: not measured\n{traceback.format_exc()}", flush=True)
+            traceback.print_exc()
+            failed.append(variant)
         else:
             yield [first.measured(first, ceiling), *rows]
         second = None
         gc.collect()
         if gpu_rows.DEVICE.type == "cuda":
             torch.cuda.empty_cache()
+    if failed:
+        raise RuntimeError(f"not measured: {', '.join(failed)}")
 
 
 def main(words: list[str] | None = None) -> None:

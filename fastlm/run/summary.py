@@ -77,6 +77,7 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
     kernels = ""
     if runner.device.type == "cuda" and model_class(model) is None:
         kernels = f", attention by {attention_kernel(cfg, runner.device, runner.dtype)}"
+        kernels += ", joint projections" * cfg.joint_projections
     if cfg.train_minutes is None:
         length = f"{cfg.total_steps:,} steps of {runner.tokens:,} tokens"
     else:

@@ -108,6 +108,7 @@ def test_ranks_begin_with_a_directory_of_transformers(directory):
     )
     export(model, directory / "llama", file_bytes=10_000)
     settings = dict(init_from="llama", total_steps=4, tokens_per_step=TOKENS, log_every=1)
+    settings["joint_projections"] = True  # of weights that fsdp gathers
     run(1, directory, "begun-1", HIDE, batch_size=6, **settings)
     results = run(2, directory, "begun-2", HIDE, batch_size=3, parallel="fsdp", **settings)
     assert "[init] weights of llama" in results[0].stdout

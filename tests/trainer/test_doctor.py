@@ -210,6 +210,14 @@ def test_memory_foretold_is_what_a_step_takes(checkpointing, grad_accum, doc_mas
     assert told.on(CPU) > told.on(torch.device("cuda")) == 3 * told.weights + told.working
 
 
+def test_an_fp8_heads_copies_are_foretold():
+    plain, fp8 = (
+        estimate.memory_needed(cfg, estimate.Sizes.of(cfg), CPU).working
+        for cfg in (tiny_config("unused", fp8_head=fp8) for fp8 in (False, True))
+    )
+    assert fp8 - plain == 64 * 32 * (1 + 4)  # V D: the weight in float8, and what is rounded to it
+
+
 def test_live_bytes_are_counted_once_and_until_freed():
     with estimate._LiveBytes() as live:
         a = torch.zeros(1000)
