@@ -118,8 +118,8 @@ def _by_sdpa(
     # torch (2.11) keeps cuDNN's backward under the strides of q, k and v alone: after a gradient of
     # one layout another, as that of out.sum(), would give wrong ones, silently. (A compiled graph's
     # gradients have the strides that it was compiled for.)
-    eager = not torch.compiler.is_compiling() and not is_transformed(q, k, v)
-    if out.is_cuda and out.requires_grad and eager:
+    on_tape = out.is_cuda and out.requires_grad
+    if on_tape and not torch.compiler.is_compiling() and not is_transformed(q, k, v):
         out.register_hook(Tensor.contiguous)
     return out
 
