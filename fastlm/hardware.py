@@ -81,6 +81,8 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = _cpu_info("model name") or platform.processor() or platform.machine()
+    if name.startswith("AMD") and not any(c.isdigit() for c in name):  # as hypervisors call it
+        name += f" (family {_cpu_info('cpu family')}, model {_cpu_info('model')})"
     if device.type == "mps":
         return f"{name} GPU"
     return f"{name}, {torch.get_num_threads()} threads"
@@ -99,7 +101,8 @@ def _cpu_info(field: str) -> str:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in fields if name.strip() == field), "")
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

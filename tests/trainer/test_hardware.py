@@ -297,6 +297,14 @@ def test_device_names():
     assert name.endswith(f", {torch.get_num_threads()} threads") and len(name) > 12
 
 
+def test_a_hypervisors_name_of_an_amd_cpu_tells_its_family(monkeypatch):
+    fields = {"model name": "AMD EPYC", "cpu family": "26", "model": "2"}
+    monkeypatch.setattr("fastlm.hardware._cpu_info", fields.get)
+    assert device_name(CPU).startswith("AMD EPYC (family 26, model 2), ")
+    fields["model name"] = "AMD EPYC 9655 96-Core Processor"
+    assert device_name(CPU).startswith("AMD EPYC 9655 96-Core Processor, ")
+
+
 def test_huge_pages_under_the_heap_change_no_content():
     script = """
 import re, torch
