@@ -44,6 +44,8 @@ HEADLINES = [
     ("train_step", DEMO, COMPOSITION, "a training step, demo preset (1.9 M parameters)"),
 ]  # fmt: skip
 
+README_CPUS = 2  # the last so many machines
+
 Run = dict[str, Any]  # one JSON file: the circumstances of its comparisons
 Key = tuple[str, str, str]  # op, case, allocator
 
@@ -209,33 +211,33 @@ def readme_table(
     machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]],
     gpu_runs: dict[str, dict[str, Any]] | None = None,
 ) -> str:
-    """HEADLINES on the CPU of the newest run, and the GPU's if one has been measured."""
-    cases: dict[Key, tuple[Run, dict[str, Any]]] = {}
-    heading = "Not measured yet at this version:"
-    on_cpus = {
-        name: found
-        for name, found in machines.items()
-        if all(comparison["device"] == run["cpu"] for run, comparison in found.values())
-    }
-    if on_cpus:
-        name, cases = max(
-            on_cpus.items(), key=lambda item: max(run["date"] for run, _ in item[1].values())
-        )
-        torches = {run["versions"]["torch"] for run, _ in cases.values()}
-        dates = {run["date"][:10] for run, _ in cases.values()}
-        heading = f"{name}, torch {', '.join(sorted(torches))}, {', '.join(sorted(dates))}:"
+    """HEADLINES on the CPUs of the last runs, a column each, and the GPU's if one has been measured.
+
+    A cell: the ratio in a plain process / after keep_freed_memory().
+    """
+    on_cpus = [
+        (max(run["date"] for run, _ in cases.values()), name, cases)
+        for name, cases in machines.items()
+        if all(comparison["device"] == run["cpu"] for run, comparison in cases.values())
+    ]
+    newest = sorted(on_cpus, key=lambda found: found[0], reverse=True)[:README_CPUS]
+    torches = {run["versions"]["torch"] for *_, cases in newest for run, _ in cases.values()}
+    columns = [f"{name}, {date[:10]}" for date, name, _ in newest]
+    columns += [""] * (README_CPUS - len(columns))
     lines = [
-        heading,
+        f"By CPU, torch {', '.join(sorted(torches))}:" if newest else "Not measured yet:",
         "",
-        "| work | peer | peer's time / ours | after `keep_freed_memory()` |",
-        "|---|---|---|---|",
+        row_of(("work", "peer", *columns)),
+        "|---" * (2 + README_CPUS) + "|",
     ]
     for op, case, peer, name in HEADLINES:
-        ratios = [
-            ratio(cases[op, case, allocator][1], peer) if (op, case, allocator) in cases else ""
-            for allocator in ALLOCATORS
-        ]
-        lines.append(row_of((name, peer, *(ratio or "pending" for ratio in ratios))))
+        cells = []
+        for _, _, cases in newest:
+            found = [cases.get((op, case, allocator)) for allocator in ALLOCATORS]
+            ratios = [ratio(one[1], peer) if one else "" for one in found]
+            cells.append(" / ".join(value or "pending" for value in ratios))
+        cells += [""] * (README_CPUS - len(cells))
+        lines.append(row_of((name, peer, *cells)))
     return "\n".join([*lines, *report_gpu.readme_table(gpu_runs or {}, machines)])
 
 

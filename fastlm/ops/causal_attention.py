@@ -21,7 +21,7 @@ from fastlm.ops.dispatch import autocasts, compute_dtype, on_gpu, resolve_implem
 from fastlm.ops.rope import Rope, apply_rope, rotate
 
 # Of fewer queries than this behind a cache "cpp" would spend most of its time on packing the keys:
-# 1.1 to 2.6 times SDPA's (bench/LOG.md, 2026-11-26).
+# 1.1 to 2.6 times SDPA's (bench/LOG.md, 2026-11-26). SDPA's library is slow in 16 bits on AMD.
 _FEW_QUERIES = 8
 
 
@@ -50,8 +50,8 @@ def causal_attention(
 
     impl: "cpp" (CPU, d <= 256; results the same for any number of threads) or "torch"
     (F.scaled_dot_product_attention and its choice of a backend). "auto" takes "cpp" where it can
-    run, but "torch" for up to 7 queries behind more keys, as in decoding, with dropout, and under
-    torch.func's transforms.
+    run, but "torch" for up to 7 queries behind more keys, as in decoding (except in 16 bits on AMD's
+    CPUs with bf16 products), with dropout, and under torch.func's transforms.
 
     Raises ValueError for shapes, devices or an impl that do not fit, TypeError for dtypes. There is
     no second derivative, except with impl="torch" inside sdpa_kernel(SDPBackend.MATH).
@@ -132,10 +132,11 @@ def _seen(q: Tensor, k: Tensor) -> Tensor:
 
 def _runs_cpp(impl: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> bool:
     Tq, d = q.shape[-2:]
-    if impl == "auto" and (Tq == 1 or (Tq < k.shape[-2] and Tq < _FEW_QUERIES)):
-        return False
     if resolve_implementation("causal_attention", impl, q.device, q.dtype) != "cpp":
         return False
+    if impl == "auto" and (Tq == 1 or (Tq < k.shape[-2] and Tq < _FEW_QUERIES)):
+        if q.dtype.itemsize != 2 or not cpp.has_fast_bfloat16():
+            return False
     if impl == "auto":
         transformed = not torch.compiler.is_compiling() and is_transformed(q, k, v)
         return not (d > cpp.MAX_HEAD_DIM or dropout_p or transformed)

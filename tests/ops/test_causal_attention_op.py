@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm import causal_attention
 from fastlm.model import rope_tables
+from fastlm.ops import causal_attention_cpp as cpp
 from fastlm.ops.causal_attention import causal_attention_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,6 +146,31 @@ def test_under_autocast(impl):
     for name, x, y in zip(NAMES, got, expected, strict=True):
         assert_bitwise_equal(x.bfloat16(), y, name)
     assert_bitwise_equal(mixed.detach(), expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fast", [True, False])
+def test_few_queries_in_16_bits_go_to_sdpa_but_on_amd(monkeypatch, fast, dtype):
+    monkeypatch.setattr(cpp, "has_fast_bfloat16", lambda: fast)
+    case = make((2, 2, 2), 9, 8, dtype=dtype)
+    for Tq in (1, 7):
+        counted = FlopCounterMode(display=False)
+        with counted:
+            out = causal_attention(case.q[..., -Tq:, :], case.k, case.v)
+        by_cpp = "fastlm" in str(counted.get_flop_counts()["Global"])
+        assert by_cpp == (fast and dtype != torch.float32), Tq
+        expected = causal_attention_reference(case.q, case.k, case.v)[..., -Tq:, :]
+        torch.testing.assert_close(out, expected, rtol=0.02, atol=0.01)  # which keys, no more
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_query_is_compiled_as_one_graph(dtype):
+    case = make((2, 2, 2), 9, 8, dtype=dtype)
+    one = case.q[..., -1:, :]
+    compiled = torch.compile(causal_attention, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        out = compiled(one, case.k, case.v)
+        assert_bitwise_equal(out, causal_attention(one, case.k, case.v), "out")
 
 
 def test_few_queries_and_dropout_go_to_sdpa():

@@ -164,7 +164,9 @@ def test_what_a_gpu_told_is_shown(tmp_path, run):
     assert "| racecheck | not begun | 0 |" in text
     assert "| killed and resumed | ended: 2 SIGKILLs, bit-equal | 0 |" in text
     table = report.readme_table(report.load(tmp_path), report_gpu.load(tmp_path))
-    assert table.startswith("some CPU, 2 threads (AVX512, AMX), torch 2.13.0, 2026-01-02:")
+    assert table.startswith(
+        "By CPU, torch 2.13.0:\n\n| work | peer | some CPU, 2 threads (AVX512, AMX), 2026-01-02 |"
+    )
     assert (
         "| **NVIDIA H100 80GB HBM3**, torch 2.13.0, 2026-01-03, by CUDA events (wall clock): |"
         in table
@@ -177,3 +179,23 @@ def test_what_a_gpu_told_is_shown(tmp_path, run):
 def test_a_rehearsal_is_no_result(tmp_path, run):
     gpu_part(tmp_path, run, "trainer", gpu=None, rows=[trained("fastlm", 1.0, full=False)])
     assert "gpu.sh" not in page(tmp_path, run)
+
+
+def test_readmes_table_has_the_last_two_cpus_plain_and_kept(tmp_path, run):
+    op, case, peer, name = report.HEADLINES[3]
+    comparison = run["comparisons"][0]
+    comparison |= {"op": op, "case": case}
+    comparison["rows"][1]["name"] = peer
+    older, kept, oldest = copy.deepcopy(run), copy.deepcopy(run), copy.deepcopy(run)
+    for number, (cpu, ratio, changed) in enumerate(
+        [("B", 1.5, run), ("A", 2.5, older), ("A", 3.5, kept), ("C", 4.5, oldest)]
+    ):
+        changed |= {"cpu": cpu, "date": f"2026-01-0{4 - number}"}
+        changed["comparisons"][0]["device"] = cpu
+        changed["comparisons"][0]["rows"][1]["ratio_to_ours"] = ratio
+    kept["allocator"] = "kept"
+    page(tmp_path, run, older, kept, oldest)
+    table = report.readme_table(report.load(tmp_path))
+    assert "| B (AVX512, AMX), 2026-01-04 | A (AVX512, AMX), 2026-01-03 |" in table
+    assert f"| {name} | {peer} | 1.50 / pending | 2.50 / 3.50 |" in table
+    assert "4.50" not in table
