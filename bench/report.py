@@ -221,12 +221,12 @@ def readme_table(
         if all(comparison["device"] == run["cpu"] for run, comparison in cases.values())
     ]
     newest = sorted(on_cpus, key=lambda found: found[0], reverse=True)[:README_CPUS]
-    torches = {run["versions"]["torch"] for *_, cases in newest for run, _ in cases.values()}
-    columns = [f"{name}, {date[:10]}" for date, name, _ in newest]
+    columns = []
+    for date, name, cases in newest:
+        torches = sorted({run["versions"]["torch"] for run, _ in cases.values()})
+        columns.append(f"{name}, torch {', '.join(torches)}, {date[:10]}")
     columns += [""] * (README_CPUS - len(columns))
     lines = [
-        f"By CPU, torch {', '.join(sorted(torches))}:" if newest else "Not measured yet:",
-        "",
         row_of(("work", "peer", *columns)),
         "|---" * (2 + README_CPUS) + "|",
     ]

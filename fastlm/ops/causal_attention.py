@@ -50,8 +50,8 @@ def causal_attention(
 
     impl: "cpp" (CPU, d <= 256; results the same for any number of threads) or "torch"
     (F.scaled_dot_product_attention and its choice of a backend). "auto" takes "cpp" where it can
-    run, but "torch" for up to 7 queries behind more keys, as in decoding (except in 16 bits on AMD's
-    CPUs with bf16 products), with dropout, and under torch.func's transforms.
+    run, but "torch" for up to 7 queries behind more keys, as in decoding (except, not compiled, in
+    16 bits on AMD's CPUs with bf16 products), with dropout, and under torch.func's transforms.
 
     Raises ValueError for shapes, devices or an impl that do not fit, TypeError for dtypes. There is
     no second derivative, except with impl="torch" inside sdpa_kernel(SDPBackend.MATH).
@@ -135,7 +135,7 @@ def _runs_cpp(impl: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> b
     if resolve_implementation("causal_attention", impl, q.device, q.dtype) != "cpp":
         return False
     if impl == "auto" and (Tq == 1 or (Tq < k.shape[-2] and Tq < _FEW_QUERIES)):
-        if q.dtype.itemsize != 2 or not cpp.has_fast_bfloat16():
+        if q.dtype.itemsize != 2 or torch.compiler.is_compiling() or not cpp.has_fast_bfloat16():
             return False
     if impl == "auto":
         transformed = not torch.compiler.is_compiling() and is_transformed(q, k, v)

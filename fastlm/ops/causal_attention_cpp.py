@@ -34,7 +34,6 @@ def attention(
     return _attention(q, k, v, scale, *_tables(rope))[0]
 
 
-@torch.compiler.assume_constant_result
 def has_fast_bfloat16() -> bool:
     """Has the processor bf16 dot products at twice the rate of fp32's, as AMD's? (csrc/isa.h)"""
     return extension().cpu_features()["fast_bf16"]

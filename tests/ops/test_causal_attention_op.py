@@ -157,7 +157,7 @@ def test_few_queries_in_16_bits_go_to_sdpa_but_on_amd(monkeypatch, fast, dtype):
         counted = FlopCounterMode(display=False)
         with counted:
             out = causal_attention(case.q[..., -Tq:, :], case.k, case.v)
-        by_cpp = "fastlm" in str(counted.get_flop_counts()["Global"])
+        by_cpp = "fastlm" in str(counted.get_flop_counts())
         assert by_cpp == (fast and dtype != torch.float32), Tq
         expected = causal_attention_reference(case.q, case.k, case.v)[..., -Tq:, :]
         torch.testing.assert_close(out, expected, rtol=0.02, atol=0.01)  # which keys, no more
@@ -170,7 +170,8 @@ def test_one_query_is_compiled_as_one_graph(dtype):
     compiled = torch.compile(causal_attention, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         out = compiled(one, case.k, case.v)
-        assert_bitwise_equal(out, causal_attention(one, case.k, case.v), "out")
+        expected = causal_attention(one, case.k, case.v, impl="torch")
+        assert_bitwise_equal(out, expected, "out")
 
 
 def test_few_queries_and_dropout_go_to_sdpa():

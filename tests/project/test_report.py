@@ -165,7 +165,7 @@ def test_what_a_gpu_told_is_shown(tmp_path, run):
     assert "| killed and resumed | ended: 2 SIGKILLs, bit-equal | 0 |" in text
     table = report.readme_table(report.load(tmp_path), report_gpu.load(tmp_path))
     assert table.startswith(
-        "By CPU, torch 2.13.0:\n\n| work | peer | some CPU, 2 threads (AVX512, AMX), 2026-01-02 |"
+        "| work | peer | some CPU, 2 threads (AVX512, AMX), torch 2.13.0, 2026-01-02 |  |\n"
     )
     assert (
         "| **NVIDIA H100 80GB HBM3**, torch 2.13.0, 2026-01-03, by CUDA events (wall clock): |"
@@ -196,6 +196,6 @@ def test_readmes_table_has_the_last_two_cpus_plain_and_kept(tmp_path, run):
     kept["allocator"] = "kept"
     page(tmp_path, run, older, kept, oldest)
     table = report.readme_table(report.load(tmp_path))
-    assert "| B (AVX512, AMX), 2026-01-04 | A (AVX512, AMX), 2026-01-03 |" in table
+    assert "| B (AVX512, AMX), torch 2.13.0, 2026-01-04 | A (AVX512, AMX), torch" in table
     assert f"| {name} | {peer} | 1.50 / pending | 2.50 / 3.50 |" in table
     assert "4.50" not in table
