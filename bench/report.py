@@ -211,7 +211,7 @@ def readme_table(
     machines: dict[str, dict[Key, tuple[Run, dict[str, Any]]]],
     gpu_runs: dict[str, dict[str, Any]] | None = None,
 ) -> str:
-    """HEADLINES on the CPUs of the last runs, a column each, and the GPU's if one has been measured.
+    """HEADLINES on the CPUs of the last runs, a column each, and the rows of the last GPU.
 
     A cell: the ratio in a plain process / after keep_freed_memory().
     """

@@ -134,11 +134,12 @@ def _runs_cpp(impl: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> b
     Tq, d = q.shape[-2:]
     if resolve_implementation("causal_attention", impl, q.device, q.dtype) != "cpp":
         return False
-    if impl == "auto" and (Tq == 1 or (Tq < k.shape[-2] and Tq < _FEW_QUERIES)):
-        if q.dtype.itemsize != 2 or torch.compiler.is_compiling() or not cpp.has_fast_bfloat16():
-            return False
     if impl == "auto":
-        transformed = not torch.compiler.is_compiling() and is_transformed(q, k, v)
+        few = Tq == 1 or (Tq < k.shape[-2] and Tq < _FEW_QUERIES)
+        compiling = torch.compiler.is_compiling()  # which asks for no features
+        if few and (q.dtype.itemsize != 2 or compiling or not cpp.has_fast_bfloat16()):
+            return False
+        transformed = not compiling and is_transformed(q, k, v)
         return not (d > cpp.MAX_HEAD_DIM or dropout_p or transformed)
     if d > cpp.MAX_HEAD_DIM:
         raise ValueError(

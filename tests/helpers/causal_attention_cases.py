@@ -64,8 +64,6 @@ def sdpa(q, k, v, *, scale=None, rope=None) -> Tensor:
     """The same as one composes it of PyTorch's functions."""
     if rope is not None:
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-    # Of other layouts it takes another kernel, whose errors are others, by chance larger or not.
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     Tq, Tk = q.shape[-2], k.shape[-2]
     mask = None
     if Tq != Tk:

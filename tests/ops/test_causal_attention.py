@@ -3,6 +3,7 @@
 B batch, H query heads, H_kv key heads, T positions, d head width.
 """
 
+import copy
 import subprocess
 import sys
 
@@ -155,15 +156,28 @@ def test_layouts(impl, device, dtype, layout):
     case = make((3, 4, 2), 19, 24, dtype, rope=True, device=device)
     case.q, case.k, case.v = LAYOUTS[layout](case)
     before = [x.clone() for x in (case.q, case.k, case.v)]
+
+    def check_layout():
+        if impl != "cpp":
+            return check(case, impl)
+        # SDPA takes another kernel for some layouts, with other errors; ours gives the same bits.
+        dense = copy.copy(case)
+        for name in ("q", "k", "v", "grad_out"):
+            setattr(dense, name, getattr(case, name).contiguous())
+        check(dense)
+        found, expected = (results(causal_attention, c, impl=impl) for c in (case, dense))
+        for name, x, y in zip(NAMES, found, expected, strict=True):
+            assert_bitwise_equal(x, y, name)
+
     for grad_out in (case.grad_out, case.grad_out.mT.contiguous().mT):
         case.grad_out = grad_out
         out = causal_attention(case.q, case.k, case.v, rope=case.rope, impl=impl)
         assert out.transpose(1, 2).is_contiguous()  # so that its heads are joined without a copy
-        check(case, impl)
-    for x, copy in zip((case.q, case.k, case.v), before, strict=True):
-        assert_bitwise_equal(x, copy, "an input")
+        check_layout()
+    for x, copied in zip((case.q, case.k, case.v), before, strict=True):
+        assert_bitwise_equal(x, copied, "an input")
     case.grad_out = torch.ones((), dtype=dtype, device=device).expand_as(case.q)  # of out.sum()
-    check(case, impl)
+    check_layout()
 
 
 @every_implementation
