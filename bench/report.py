@@ -215,16 +215,17 @@ def readme_table(
 
     A cell: the ratio in a plain process / after keep_freed_memory().
     """
-    on_cpus = [
-        (max(run["date"] for run, _ in cases.values()), name, cases)
-        for name, cases in machines.items()
-        if all(comparison["device"] == run["cpu"] for run, comparison in cases.values())
-    ]
-    newest = sorted(on_cpus, key=lambda found: found[0], reverse=True)[:README_CPUS]
+    on_cpus = []
+    for name, cases in machines.items():
+        keys = [(op, case, a) for op, case, *_ in HEADLINES for a in ALLOCATORS]
+        runs = [cases[key][0] for key in keys if key in cases]
+        if runs and all(comparison["device"] == run["cpu"] for run, comparison in cases.values()):
+            on_cpus.append((sorted(run["date"][:10] for run in runs), name, cases))
+    newest = sorted(on_cpus, key=lambda found: found[0][-1], reverse=True)[:README_CPUS]
     columns = []
-    for date, name, cases in newest:
+    for dates, name, cases in newest:
         torches = sorted({run["versions"]["torch"] for run, _ in cases.values()})
-        columns.append(f"{name}, torch {', '.join(torches)}, {date[:10]}")
+        columns.append(f"{name}, torch {', '.join(torches)}, {', '.join(sorted(set(dates)))}")
     columns += [""] * (README_CPUS - len(columns))
     lines = [
         row_of(("work", "peer", *columns)),

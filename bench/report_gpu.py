@@ -161,7 +161,7 @@ def readme_table(
     when = (
         f"torch {newest['versions']['torch']}, {newest['date'][:10]}, by CUDA events (wall clock)"
     )
-    lines = [_row((f"**{gpu}**, {when}:", "", "", ""))]
+    lines = ["", _row(("work", "peer", f"{gpu}, {when}")), "|---|---|---|"]
     for op, case, peer, name in HEADLINES:
         _, comparison = cases.get(gpu, {}).get((op, case, "as-is"), (None, {"rows": []}))
         ratios = [
@@ -170,15 +170,15 @@ def readme_table(
             if row["name"] == peer
         ]
         name += " (each alone)" if "each alone" in comparison.get("note", "") else ""
-        lines += [_row((name, peer, ratio, "")) for ratio in ratios]
+        lines += [_row((name, peer, ratio)) for ratio in ratios]
     if "steps: nanoGPT" in rows:
         ratio = 1 / rows["steps: nanoGPT"]["speed_to_first"]
         name = "a training step, gpt2-124m, in turns"
-        lines.append(_row((name, "nanoGPT's model and loop, compiled", f"({ratio:.3f})", "")))
+        lines.append(_row((name, "nanoGPT's model and loop, compiled", f"({ratio:.3f})")))
     if NANOGPT in rows and FASTLM in rows:
         ratio = rows[FASTLM]["tokens_per_second"] / rows[NANOGPT]["tokens_per_second"]
         peer = "nanoGPT's model and loop, compiled"
-        lines.append(_row(("a training step, gpt2-124m", peer, f"({ratio:.2f})", "")))
+        lines.append(_row(("a training step, gpt2-124m", peer, f"({ratio:.2f})")))
     return lines
 
 

@@ -21,8 +21,10 @@ from fastlm.ops.dispatch import autocasts, compute_dtype, on_gpu, resolve_implem
 from fastlm.ops.rope import Rope, apply_rope, rotate
 
 # Of fewer queries than this behind a cache "cpp" would spend most of its time on packing the keys:
-# 1.1 to 2.6 times SDPA's (bench/LOG.md, 2026-11-26). SDPA's library is slow in 16 bits on AMD.
+# 1.1 to 2.6 times SDPA's (bench/LOG.md, 2026-11-26). But SDPA is slow in 16 bits on AMD's Zen 5: of
+# this many keys on "cpp" is faster there (2026-11-27).
 _FEW_QUERIES = 8
+_MANY_KEYS = 64
 
 
 def causal_attention(
@@ -51,7 +53,8 @@ def causal_attention(
     impl: "cpp" (CPU, d <= 256; results the same for any number of threads) or "torch"
     (F.scaled_dot_product_attention and its choice of a backend). "auto" takes "cpp" where it can
     run, but "torch" for up to 7 queries behind more keys, as in decoding (except, not compiled, in
-    16 bits on AMD's CPUs with bf16 products), with dropout, and under torch.func's transforms.
+    16 bits from 64 keys on where bf16 dot products are fast: AMD), with dropout, and under
+    torch.func's transforms.
 
     Raises ValueError for shapes, devices or an impl that do not fit, TypeError for dtypes. There is
     no second derivative, except with impl="torch" inside sdpa_kernel(SDPBackend.MATH).
@@ -135,9 +138,10 @@ def _runs_cpp(impl: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> b
     if resolve_implementation("causal_attention", impl, q.device, q.dtype) != "cpp":
         return False
     if impl == "auto":
-        few = Tq == 1 or (Tq < k.shape[-2] and Tq < _FEW_QUERIES)
-        compiling = torch.compiler.is_compiling()  # which asks for no features
-        if few and (q.dtype.itemsize != 2 or compiling or not cpp.has_fast_bfloat16()):
+        Tk, compiling = k.shape[-2], torch.compiler.is_compiling()
+        few = Tq == 1 or (Tq < Tk and Tq < _FEW_QUERIES)
+        by_sdpa = compiling or q.dtype.itemsize != 2 or Tk < _MANY_KEYS
+        if few and (by_sdpa or not cpp.runs_bf16_dots()):
             return False
         transformed = not compiling and is_transformed(q, k, v)
         return not (d > cpp.MAX_HEAD_DIM or dropout_p or transformed)

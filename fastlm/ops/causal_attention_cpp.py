@@ -34,9 +34,9 @@ def attention(
     return _attention(q, k, v, scale, *_tables(rope))[0]
 
 
-def has_fast_bfloat16() -> bool:
-    """Has the processor bf16 dot products at twice the rate of fp32's, as AMD's? (csrc/isa.h)"""
-    return extension().cpu_features()["fast_bf16"]
+def runs_bf16_dots() -> bool:
+    """Does this run by AVX-512-BF16's dot products? By itself on AMD alone (csrc/isa.cpp)."""
+    return extension().isa() == "avx512_bf16"
 
 
 def _tables(rope: Rope | None) -> tuple[Tensor | None, Tensor | None]:
