@@ -226,18 +226,13 @@ def readme_table(
     for dates, name, cases in newest:
         torches = sorted({run["versions"]["torch"] for run, _ in cases.values()})
         columns.append(f"{name}, torch {', '.join(torches)}, {', '.join(sorted(set(dates)))}")
-    columns += [""] * (README_CPUS - len(columns))
-    lines = [
-        row_of(("work", "peer", *columns)),
-        "|---" * (2 + README_CPUS) + "|",
-    ]
+    lines = [row_of(("work", "peer", *columns)), "|---" * (2 + len(columns)) + "|"]
     for op, case, peer, name in HEADLINES:
         cells = []
         for _, _, cases in newest:
             found = [cases.get((op, case, allocator)) for allocator in ALLOCATORS]
             ratios = [ratio(one[1], peer) if one else "" for one in found]
             cells.append(" / ".join(value or "pending" for value in ratios))
-        cells += [""] * (README_CPUS - len(cells))
         lines.append(row_of((name, peer, *cells)))
     return "\n".join([*lines, *report_gpu.readme_table(gpu_runs or {}, machines)])
 

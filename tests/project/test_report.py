@@ -164,7 +164,7 @@ def test_what_a_gpu_told_is_shown(tmp_path, run):
     assert "| racecheck | not begun | 0 |" in text
     assert "| killed and resumed | ended: 2 SIGKILLs, bit-equal | 0 |" in text
     table = report.readme_table(report.load(tmp_path), report_gpu.load(tmp_path))
-    assert table.startswith("| work | peer |  |  |\n")  # no row of README's is among the CPU's
+    assert table.startswith("| work | peer |\n")  # no row of README's is among the CPU's
     gpu = "NVIDIA H100 80GB HBM3, torch 2.13.0, 2026-01-03, by CUDA events (wall clock)"
     assert f"\n\n| work | peer | {gpu} |\n|---|---|---|\n" in table
     name = "norm, clip and AdamW step, 124 M parameters"
