@@ -20,7 +20,7 @@ from fastlm.kernels.collect import is_dtensor
 from fastlm.model_config import ModelConfig
 from fastlm.ops.causal_attention import causal_attention
 from fastlm.ops.dispatch import compute_dtype, on_gpu
-from fastlm.ops.rope import apply_rope, rope_tables, rotate_joint
+from fastlm.ops.rope import Rope, rope_tables, rotate_heads, rotate_joint
 from fastlm.ops.swiglu import swiglu
 
 
@@ -138,20 +138,18 @@ class Attention(nn.Module):
         layers = (self.q_proj, self.k_proj, self.v_proj)
         joint = self.joint and self.training  # a token of generation would join all weights for it
         plain = cache is None and mask is None and cos.dim() == 2
-        if joint and plain and not self.qk_norm and on_gpu(x):
+        rope: Rope | None = (cos, sin)
+        if joint and not self.qk_norm and cos.dim() == 2 and on_gpu(x):
             numbers = self.num_heads, self.num_kv_heads
             turned = rotate_joint(_joint_product(x, layers), cos, sin, numbers)
-            q, k, v = (y.transpose(-2, -3) for y in turned)
-            own, v = v, self._mixed(v, first_values)
-            y = causal_attention(q, k, v, dropout_p=dropout_p)
-            return self._output(y, own)
-        q, k, v = map(heads, _products(x, layers, joint))
+            (q, k, v), rope = (y.transpose(-2, -3) for y in turned), None
+        else:
+            q, k, v = map(heads, _products(x, layers, joint))
         own, v = v, self._mixed(v, first_values)
         if self.qk_norm:  # before the rotation, which changes no length
             q, k = self.q_norm(q), self.k_norm(k)
-        rope = (cos, sin)
-        if not plain:
-            q, k, rope = apply_rope(q, cos, sin), apply_rope(k, cos, sin), None
+        if rope is not None and not plain:
+            (q, k), rope = rotate_heads(q, k, cos, sin), None
         if cache is not None:
             k, v = cache(k, v)
         if mask is None:
@@ -159,11 +157,8 @@ class Attention(nn.Module):
         else:
             groups = {"enable_gqa": True} if q.shape[-3] != k.shape[-3] else {}
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **groups)
-        return self._output(y, own)
-
-    def _output(self, y: Tensor, values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         y = self.output_proj(y.transpose(-3, -2).flatten(-2))
-        return (y, values) if self.gives_values else y
+        return (y, own) if self.gives_values else y
 
     def _mixed(self, values: Tensor, first_values: Tensor | None) -> Tensor:
         return values if self.value_mix is None else _mix(self.value_mix, values, first_values)

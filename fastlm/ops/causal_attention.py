@@ -17,8 +17,8 @@ from torch import Tensor
 from fastlm.kernels.collect import is_dtensor
 from fastlm.kernels.cross_entropy_op import is_transformed
 from fastlm.ops import causal_attention_cpp as cpp
-from fastlm.ops.dispatch import autocasts, compute_dtype, on_gpu, resolve_implementation
-from fastlm.ops.rope import Rope, apply_rope, rotate
+from fastlm.ops.dispatch import autocasts, compute_dtype, resolve_implementation
+from fastlm.ops.rope import Rope, apply_rope, rotate_heads
 
 # Of fewer queries than this behind a cache "cpp" would spend most of its time on packing the keys:
 # 1.1 to 2.6 times SDPA's (bench/LOG.md, 2026-11-26). But SDPA is slow in 16 bits on AMD's Zen 5: of
@@ -101,10 +101,7 @@ def _by_sdpa(
 ) -> Tensor:  # (B, Tq, H, d)
     """By PyTorch's own function: on devices without a kernel, and for what kernels do not take."""
     if rope is not None:
-        if on_gpu(q, k):
-            q, k = (rotate(x.transpose(1, 2), *rope).transpose(1, 2) for x in (q, k))
-        else:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = rotate_heads(q, k, *rope)
     Tq, Tk = q.shape[-2], k.shape[-2]
     out = F.scaled_dot_product_attention(
         q,

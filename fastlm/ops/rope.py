@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastlm.ops.dispatch import on_gpu
 from fastlm.ops.registration import LIBRARY, register_op
 
 Rope = tuple[Tensor, Tensor]  # (cos, sin), (T, d/2) fp32 each
@@ -45,6 +46,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).to(x.dtype)
+
+
+def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q: (B, H, T, d) and k: (B, H_kv, T, d) turned; cos, sin: (T, d/2) fp32, or (B, 1, T, d/2)."""
+    if cos.dim() == 2 and on_gpu(q, k):
+        q, k = (rotate(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
+        return q, k
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from gpu import COMPILED_DEVICES, DEVICES
 from interpreter import run_kernel_cases
 
 import fastlm.model
-from fastlm.model import Attention, SwiGLU
+from fastlm.model import Attention, SwiGLU, document_mask
 from fastlm.model_config import ModelConfig
 from fastlm.ops import causal_attention as attention
 from fastlm.ops.dispatch import on_gpu
@@ -99,24 +99,27 @@ def test_in_the_models_feed_forward(device, monkeypatch):
 @pytest.mark.parametrize("device", COMPILED_DEVICES)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("joint", [False, True])
-def test_in_the_models_attention(joint, kv_heads, device, monkeypatch):
+@pytest.mark.parametrize("masked", [False, True])
+def test_in_the_models_attention(masked, joint, kv_heads, device, monkeypatch):
     """Compiled and not, with the ops and without them: the same results and gradients."""
     torch.manual_seed(0)
     module = Attention(ModelConfig(100, H * d, H, 1, T, num_kv_heads=kv_heads)).to(device)
     cos, sin = tables(device)
     x = torch.randn(B, T, H * d, generator=torch.Generator().manual_seed(1)).to(device)
+    tokens = torch.arange(T, device=device).expand(B, T)
+    mask = document_mask(tokens, 5, x.dtype) if masked else None
 
     def results(function):
         leaf = x.clone().requires_grad_()
         module.zero_grad()
-        y = function(leaf, cos, sin)
+        y = function(leaf, cos, sin, mask=mask)
         y.square().sum().backward()
         return [y.detach(), leaf.grad, *(p.grad for p in module.parameters())]
 
-    for place in (fastlm.model, attention):
+    for place in (fastlm.model, fastlm.ops.rope):
         monkeypatch.setattr(place, "on_gpu", lambda *_: False)
     expected = results(module)
-    for place in (fastlm.model, attention):
+    for place in (fastlm.model, fastlm.ops.rope):
         monkeypatch.setattr(place, "on_gpu", lambda *_: True)
     monkeypatch.setattr(attention, "_runs_cpp", lambda *_: False)
     module.joint = joint
