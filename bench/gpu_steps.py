@@ -174,7 +174,7 @@ ROWS = [
     Row("fp8-head", ("--fp8-head",), needs_cuda=True),
     Row("micro-batches of 16", ("--batch-size", "16")),
     Row("residual-dtype float32", ("--residual-dtype", "float32")),
-    # Not in turns: one process compiles attention once, whatever its kernel is to be.
+    # Not in turns: for another attention kernel a process compiles all anew.
     Row("attention flash", ("--attention", "flash"), needs_cuda=True, in_turns=False),
     Row("attention cudnn", ("--attention", "cudnn"), needs_cuda=True, in_turns=False),
     Row("compile-mode max-autotune", ("--compile-mode", "max-autotune-no-cudagraphs")),

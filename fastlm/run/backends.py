@@ -103,6 +103,10 @@ def _attention(
                 f"{str(dtype).removeprefix('torch.')}, heads of {_head_dim(cfg)}, "
                 f"dropout {cfg.dropout:g}); use --attention auto, which takes {found!r}"
             )
+        # torch.compile has no guard on the order: what was compiled before would keep its kernel,
+        # and what is compiled now would be taken behind the run.
+        torch.compiler.reset()
+        stack.callback(torch.compiler.reset)
         yield
 
 

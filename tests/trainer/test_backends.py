@@ -16,7 +16,7 @@ from fastlm import ConfigError, linear_cross_entropy_loss
 from fastlm.model_loss import ModelLoss
 from fastlm.run import backends as module
 from fastlm.run.backends import backends
-from fastlm.step import create_model
+from fastlm.step import create_model, graphs_compiled
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
 CPU = torch.device("cpu")
@@ -64,6 +64,25 @@ def test_attention_asked_for_goes_first_and_the_others_stay(on_cuda, tmp_path, w
     assert kernels() == before
     with backends(tiny_config(tmp_path)):
         assert kernels() == before
+
+
+def test_compiled_attention_is_not_taken_from_one_kernel_to_another(on_cuda, tmp_path):
+    heads = torch.ones(1, 1, 4, 4)
+
+    def graphs() -> int:  # made by a call of a function that torch.compile knows by its code
+        before = graphs_compiled()
+        torch.compile(attend)(heads)
+        return graphs_compiled() - before
+
+    def attend(x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    assert [graphs(), graphs()] == [1, 0]
+    with backends(tiny_config(tmp_path, dtype="bfloat16", attention="flash")):
+        assert [graphs(), graphs()] == [1, 0]
+    with backends(tiny_config(tmp_path, dtype="bfloat16")):
+        assert [graphs(), graphs()] == [1, 0]
+    assert graphs() == 0
 
 
 def test_attention_that_torch_would_not_choose_is_an_error(on_cuda, tmp_path, monkeypatch):
