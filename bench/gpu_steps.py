@@ -218,8 +218,11 @@ def trainer() -> list[Step]:
 
 
 def presets() -> list[Step]:
+    doctor = [sys.executable, "-m", "fastlm.doctor", f"--device={DEVICE}"]
+    doctor += ["--preset", "demo" if REHEARSAL else "gpt2-124m"]
     return [
         program("killed and resumed", 150, "kill"),
+        Step("doctor", doctor, 60),  # its forecast is in the tail, to be held against trainer's
         program("demo-gpu", 420, "demo"),
         bench_step("train_step", 150, "demo" if REHEARSAL else "notebook"),
     ]

@@ -113,7 +113,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     rate, AMD's 2 (bench/LOG.md, 2026-11-26).
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # it asks the current one
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         features = extension().cpu_features()
         return features["fast_bf16"] or features["amx_bf16"] or features["arm_bf16"]
@@ -127,6 +128,16 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype={name!r}: it must be auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def matmul_precision() -> str:
+    """torch's for fp32 matmuls: "highest", "high" or "medium". Of one that was set for a backend
+    (torch.backends.cuda.matmul.fp32_precision) torch refuses to tell: "cuda tf32, cpu none"."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        return f"cuda {cuda.fp32_precision}, cpu {cpu.fp32_precision}"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -294,7 +305,8 @@ def free_memory(device: torch.device) -> int | None:
     limit) has left.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # which this process's tensors may take
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlm.kernels.collect import is_dtensor
 from fastlm.model_config import ModelConfig
-from fastlm.ops.causal_attention import causal_attention
+from fastlm.ops.causal_attention import causal_attention, of_query_heads
 from fastlm.ops.dispatch import compute_dtype, on_gpu
 from fastlm.ops.rope import Rope, rope_tables, rotate_heads, rotate_joint
 from fastlm.ops.swiglu import swiglu
@@ -155,8 +155,8 @@ class Attention(nn.Module):
         if mask is None:
             y = causal_attention(q, k, v, rope=rope, dropout_p=dropout_p)
         else:
-            groups = {"enable_gqa": True} if q.shape[-3] != k.shape[-3] else {}
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **groups)
+            k, v, grouped = of_query_heads(q, k, v, masked=True)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **grouped)
         y = self.output_proj(y.transpose(-3, -2).flatten(-2))
         return (y, own) if self.gives_values else y
 

@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # GPT-2 124M's size and schedule (about 0.5 M tokens a step), with this model's architecture.
     "gpt2-124m": dict(
-        batch_size=16,  # see LARGE_DEVICES
+        batch_size=16,  # see _BY_MEMORY
         context_len=1024,
         tokens_per_step=524_288,
         vocab_size=50304,
@@ -79,24 +79,37 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 
-# Where the device's memory, in GiB, is at least so much: windows in a micro-batch, for longer
-# kernels and fewer sums of gradients; and joint projections. By the memory that the device has, not
-# by what is free: a command means the same on the same machine every time. 64 windows of gpt2-124m
-# take 23 GiB compiled (bench/LOG.md, 2026-11-27) and about 50 not.
-LARGE_DEVICES = {"gpt2-124m": (72, 64)}
+# By a GPU's memory, in GiB: windows of a micro-batch, the more the longer its kernels and the fewer
+# its sums of gradients; and joint projections. By the memory that it has, not by what is free: a
+# command means the same on the same machine every time. Each fits also where nothing is compiled:
+# of gpt2-124m 8, 16, 32 and 64 windows take 6.5, 10, 18 and 31 GiB in bf16 by the doctor's
+# estimate, of demo-gpu 64 take 9; compiled, 16 and 64 took 7.2 and 23 (bench/LOG.md, 2026-11-27).
+_BY_MEMORY = {
+    "gpt2-124m": (
+        (36, {"batch_size": 64, "joint_projections": True}),
+        (21, {"batch_size": 32}),
+        (11, {"batch_size": 16}),
+        (0, {"batch_size": 8}),
+    ),
+    "demo-gpu": ((11, {}), (0, {"batch_size": 32, "grad_accum": 2})),
+}
 
 
 def preset_settings(name: str, memory_bytes: int = 0, processes: int = 1) -> dict[str, Any]:
-    """The settings of preset `name` on devices with so much memory. KeyError: there is none.
+    """The settings of preset `name` on GPUs with so much memory; 0: elsewhere. KeyError: there is
+    no such preset.
 
-    On large ones a larger batch, halved until the processes' micro-batches divide the step, and
-    joint projections.
+    A step has the same windows everywhere. If it has a number of tokens, the micro-batch is halved
+    until the processes' divide it.
     """
     settings = PRESETS[name]
-    gib, batch_size = LARGE_DEVICES.get(name, (0, 0))
-    if not batch_size or memory_bytes < gib << 30:
+    if not memory_bytes or name not in _BY_MEMORY:
         return settings
-    windows = settings["tokens_per_step"] // settings["context_len"]
-    while batch_size > settings["batch_size"] and windows % (batch_size * processes):
-        batch_size //= 2
-    return {**settings, "batch_size": batch_size, "joint_projections": True}
+    chosen = next(more for gib, more in _BY_MEMORY[name] if memory_bytes >= gib << 30)
+    settings = {**settings, **chosen}
+    if "tokens_per_step" in settings:
+        windows = settings["tokens_per_step"] // settings["context_len"]
+        sizes = [settings["batch_size"] >> halvings for halvings in range(7)]
+        sizes = [size for size in sizes if size and windows % (size * processes) == 0]
+        settings["batch_size"] = sizes[0] if sizes else settings["batch_size"]
+    return settings

@@ -103,16 +103,18 @@ def _by_sdpa(
     if rope is not None:
         q, k = rotate_heads(q, k, *rope)
     Tq, Tk = q.shape[-2], k.shape[-2]
+    # One query sees all keys and needs no mask.
+    mask = _seen(q, k) if 1 < Tq < Tk else None
+    k, v, grouped = of_query_heads(q, k, v, masked=mask is not None)
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
-        # One query sees all keys and needs no mask.
-        attn_mask=_seen(q, k) if 1 < Tq < Tk else None,
+        attn_mask=mask,
         is_causal=True if Tq == Tk else False,  # noqa: SIM210 compiled for any size, it is a SymBool
         dropout_p=dropout_p,
         scale=scale,
-        enable_gqa=True if q.shape[-3] != k.shape[-3] else False,  # noqa: SIM210
+        **grouped,
     )
     out = out.transpose(1, 2).contiguous()  # which most backends give, for such a q
     # torch (2.11) keeps cuDNN's backward under the strides of q, k and v alone: after a gradient of
@@ -122,6 +124,31 @@ def _by_sdpa(
     if on_tape and not torch.compiler.is_compiling() and not is_transformed(q, k, v):
         out.register_hook(Tensor.contiguous)
     return out
+
+
+def of_query_heads(
+    q: Tensor, k: Tensor, v: Tensor, *, masked: bool
+) -> tuple[Tensor, Tensor, dict[str, bool]]:
+    """k, v, and SDPA's option for fewer of them than queries: (B, H_kv, Tk, d), or repeated to
+    (B, H, Tk, d) where only the kernel that holds all scores would take fewer."""
+    H, H_kv = q.shape[-3], k.shape[-3]
+    if H == H_kv:
+        return k, v, {}
+    if not q.is_cuda or _groups_heads(q.dtype, q.device, masked):
+        return k, v, {"enable_gqa": True}
+    k, v = (x.repeat_interleave(H // H_kv, dim=-3) for x in (k, v))
+    return k, v, {}
+
+
+@torch.compiler.assume_constant_result
+def _groups_heads(dtype: torch.dtype, device: torch.device, masked: bool) -> bool:
+    """Has torch (2.10 to 2.14) a fused kernel on this GPU for keys that several heads share?"""
+    # Flash attention: 16 bits, sm_80, no mask. cuDNN's: 16 bits, and taken first on sm_90 and
+    # sm_100 alone. The memory-efficient one: never.
+    capability = torch.cuda.get_device_capability(device)
+    if dtype.itemsize != 2:
+        return False
+    return capability in ((9, 0), (10, 0)) if masked else capability >= (8, 0)
 
 
 def _seen(q: Tensor, k: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlm.config import TrainingConfig
 from fastlm.errors import ConfigError
-from fastlm.hardware import device_name, select_device, select_dtype
+from fastlm.hardware import device_name, matmul_precision, select_device, select_dtype
+from fastlm.ops.causal_attention import of_query_heads
 from fastlm.run.environment import deterministic_algorithms
 
 _ALL = [
@@ -47,6 +48,9 @@ def backends(cfg: TrainingConfig, *, own_model: bool = False) -> Iterator[None]:
             f"have from Ada and Hopper on; use --no-fp8-head"
         )
     with contextlib.ExitStack() as stack:
+        if device.type == "cuda" and device.index is not None:
+            # Whose generator a seed goes to, where Triton compiles and launches: the current one's.
+            stack.enter_context(torch.cuda.device(device))
         # torch.compile's gradient of an embedding adds from all threads in any order, unless told.
         adds_in_any_order = cfg.compile and cfg.compile_mode == "default" and device.type == "cpu"
         if cfg.deterministic or adds_in_any_order:
@@ -65,12 +69,17 @@ def _multiplies_fp8(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = matmul_precision(), *(place.fp32_precision for place in places)
     torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before[0] in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(before[0])
+        else:  # a caller's, for each backend
+            for place, value in zip(places, before[1:], strict=True):
+                place.fp32_precision = value
 
 
 @contextlib.contextmanager
@@ -134,15 +143,18 @@ def _flash_attention_3() -> Iterator[None]:
 
 def attention_kernel(cfg: TrainingConfig, device: torch.device, dtype: torch.dtype) -> str:
     """Whose kernel torch chooses for the model of `cfg`: "cudnn", "flash", "efficient", "math"."""
-    shape = (1, cfg.context_len, cfg.num_heads, _head_dim(cfg))
+    heads, kv_heads = cfg.num_heads, cfg.num_kv_heads or cfg.num_heads
     q, k, v = (
-        torch.empty(shape, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
-        for _ in range(3)
+        torch.empty(1, cfg.context_len, number, _head_dim(cfg), device=device, dtype=dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for number in (heads, kv_heads, kv_heads)
     )
+    k, v, grouped = of_query_heads(q, k, v, masked=cfg.doc_mask)
     mask = None
     if cfg.doc_mask:  # which says itself what is causal
         mask = torch.zeros(1, 1, *2 * (cfg.context_len,), dtype=dtype, device=device)
-    chosen = torch._fused_sdp_choice(q, k, v, mask, cfg.dropout, mask is None)
+    chosen = torch._fused_sdp_choice(q, k, v, mask, cfg.dropout, mask is None, **grouped)
     return SDPBackend(chosen).name.split("_")[0].lower()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from fastlm.checkpoint import Reader, checkpoint_files, read_checkpoint, read_values
 from fastlm.config import TrainingConfig
 from fastlm.errors import ConfigError, DeviceError, shown
-from fastlm.hardware import device_memory, select_device
+from fastlm.hardware import device_memory, has_fast_bfloat16, select_device
 from fastlm.parallel.world import World
 from fastlm.presets import PRESETS, preset_settings
 from fastlm.run.resume import RUNS, Resumed, find, initial_architecture, read_unchecked
@@ -309,11 +309,14 @@ def _default_preset(device: str | None) -> str:
 
 
 def _memory(device: str | None) -> int:
-    """Bytes that a GPU has; 0 for other devices, and those that are not there."""
+    """Bytes that a GPU has, half of them where a run will be in fp32; 0 for other devices, and
+    those that are not there."""
     try:
-        return device_memory(select_device(device or "auto"))
+        found = select_device(device or "auto")
     except DeviceError:
         return 0
+    memory = device_memory(found)
+    return memory if not memory or has_fast_bfloat16(found) else memory // 2
 
 
 def _explicit_resume(argv: list[str]) -> list[str]:

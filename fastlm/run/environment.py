@@ -21,7 +21,7 @@ import torch
 from fastlm import __version__
 from fastlm.errors import shown
 from fastlm.extension import extension
-from fastlm.hardware import device_name
+from fastlm.hardware import device_name, matmul_precision
 
 
 def environment(
@@ -36,7 +36,7 @@ def environment(
         "processes": processes,
         "compile": compiled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": matmul_precision(),
         "torch": str(torch.__version__),
         "numpy": _version("numpy"),
         "triton": _version("triton"),

@@ -12,7 +12,7 @@ from fastlm.data.files import Data
 from fastlm.data.mixture import Mixture
 from fastlm.evaluate import Evaluation, bits_per_byte
 from fastlm.generate import sample_texts
-from fastlm.hardware import device_name, matmul_ceiling, synchronize
+from fastlm.hardware import device_name, has_fast_bfloat16, matmul_ceiling, synchronize
 from fastlm.model import count_parameters, flop_formula
 from fastlm.model_interface import describe_model, model_class
 from fastlm.run.backends import attention_kernel
@@ -75,9 +75,12 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
     """What the run does, on what, for how long."""
     compiled = "compiled" if cfg.compile else "not compiled (--compile is faster)"
     kernels = ""
-    if runner.device.type == "cuda" and model_class(model) is None:
-        kernels = f", attention by {attention_kernel(cfg, runner.device, runner.dtype)}"
-        kernels += ", joint projections" * cfg.joint_projections
+    if runner.device.type == "cuda":
+        if model_class(model) is None:
+            kernels = f", attention by {attention_kernel(cfg, runner.device, runner.dtype)}"
+            kernels += ", joint projections" * cfg.joint_projections
+        if runner.dtype == torch.float32 and not has_fast_bfloat16(runner.device):
+            kernels += " (this GPU has no bfloat16; --dtype float16 is faster)"
     if cfg.train_minutes is None:
         length = f"{cfg.total_steps:,} steps of {runner.tokens:,} tokens"
     else:
@@ -116,7 +119,8 @@ def precision(runner: TrainStep) -> str:
     """What the matmuls read, in words."""
     name = str(runner.dtype).removeprefix("torch.")
     by_tf32 = runner.device.type == "cuda" and runner.dtype == torch.float32
-    by_tf32 = by_tf32 and torch.get_float32_matmul_precision() != "highest"
+    by_tf32 = by_tf32 and has_fast_bfloat16(runner.device)  # Ampere brought both
+    by_tf32 = by_tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return f"{name} (TF32)" if by_tf32 else name
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from gpu import COMPILED_DEVICES, DEVICES
 from interpreter import run_kernel_cases
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlm.model
 from fastlm.model import Attention, SwiGLU, document_mask
@@ -127,6 +128,32 @@ def test_in_the_models_attention(masked, joint, kv_heads, device, monkeypatch):
     for function in (module, torch.compile(module, fullgraph=True)):
         for a, b in zip(results(function), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, masked, repeated",
+    [
+        ((9, 0), torch.bfloat16, True, False),
+        ((8, 9), torch.bfloat16, False, False),
+        ((8, 9), torch.float16, True, True),
+        ((7, 5), torch.float16, False, True),
+        ((9, 0), torch.float32, False, True),
+    ],
+    ids=str,
+)
+def test_shared_keys_are_repeated_where_no_fused_kernel_takes_them(
+    capability, dtype, masked, repeated, monkeypatch
+):
+    """On GPUs that are not there: tensors without content."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        q = torch.empty(2, 6, T, d, dtype=dtype, device="cuda")
+        k = torch.empty(2, 2, T, d, dtype=dtype, device="cuda")
+        *keys, grouped = attention.of_query_heads(q, k, k, masked=masked)
+    assert [x.shape[1] for x in keys] == ([6, 6] if repeated else [2, 2])
+    assert bool(grouped) is not repeated
+    groups = torch.compile(attention._groups_heads, fullgraph=True)
+    assert groups(dtype, torch.device("cuda"), masked) is not repeated
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,6 +1,7 @@
 """Which of torch's kernels a run computes with. No GPU is needed: what torch would choose on one is
 stood in for, what is set in torch is torch's own."""
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from fastlm import ConfigError, linear_cross_entropy_loss
 from fastlm.model_loss import ModelLoss
 from fastlm.run import backends as module
 from fastlm.run.backends import backends
+from fastlm.run.environment import environment
 from fastlm.step import create_model, graphs_compiled
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
@@ -47,6 +49,39 @@ def test_float32_runs_by_tf32_on_cuda_unless_told_otherwise(on_cuda, tmp_path, s
     assert torch.get_float32_matmul_precision() == before
     with backends(tiny_config(tmp_path, dtype="bfloat16", **settings)):
         assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.fixture
+def by_backend():
+    """A caller has set the precision by torch's newer switches, of which it tells no whole."""
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = torch.get_float32_matmul_precision()
+    places[0].fp32_precision = "tf32"
+    with pytest.raises(RuntimeError):
+        torch.get_float32_matmul_precision()
+    yield lambda: [place.fp32_precision for place in places]
+    torch.set_float32_matmul_precision(before)
+
+
+def test_a_precision_that_was_set_for_a_backend(on_cuda, by_backend, tmp_path):
+    before = by_backend()
+    with backends(tiny_config(tmp_path, tf32=False)):
+        assert by_backend()[0] == "ieee"
+    assert by_backend() == before
+    now = environment(CPU, torch.float32, compiled=False)
+    assert now["matmul_precision"].startswith("cuda tf32, cpu ")
+
+
+def test_all_of_a_run_is_on_the_device_it_names(monkeypatch, tmp_path):
+    """Seeds go to the current device's generator."""
+    entered = []
+    monkeypatch.setattr(module, "select_device", lambda name: torch.device("cuda:1"))
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: contextlib.nullcontext(entered.append(device))
+    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bool(entered))
+    with backends(tiny_config(tmp_path, dtype="auto")):
+        assert set(entered) == {torch.device("cuda:1")} and len(entered) == 2
 
 
 def test_tf32_is_no_matter_on_a_cpu(tmp_path):

@@ -124,17 +124,27 @@ def test_the_notebook_preset_is_its_worked_example():
 
 
 @pytest.mark.parametrize(
-    "processes, batch_size, grad_accum",
-    [(1, 64, 8), (2, 64, 4), (8, 64, 1), (16, 32, 1), (32, 16, 1)],
-)
-def test_a_large_memory_takes_gpt2s_step_in_larger_pieces(processes, batch_size, grad_accum):
-    settings = preset_settings("gpt2-124m", 80 << 30, processes)
+    "gib, processes, batch_size, grad_accum",
+    [
+        (80, 1, 64, 8), (80, 2, 64, 4), (80, 8, 64, 1), (80, 16, 32, 1), (80, 64, 8, 1),
+        (39.4, 1, 64, 8), (23.6, 1, 32, 16), (14.6, 1, 16, 32), (8, 1, 8, 64),
+    ],
+)  # fmt: skip
+def test_the_memory_decides_the_pieces_of_gpt2s_step(gib, processes, batch_size, grad_accum):
+    settings = preset_settings("gpt2-124m", int(gib * 2**30), processes)
     cfg = TrainingConfig(**settings).accumulated(processes)
     assert (cfg.batch_size, cfg.grad_accum) == (batch_size, grad_accum)
-    assert cfg.joint_projections
+    assert cfg.joint_projections == (gib > 36)
     assert cfg.batch_size * cfg.grad_accum * processes * cfg.context_len == 524_288
-    for name, memory in (("gpt2-124m", 40 << 30), ("demo-gpu", 80 << 30)):
-        assert preset_settings(name, memory) == PRESETS[name]
+
+
+def test_the_memory_decides_the_pieces_of_the_demos_step():
+    for gib, pieces in ((80, (64, 1)), (12, (64, 1)), (8, (32, 2))):
+        cfg = TrainingConfig(**preset_settings("demo-gpu", gib << 30))
+        assert (cfg.batch_size, cfg.grad_accum) == pieces
+    for name in PRESETS:
+        assert preset_settings(name) == PRESETS[name]
+    assert preset_settings("notebook", 80 << 30) == PRESETS["notebook"]
 
 
 def test_the_devices_memory_decides_gpt2s_batch(monkeypatch):
@@ -143,7 +153,10 @@ def test_the_devices_memory_decides_gpt2s_batch(monkeypatch):
         return cfg.batch_size, cfg.accumulated(1).grad_accum
 
     assert batch() == (16, 32)
-    monkeypatch.setattr("fastlm.run.cli.device_memory", lambda device: 80 << 30)
+    monkeypatch.setattr("fastlm.run.cli.device_memory", lambda device: 40 << 30)
+    monkeypatch.setattr("fastlm.run.cli.has_fast_bfloat16", lambda device: False)
+    assert batch() == (16, 32)
+    monkeypatch.setattr("fastlm.run.cli.has_fast_bfloat16", lambda device: True)
     assert batch() == (64, 8)
     assert batch("--batch-size", "32") == (32, 16)  # the step keeps its tokens
     assert batch("--grad-accum", "2") == (64, 2)

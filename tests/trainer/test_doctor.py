@@ -90,7 +90,8 @@ def test_several_things_would_stop_a_run(tmp_path, monkeypatch, capsys, quick):
     code, told, problems = examined(capsys, tiny_flags(compile=True))
     assert code == 1 and len(problems) == 3
     assert "no-such-compiler" in problems[0] and "apt-get install g++" in problems[0]
-    assert re.match(r"memory: a step takes about \S+ GiB and 0.00 GiB are free; lower", problems[1])
+    form = r"memory: a step takes at least \S+ GiB and 0.00 GiB are free; lower"
+    assert re.match(form, problems[1])
     assert re.match(r"disk: the run's checkpoints take up to \d+ MB and 0 MB are free", problems[2])
     assert "result" not in told
     # Without --compile the compiler is not missed.
@@ -109,6 +110,9 @@ def test_several_things_would_stop_a_run(tmp_path, monkeypatch, capsys, quick):
         ({"data": ["train.npy:0.9", "short.npy:0.1"]}, "training set short.npy data .* 20 tokens"),
         ({"val_data": ["a=val.npy", "b=short.npy"]}, "validation set b data .* holds 20 tokens"),
         ({"doc_mask": True}, "doc_mask=True: the data has no manifest"),
+        ({"attention": "flash"}, "attention='flash': it chooses among CUDA's kernels"),
+        ({"fp8_head": True, "vocab_size": 80}, "fp8_head: .* has no matrix units for float8"),
+        ({"residual_dtype": "bfloat16"}, "residual_dtype='bfloat16' with matmuls in float32"),
         ({"init_from": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
         (
             {"init_from": "other.pt", "data": "prepared", "val_data": None, "vocab_size": 270},
@@ -138,6 +142,21 @@ def test_each_problem_says_what_to_do(tmp_path, monkeypatch, capsys, quick, sett
     code, _, problems = examined(capsys, tiny_flags(**settings))
     assert code == 1 and len(problems) == 1
     assert re.search(form, problems[0]), problems
+
+
+@pytest.mark.parametrize(
+    "free, stops", [(110, (False, False)), (80, (False, True)), (50, (True,) * 2)]
+)
+def test_compiled_a_run_takes_less(tmp_path, monkeypatch, capsys, quick, free, stops):
+    """Weights of 10 MiB, and 90 MiB of gradients and activations not compiled."""
+    monkeypatch.chdir(tmp_path)
+    write_tokens(tmp_path)
+    memory = estimate.Memory(weights=10 << 20, moments=0, working=90 << 20, copy=0, process=0)
+    monkeypatch.setattr(doctor, "memory_needed", lambda *_: memory)
+    monkeypatch.setattr(doctor, "free_memory", lambda _: free << 20)
+    for compiled, stopped in zip((True, False), stops, strict=True):
+        _, _, problems = examined(capsys, tiny_flags(compile=compiled))
+        assert [text[:7] for text in problems] == ["memory:"] * stopped
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch, capsys, quick):
