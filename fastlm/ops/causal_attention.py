@@ -132,7 +132,7 @@ def of_query_heads(
     """k, v, and SDPA's option for fewer of them than queries: (B, H_kv, Tk, d), or repeated to
     (B, H, Tk, d) where only the kernel that holds all scores would take fewer."""
     H, H_kv = q.shape[-3], k.shape[-3]
-    if H == H_kv:
+    if H_kv == H:
         return k, v, {}
     if not q.is_cuda or _groups_heads(q.dtype, q.device, masked):
         return k, v, {"enable_gqa": True}
@@ -140,7 +140,6 @@ def of_query_heads(
     return k, v, {}
 
 
-@torch.compiler.assume_constant_result
 def _groups_heads(dtype: torch.dtype, device: torch.device, masked: bool) -> bool:
     """Has torch (2.10 to 2.14) a fused kernel on this GPU for keys that several heads share?"""
     # Flash attention: 16 bits, sm_80, no mask. cuDNN's: 16 bits, and taken first on sm_90 and
@@ -149,6 +148,10 @@ def _groups_heads(dtype: torch.dtype, device: torch.device, masked: bool) -> boo
     if dtype.itemsize != 2:
         return False
     return capability in ((9, 0), (10, 0)) if masked else capability >= (8, 0)
+
+
+# Compiled, its answer stands. (torch.compiler.assume_constant_result loads torch.compile to say so.)
+_groups_heads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _seen(q: Tensor, k: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ def test_a_parts_commands_name_what_exists(part, rehearsal, monkeypatch):
     options_of_all = []
     for step in steps:
         words = [word for word in step.command if re.match(r"(tests|bench)/", word)]
+        words += [f"fastlm/{word[7:]}.py" for word in step.command if word.startswith("fastlm.")]
         assert words and all((ROOT / word).exists() for word in words), step
         if "bench/gpu_rows.py" in step.command:
             options_of_all.append(gpu_rows.arguments(step.command[2:]).options)
