@@ -40,8 +40,8 @@ from fastlm.foreign_state import (
     check_optimizer_state,
     first_line,
     is_number,
+    own_name,
     shortened,
-    strip_prefixes,
     weight_differences,
 )
 from fastlm.hardware import is_out_of_memory
@@ -117,6 +117,8 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         model, optimizer, src = optimizer, src, model
+    if src is None:
+        raise TypeError("load_checkpoint has no source: (model, optimizer or None, path or file)")
     payload = read_checkpoint_for(model, optimizer, src, group=group)
     iteration = iteration_of(payload)
     model_state = _fitting_state(model, payload)
@@ -155,7 +157,7 @@ def read_checkpoint_for(
 
     def like(place: tuple) -> torch.Tensor | None:
         if len(place) == 2 and place[0] in MODEL_KEYS:
-            return weights.get(strip_prefixes(str(place[1])))
+            return weights.get(own_name(str(place[1]), weights))
         if len(place) == 4 and place[0] in OPTIMIZER_KEYS and place[1] == "state":
             return params.get(place[2])
         return None
@@ -187,7 +189,7 @@ def restore_optimizer(
     named = [] if model is None else unwrap(model).named_parameters()
     before = optimizer.state, optimizer.param_groups
     try:
-        check_optimizer_state(optimizer, stored, {id(p): strip_prefixes(n) for n, p in named})
+        check_optimizer_state(optimizer, stored, {id(p): name for name, p in named})
         optimizer.load_state_dict(stored)
     except Exception as error:  # a foreign state dict raises anything: attribute, index errors, …
         optimizer.state, optimizer.param_groups = before
@@ -231,8 +233,8 @@ def _fitting_state(
     odd = [name for name in stored if not isinstance(name, str)]
     if odd:
         raise CheckpointError(f"the checkpoint holds weights without a name: {shortened(odd[0])}")
-    state = {strip_prefixes(name): tensor for name, tensor in stored.items()}
     expected = unwrap(model).state_dict()
+    state = {own_name(name, expected): tensor for name, tensor in stored.items()}
     differences = weight_differences(state, expected, values=values)
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
@@ -336,10 +338,11 @@ def newest_readable(
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    """The model inside the wrappers of torch.compile, DistributedDataParallel, DataParallel."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        parallel = nn.parallel.DistributedDataParallel | nn.DataParallel
+        if inner is None and isinstance(model, parallel):
             inner = model.module
         if inner is None:
             return model

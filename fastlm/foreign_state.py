@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from fastlm.kernels.collect import local_part
 
 _PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's wrappers
-# Their shape is that of the parameter, in every optimizer that has them.
+# In every optimizer that has them: the settings, and the moments of the parameter's shape.
+_NEVER_NEGATIVE = ("lr", "betas", "eps", "weight_decay", "momentum")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
@@ -41,11 +42,13 @@ def check_optimizer_state(
     for g, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         _check_settings(group, own, g)
         stored_names = group.get("param_names")
+        if stored_names == own.get("param_names"):  # given to both by the caller, as he likes
+            stored_names = None
         for i, (saved_id, param) in enumerate(zip(group["params"], own["params"], strict=True)):
             name = names.get(id(param), f"parameter {i} of group {g}")
             if id(param) in names and isinstance(stored_names, list) and i < len(stored_names):
                 there = stored_names[i]
-                if not isinstance(there, str) or strip_prefixes(there) != name:
+                if not isinstance(there, str) or own_name(there, {name}) != name:
                     raise ValueError(f"its {shortened(there)} stands where {name} is here")
             _check_entry(state.get(saved_id, {}), param, name)
 
@@ -65,9 +68,12 @@ def _check_settings(group: Mapping[str, Any], own: Mapping[str, Any], g: int) ->
         several = isinstance(value, tuple | list)
         if several and not (isinstance(stored, tuple | list) and len(stored) == len(value)):
             raise ValueError(f"{key} of its group {g} is {shortened(stored)}")
+        least = 0 if key in _NEVER_NEGATIVE else -math.inf
         limit = 1 if key == "betas" else math.inf
-        for number in stored if several else [stored]:
-            if not is_number(number) or not 0 <= number < limit:
+        pairs = zip(stored, value, strict=True) if several else [(stored, value)]
+        for number, here in pairs:
+            as_here = number is None and here is None
+            if not as_here and not (is_number(number) and least <= number < limit):
                 raise ValueError(f"{key} of its group {g} is {shortened(stored)}")
 
 
@@ -137,11 +143,12 @@ def _untied(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list
     return result
 
 
-def strip_prefixes(name: str) -> str:
-    """A parameter's own name, without those of the wrappers around its model."""
-    while name.startswith(_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
+def own_name(stored: str, known: Container[str]) -> str:
+    """A stored name as the model knows it: without the prefixes of wrappers around the model that
+    was saved, but for those that its own names begin with."""
+    while stored not in known and stored.startswith(_PREFIXES):
+        stored = stored.split(".", 1)[1]
+    return stored
 
 
 def is_number(value: Any) -> bool:

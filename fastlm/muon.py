@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.hardware import has_fast_bfloat16
 from fastlm.kernels.collect import (
     GROUP,
     Collected,
@@ -57,8 +58,8 @@ class Muon(AdamW):
 
     max_grad_norm, skip_nonfinite, last_grad_norm, first_nonfinite(), a GradScaler and state dicts
     are AdamW's, over all groups together. State of a matrix: `momentum_buffer`, of its shape, fp32
-    (fp64 of fp64). matmul_dtype: of the products that orthogonalize: bfloat16 where it is fast.
-    options: AdamW's arguments, but param_precision.
+    (fp64 of fp64). matmul_dtype: of the products that orthogonalize; None: bfloat16 where the
+    device multiplies it faster, else float32. options: AdamW's arguments, but param_precision.
 
     Not torch.optim.Muon: it multiplies in bfloat16, matrix by matrix, which a CPU without fast
     bfloat16 does at half of fp32's rate; and its step cannot be skipped, nor clipped together with
@@ -70,15 +71,16 @@ class Muon(AdamW):
         params: Any,
         lr: float | Tensor = 1e-3,
         *,
-        matmul_dtype: torch.dtype = torch.float32,
+        matmul_dtype: torch.dtype | None = None,
         **options: Any,
     ):
-        if matmul_dtype not in (torch.float32, torch.bfloat16):
+        if matmul_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"matmul_dtype={matmul_dtype}: it must be float32 or bfloat16")
         if "param_precision" in options:
             raise TypeError("Muon has no argument 'param_precision'")
-        self.matmul_dtype = matmul_dtype
         super().__init__(params, lr, **options)
+        fast = matmul_dtype is None and has_fast_bfloat16(self._params()[0].device)
+        self.matmul_dtype = matmul_dtype or (torch.bfloat16 if fast else torch.float32)
 
     def _check_last_group(self) -> None:
         super()._check_last_group()
@@ -239,7 +241,7 @@ def _update_matrices(
     torch._foreach_mul_(buffers, keep)
     torch._foreach_add_(buffers, list(grads.unbind()))
     update = orthogonalized(grads.add_(torch.stack(buffers), alpha=momentum), dtype)
-    update = update.to(grads.dtype) * (lr * math.sqrt(max(1, rows / columns)))
+    update = update.to(grads.dtype) * (lr * math.sqrt(max(1, rows / max(1, columns))))
     decay = 1 - lr * group["weight_decay"]
     if params[0].dtype == grads.dtype:
         torch._foreach_mul_(params, decay)

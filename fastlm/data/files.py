@@ -25,6 +25,11 @@ from fastlm.ops.gather_batch import check_window_fits
 
 _MAX_TOKENIZER_BYTES = 256 << 20  # it goes into every checkpoint
 _HEADER_BYTES = 1024
+# No raw tokens, though two letters of a text are one of many vocabularies.
+_NO_TOKENS = {
+    ".txt", ".md", ".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst", ".zip", ".npz", ".pt",
+    ".safetensors",
+}  # fmt: skip
 _NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -109,12 +114,12 @@ def _sampled(dataset: TokenDataset) -> str:
 
 
 def load_token_dataset(
-    path: str | Path, mmap: bool = True, *, dtype: str | None = None
+    path: str | Path, mmap: bool = True, *, dtype: str | type | np.dtype | None = None
 ) -> np.ndarray:
     """The tokens of one file: 1-D, memory-mapped read-only by default.
 
-    dtype: of a raw .bin file, which does not say (default uint16). Raises DataError if the file
-    is missing, empty, not a token file, or no whole number of tokens.
+    dtype: of a raw file, which does not say (default uint16, for .bin alone). Raises DataError if
+    the file is missing, empty, not a token file, or no whole number of tokens.
     """
     path = Path(path)
     try:
@@ -164,10 +169,17 @@ def _open_npy(path: Path, mmap: bool) -> np.ndarray:
     return _tokens(path, mmap, dtype, offset, count)
 
 
-def _open_bin(path: Path, mmap: bool, dtype: str | None) -> np.ndarray:
+def _open_bin(path: Path, mmap: bool, dtype: str | type | np.dtype | None) -> np.ndarray:
     size = path.stat().st_size
+    if path.suffix in _NO_TOKENS or (path.suffix != ".bin" and dtype is None):
+        raise DataError(
+            f"{path}: not a .npy or .bin token file; of text make one with python -m "
+            f"fastlm.prepare, of raw tokens under another name give the dtype (--data-dtype)"
+        )
     offset, header_dtype = _header(path, size)
     name = dtype or header_dtype or "uint16"
+    if not isinstance(name, str):  # np.uint16, for one
+        name = np.dtype(name).name
     if name not in TOKEN_DTYPES:
         raise DataError(f"{path}: dtype={name!r}: token files hold {', '.join(TOKEN_DTYPES)}")
     if header_dtype not in (None, name):

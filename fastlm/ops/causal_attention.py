@@ -150,7 +150,7 @@ def _groups_heads(dtype: torch.dtype, device: torch.device, masked: bool) -> boo
     return capability in ((9, 0), (10, 0)) if masked else capability >= (8, 0)
 
 
-# Compiled, its answer stands. (torch.compiler.assume_constant_result loads torch.compile to say so.)
+# Compiled, its answer stands: as torch.compiler.assume_constant_result, which loads torch.compile.
 _groups_heads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

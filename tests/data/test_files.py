@@ -57,6 +57,9 @@ def test_a_raw_file_holds_uint16_unless_it_is_said(tmp_path):
     assert load_token_dataset(path).tolist() == list(range(10))
     assert len(load_token_dataset(path, dtype="uint8")) == 20
     assert load_token_dataset(path, dtype="uint32")[0] == 1 << 16
+    assert len(load_token_dataset(path, dtype=np.uint8)) == 20
+    other = bin_file(tmp_path / "tokens.u8", range(10), "uint8")
+    assert load_token_dataset(other, dtype="uint8").tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("mmap", [True, False])
@@ -109,6 +112,9 @@ def bad_files(tmp_path):
         (write("odd4.bin", b"abcdef"), {"dtype": "uint32"}, "6 bytes are no multiple of 4"),
         (write("good.bin", b"abcd"), {"dtype": "float32"}, "dtype='float32': token files hold"),
         (write("good.bin", b"abcd"), {"dtype": "uint9"}, "dtype='uint9': token files hold"),
+        (write("text.txt", b"two letters are a token"), {}, "not a .npy or .bin .*fastlm.prepare"),
+        (write("text.json", b"{'a': 'b'}"), {"dtype": "uint8"}, "not a .npy or .bin"),
+        (write("tokens.u16", b"abcd"), {}, "raw tokens under another name give the dtype"),
         (write("text.npy", b"hello world, this is text"), {}, no_npy),
         (write("short.npy", whole[:3]), {}, no_npy),
         (write("header.npy", whole[:40]), {}, no_npy),

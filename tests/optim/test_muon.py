@@ -40,7 +40,7 @@ def muon(matrices, others, impl=IMPL, **options):
         {"params": others, "lr": 0.01, "weight_decay": 0.05},
         {"params": matrices, "lr": LR, "weight_decay": WD, "momentum": MOMENTUM},
     ]
-    return Muon(groups, **HYPER, impl=impl, **options)
+    return Muon(groups, **{**HYPER, "matmul_dtype": torch.float32, **options}, impl=impl)
 
 
 def run(optimizer, params, steps):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from checkpoints import everything, make_model, make_pair
 from fuzz_checkpoints import fuzz
+from torch import nn
 from training_runs import same
 
-from fastlm import AdamW, CheckpointError, load_checkpoint
+from fastlm import AdamW, CheckpointError, load_checkpoint, save_checkpoint
 from fastlm.checkpoint import (
     checkpoint_payload,
     iteration_of,
@@ -176,3 +177,57 @@ def test_a_bare_number_of_parameters_is_named_by_its_place():
         CheckpointError, match=re.escape("exp_avg of parameter 3 of group 0 is (5,)")
     ):
         restore_optimizer(make_pair()[1], stored)
+
+
+class Wrap(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Wrap,
+        torch.optim.swa_utils.AveragedModel,
+        nn.DataParallel,
+        lambda m: Wrap(nn.DataParallel(m)),
+    ],
+    ids=["module", "averaged", "parallel", "both"],
+)
+def test_a_models_own_name_may_be_a_wrappers(make, tmp_path):
+    """Its parameters begin with "module.", as those in DistributedDataParallel's state dicts."""
+    saved, loaded = make(nn.Linear(3, 3)), make(nn.Linear(3, 3))
+    optimizers = [torch.optim.AdamW(model.named_parameters()) for model in (saved, loaded)]
+    for p in saved.parameters():
+        p.grad = torch.ones_like(p)
+    optimizers[0].step()
+    save_checkpoint(saved, optimizers[0], 5, tmp_path / "c.pt")
+    assert load_checkpoint(loaded, optimizers[1], tmp_path / "c.pt") == 5
+    assert same(loaded.state_dict(), saved.state_dict())
+    # As torch saves it inside of DistributedDataParallel, whose prefix comes before.
+    outer = {f"module.{name}": tensor for name, tensor in saved.state_dict().items()}
+    torch.save({"model_state": outer, "iteration": 6}, tmp_path / "outer.pt")
+    assert load_checkpoint(loaded, None, tmp_path / "outer.pt") == 6
+
+
+@pytest.mark.parametrize("kind", ["Muon", "Adafactor", "SGD"])
+def test_settings_of_torchs_optimizers_may_be_negative_or_none(kind, tmp_path):
+    model = nn.Linear(3, 3, bias=False)
+    more = {"dampening": -0.1, "momentum": 0.9} if kind == "SGD" else {}
+    optimizer = getattr(torch.optim, kind)(model.parameters(), **more)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    save_checkpoint(model, optimizer, 1, tmp_path / "c.pt")
+    assert load_checkpoint(model, optimizer, tmp_path / "c.pt") == 1
+
+
+def test_an_optimizer_may_know_parameters_by_other_names(tmp_path):
+    model = Wrap(nn.Linear(3, 3))
+    optimizer = AdamW(model.module.named_parameters())
+    model.module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    save_checkpoint(model, optimizer, 1, tmp_path / "c.pt")
+    assert load_checkpoint(model, optimizer, tmp_path / "c.pt") == 1
+    with pytest.raises(TypeError, match="no source"):
+        load_checkpoint(model, optimizer)
