@@ -146,7 +146,7 @@ class Muon(AdamW):
 
     # The step
 
-    def _update(self, collected: Collected | None = None) -> None:
+    def _update(self) -> None:
         self._create_state([p for p in self._params() if p.grad is not None])
         groups, found = [], []
         for g, group in enumerate(self.param_groups):

@@ -50,12 +50,12 @@ class AdamW(FusedAdamW):
         else:
             super().load_state_dict(state_dict)
 
-    def _update(self, collected: Collected | None = None) -> None:
-        collected = self._read_tables()
+    def _update(self) -> None:
+        collected = self._read_tables()  # most steps': the faster way, which asks no more
         if collected is None and self._by_torch():
             optimizer_torch.update(self)
         else:
-            super()._update(collected)
+            self._update_collected(collected or self._collect())
 
     def _read_tables(self) -> Collected | None:
         """What collect_step returns, read in C++; None if there is something to convert or refuse,

@@ -251,12 +251,15 @@ class FusedAdamW(torch.optim.AdamW):
         self._update()
         return loss
 
-    def _update(self, collected: Collected | None = None) -> None:
-        """collected: what collect_step would return, if a subclass has a faster way to it."""
+    def _update(self) -> None:
+        self._update_collected(self._collect())
+
+    def _collect(self) -> Collected:
         # Read afresh at every step: whatever has become of parameters, gradients and state is seen.
-        if collected is None:
-            self._create_state([p for p in self._params() if p.grad is not None])
-            collected = collect_step(self.param_groups, self.state, self._split, self._caches)
+        self._create_state([p for p in self._params() if p.grad is not None])
+        return collect_step(self.param_groups, self.state, self._split, self._caches)
+
+    def _update_collected(self, collected: Collected) -> None:
         tables = collected.tables
         kernels = [self.kernels_for(table.device, self._impl) for table in tables]
         square_sum = None

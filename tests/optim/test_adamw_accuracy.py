@@ -198,7 +198,6 @@ def test_infinite_numbers_stay(weight_decay, isa):
         optimizer.step()
     assert (param == -torch.inf).all()
     assert optimizer.state[frozen]["exp_avg_sq"].isinf().all()
-    assert (frozen == (1 - 1e-3 * weight_decay) ** 3).all() or weight_decay
     torch.testing.assert_close(
         frozen.detach(), torch.full((40,), (1 - 1e-3 * weight_decay) ** 3), rtol=1e-6, atol=0
     )
