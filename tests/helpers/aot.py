@@ -24,9 +24,32 @@ TARGETS = {
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
+    # Cards that a person has, T4 and RTX 20, RTX 40, RTX 50: among the exhaustive tests.
+    "sm_75": ("cuda", 75, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_120": ("cuda", 120, 32),
 }
+# Of an SM: warps, and KB of shared memory.
+SM = {"sm_75": (32, 64), "sm_80": (64, 164), "sm_89": (48, 100), "sm_120": (48, 100)}
+MORE = ("sm_75", "sm_89", "sm_120")
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}  # bytes
+
+
+def targets(everything: bool) -> list[str]:
+    return [target for target in TARGETS if everything or target not in MORE]
+
+
+def each_target(prefix: str = "", *, more: bool = True):
+    """For tests of one target's results: of the sample by default, of all that is compiled else.
+    more: also of MORE."""
+    sample = [target for target in targets(False) if target.startswith(prefix)]
+    everything = [target for target in targets(more) if target.startswith(prefix)]
+    return pytest.mark.parametrize(
+        "target, everything",
+        [(target, False) for target in sample]
+        + [pytest.param(target, True, marks=pytest.mark.exhaustive) for target in everything],
+    )
 
 
 def compile_kernel(
@@ -74,8 +97,9 @@ def inspect(target: str, kernel, num_warps: int, disassemble: bool) -> dict:
         if amd:
             by_registers, memory, reserved = 4 * min(8, 512 // registers) // num_warps, 64, 0
         else:
-            by_registers = min(65536 // (32 * registers), 64) // num_warps
-            memory, reserved = 164 if target == "sm_80" else 228, 1024
+            warps, memory = SM.get(target, (64, 228))
+            by_registers = min(65536 // (32 * registers), warps) // num_warps
+            reserved = 0 if target == "sm_75" else 1024
         shared = kernel.metadata.shared + reserved
         found["programs"] = min(by_registers, 32, memory * 1024 // max(shared, 1))
     return found
@@ -129,8 +153,8 @@ def compile_part(cases: list[dict], compile_case: Callable, an_element: Callable
     """What a process of `compile_all` does: a line of JSON for each case. an_element(result): the
     instructions that a thread issues for an element, or None."""
     part, of, *options = sys.argv[1:]
-    targets = set(TARGETS).intersection(options) or TARGETS
-    cases = [case for case in cases if case["target"] in targets]
+    chosen = set(TARGETS).intersection(options) or TARGETS
+    cases = [case for case in cases if case["target"] in chosen]
     for case in cases[int(part) :: int(of)]:
         kernel = compile_case(case)
         result = {**case, **inspect(case["target"], kernel, case["num_warps"], case["disassemble"])}
@@ -191,7 +215,8 @@ def allowed_spills() -> int:
 
 def assert_nothing_spills(results: list[dict], target: str) -> None:
     needs_tool(target)
-    found, allowed = of_target(results, target), allowed_spills()
+    # ptxas leaves four scalars of fp32 rows on the stack of an RTX 50.
+    found, allowed = of_target(results, target), max(allowed_spills(), 16 * (target == "sm_120"))
     bad = [
         f"{name(r)}: {r['spills']} bytes"
         for r in found

@@ -22,8 +22,10 @@ from aot import (
     compile_all,
     compile_kernel,
     compile_part,
+    each_target,
     needs_tool,
     of_target,
+    targets,
 )
 
 # Argument types of the kernels; rows are of the case's own type.
@@ -86,8 +88,8 @@ def cases(everything: bool) -> list[dict]:
             **more,
         )  # fmt: skip
 
-    for target, (backend, _, _) in TARGETS.items():
-        rocm = backend == "hip"
+    for target in targets(everything):
+        rocm = TARGETS[target][0] == "hip"
         for dtype, softcap in itertools.product(("bf16", "fp32"), (False, True)):
             itemsize = ELEMENT[dtype]
             for aligned in (True, False):
@@ -173,17 +175,17 @@ def test_every_case_is_compiled(everything):
     assert kernels == {name for name in vars(cross_entropy) if name.endswith("_kernel")}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@each_target()
 def test_nothing_spills(target, everything):
     assert_nothing_spills(results(everything), target)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@each_target()
 def test_a_spill_would_be_seen(target, everything):
     assert_a_spill_is_seen(results(everything), target)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@each_target()
 def test_16_bytes_at_a_time(target, everything):
     assert_wide(results(everything), target)
     found = of_target(results(everything), target)
@@ -192,7 +194,7 @@ def test_16_bytes_at_a_time(target, everything):
     assert not any(r["wide_loads"] for r in found if r["constants"].get("UNIT") == 1)
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
+@each_target("sm_", more=False)
 def test_instructions_an_element(target, everything):
     def ceiling(result):
         constants = result["constants"]
@@ -203,7 +205,7 @@ def test_instructions_an_element(target, everything):
     assert_few_instructions(results(everything), target, ceiling)
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
+@each_target("sm_")
 def test_two_programs_an_sm(target, everything):
     """Of rows up to 32768 elements."""
     needs_tool(target)

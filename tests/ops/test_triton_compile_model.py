@@ -17,8 +17,10 @@ from aot import (
     compile_all,
     compile_kernel,
     compile_part,
+    each_target,
     needs_tool,
     of_target,
+    targets,
 )
 
 ELEMENTS = ("x", "out", "h", "dh", "dx")
@@ -44,15 +46,16 @@ def cases(everything: bool) -> list[dict]:
             "elements": elements // (config["num_warps"] * TARGETS[target][2]),
         })  # fmt: skip
 
-    for target, (backend, _, _) in TARGETS.items():
+    for target in targets(everything):
+        rocm = TARGETS[target][0] == "hip"
         for dtype in ("bf16", "fp32") if everything else ("bf16",):
             for d in WIDTHS:
-                config = configs.rope_config(d, backend == "hip")
+                config = configs.rope_config(d, rocm)
                 for turn in (True, False):
                     constants = {"D": d, "WIDTH": d, "TURN": turn}
                     size = config["BLOCK"] * d
                     add(target, dtype, "rotate_kernel", config, constants, size, 1, 1)
-            config = configs.swiglu_config(F, backend == "hip")
+            config = configs.swiglu_config(F, rocm)
             for kernel, loads, stores in (("swiglu", 2, 1), ("swiglu_gradient", 3, 2)):
                 size = config["BLOCK"]
                 add(target, dtype, f"{kernel}_kernel", config, {}, size, loads, stores)
@@ -83,26 +86,26 @@ def results(everything: bool) -> list[dict]:
     return compile_all(__file__, *["all"] * everything)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@each_target()
 def test_nothing_spills(target, everything):
     assert_nothing_spills(results(everything), target)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@each_target()
 def test_16_bytes_at_a_time(target, everything):
     assert_wide(results(everything), target)
     found = of_target(results(everything), target)
     assert len(found) == (12 if everything else 6) and all(r["loads"] > 0 for r in found)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@each_target()
 def test_several_programs_an_sm(target, everything):
     needs_tool(target)
     found = of_target(results(everything), target)
     assert found and all(r["programs"] >= 4 for r in found)
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
+@each_target("sm_", more=False)
 def test_instructions_an_element(target, everything):
     turning = [r for r in results(everything) if r["constants"].get("TURN", True)]
     assert_few_instructions(turning, target, lambda result: CEILING)
