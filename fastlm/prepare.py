@@ -190,7 +190,7 @@ def _key(files: Sequence[TextFile], settings: list[Any]) -> str:
         path = os.path.realpath(file.path)
         how = [file.text_key, file.template]
         read.append([file.name, path, how, status.st_size, status.st_mtime_ns])
-    what = json.dumps([3, metadata.version("tokenizers"), read, settings])
+    what = json.dumps([4, metadata.version("tokenizers"), read, settings])
     return hashlib.sha256(what.encode()).hexdigest()
 
 

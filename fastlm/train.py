@@ -234,7 +234,7 @@ def _train(
         if resumed:
             _restore_state(runner, resumed, compiled=cfg.compile)
             samples_seen, tokens_seen = resumed.position(cfg), resumed.tokens(cfg)
-            if note := resumed.other_step(runner.tokens):
+            if note := resumed.other_step(runner.tokens, runner.tokens // runner.grad_accum):
                 print(f"[resume] {note}")
             if note := rate_jump(start_step, resumed.settings, cfg):
                 print(f"[resume] {note}")
@@ -296,11 +296,16 @@ def _calibrated(
         if most < steps:
             steps, minutes = most, f"{most * seconds / 60:.2g}"
             why = f" and are {cfg.max_epochs:g} passes over the data, --max-epochs"
+    again, warmup_iters = f"--total-steps {steps}", cfg.warmup_iters
+    if warmup_iters > steps // 5:  # it would hardly reach its rate, let alone come down from it
+        warmup_iters = steps // 5
+        why += f", of which {warmup_iters} warm up"
+        again += f" --warmup-iters {warmup_iters}"
     print(
         f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about {minutes} "
-        f"minutes{why} (the same run again: --total-steps {steps})"
+        f"minutes{why} (the same run again: {again})"
     )
-    return replace(cfg, total_steps=steps, train_minutes=None)
+    return replace(cfg, total_steps=steps, warmup_iters=warmup_iters, train_minutes=None)
 
 
 def _evaluate_only(

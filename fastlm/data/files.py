@@ -191,7 +191,20 @@ def _open_bin(path: Path, mmap: bool, dtype: str | type | np.dtype | None) -> np
             f"{path}: {size - offset} bytes are no multiple of {token_dtype.itemsize}, the size of "
             f"{name}; name the file's dtype (--data-dtype) or write the file again"
         )
-    return _tokens(path, mmap, token_dtype, offset, count)
+    array = _tokens(path, mmap, token_dtype, offset, count)
+    if dtype is None and header_dtype is None and _looks_like_uint32(array):
+        raise DataError(
+            f"{path}: every second uint16 is 0, as in a file of uint32; name its dtype "
+            f"(--data-dtype uint32, or uint16 if it is that)"
+        )
+    return array
+
+
+def _looks_like_uint32(array: np.ndarray) -> bool:
+    """Are the upper halves 0? All tokens of most vocabularies are below 2^16."""
+    start, end = array[: 1 << 16], array[-(1 << 16) :]
+    halves = array.dtype == np.uint16 and len(array) % 2 == 0 and len(array) >= 64
+    return bool(halves and start[::2].any() and not (start[1::2].any() or end[1::2].any()))
 
 
 def _tokens(path: Path, mmap: bool, dtype: np.dtype, offset: int, count: int) -> np.ndarray:

@@ -134,7 +134,7 @@ def _files_below(
                 f"it again"
             ) from error
     matches, others = [], Counter[str]()
-    for match in sorted(path.rglob("*")):
+    for match in sorted(_everything_below(path)):
         suffix = inner_suffix(match)
         hidden = any(part[0] == "." for part in match.relative_to(path).parts)
         if (hidden and suffix not in _SEARCHED) or not match.is_file():
@@ -228,6 +228,22 @@ def read_pieces(
     yield from cut_document(document, rest, piece_characters)
 
 
+def _everything_below(path: Path) -> Iterator[Path]:
+    """Without directories; links are followed, each to what it leads to once. Raises OSError."""
+
+    def raised(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for folder, folders, files in os.walk(path, followlinks=True, onerror=raised):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in files)
+
+
 def cut_document(
     document: int, text: str, piece_characters: int = PIECE_CHARACTERS
 ) -> Iterator[Piece]:
@@ -260,7 +276,7 @@ def _cut(text: str, start: int, piece_characters: int) -> int:
 def _decoded_chunks(
     path: Path, chunk_bytes: int, on_bytes: Callable[[int], object] | None
 ) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()  # keeps a character that a chunk cuts
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # keeps a character that a chunk cuts
     read = 0
     with opened(path, on_bytes) as file:
         while True:

@@ -67,6 +67,7 @@ class RunDirectory:
                 self._make(name)
             self._lock()
             self._check_owner()  # again: until it was locked, another run may have written
+            self._check_nothing_new()
             remove_stale_temporaries(self.cfg.ckpt_dir)
         except BaseException:
             self._take_back()
@@ -172,11 +173,15 @@ class RunDirectory:
                 f"{cfg.ckpt_dir} holds the checkpoints of another run ({others[0].path.name}) than "
                 f"{resumed.path}; resume that run, or choose another --target-dir"
             )
-        if os.path.realpath(cfg.ckpt_dir) == os.path.realpath(resumed.path.parent):
-            names = {path.name for path in checkpoint_files(cfg.ckpt_dir)}
+
+    def _check_nothing_new(self) -> None:
+        """Raises OutputError if another process, now ended, saved what this would replace."""
+        directory, resumed = self.cfg.ckpt_dir, self.resumed
+        if resumed and os.path.realpath(directory) == os.path.realpath(resumed.path.parent):
+            names = {path.name for path in checkpoint_files(directory)}
             if appeared := sorted(names - resumed.beside):
                 raise OutputError(
-                    f"{cfg.ckpt_dir}: another process has saved {appeared[0]} while this one "
+                    f"{directory}: another process has saved {appeared[0]} while this one "
                     f"started; give the command again"
                 )
 

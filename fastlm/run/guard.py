@@ -1,9 +1,11 @@
 """The guard: steps whose loss or gradient is bad leave the model as it was.
 
 A step is bad if its loss or its gradient's norm is not finite, or if its loss is beyond a bound:
-the median of the last WINDOW good losses plus FACTOR robust standard deviations (1.4826 times the
-median distance from the median, which is the standard deviation of a normal distribution), and
-MARGIN at least. There is no bound before there have been WINDOW good steps.
+the median of the last WINDOW losses plus FACTOR robust standard deviations (1.4826 times the median
+distance from the median, which is the standard deviation of a normal distribution), and MARGIN at
+least. Of these losses are those of good steps and, of bad ones in a row, the first. If OFTEN of
+them are beyond, they belong to the data, as those of a mixture's rare source, and the bound is
+above them. There is none before WINDOW steps.
 
 All of it is decided and counted on the device: a step waits for nothing. The counts are read where
 the run waits anyway, at its log lines.
@@ -38,6 +40,7 @@ WINDOW = 128  # good steps, OLMo's number too
 # are too high among them, the largest distance was 4.4.
 FACTOR = 10.0
 MARGIN = 0.5  # nats; where nearly all of the data is known by heart, a new window is no accident
+OFTEN = 5  # of WINDOW
 # So many losses beyond the bound in a row, while the weights stay as they are, are no accident of
 # the data: this is what the model's loss is now. The bound is learnt anew.
 NEW_LEVEL = 16
@@ -68,7 +71,7 @@ class Guard:
         self.steps = 0  # judged since the run began
         self.rolled_back = 0
         self.back_to, self.times = -1, 0  # the step of the last roll back, how often in a row to it
-        self._ring = torch.full((WINDOW,), math.nan, device=device)  # good losses, the newest last
+        self._ring = torch.full((WINDOW,), math.nan, device=device)  # losses, the newest last
         # Skipped steps; bad ones in a row; those with a finite loss in a row; new levels.
         self._skipped, self._in_a_row, self._spikes, self._new_levels = torch.zeros(
             4, dtype=torch.int64, device=device
@@ -83,7 +86,9 @@ class Guard:
         if self.mode != "off":
             center = self._ring.median()  # NaN until the ring is full, and no loss is above NaN
             spread = (self._ring - center).abs().median()
-            self._bound = center + (FACTOR * 1.4826 * spread).clamp_min(MARGIN)
+            bound = center + (FACTOR * 1.4826 * spread).clamp_min(MARGIN)
+            often = self._ring.topk(OFTEN).values[-1]
+            self._bound = torch.maximum(bound, often + MARGIN)
             good = good & ~(loss > self._bound)
         self.bad = (~good).float().reshape(1)
 
@@ -106,9 +111,10 @@ class Guard:
         beyond = self.bad[0] > 0
         norm = optimizer.last_grad_norm
         good = ~beyond & norm.isfinite() if norm is not None else beyond & False
-        newer = torch.cat((self._ring[1:], loss.reshape(1)))
-        self._ring = torch.where(good & loss.isfinite(), newer, self._ring)
         bad, spike = (~good).long(), (beyond & loss.isfinite()).long()
+        newer = torch.cat((self._ring[1:], loss.reshape(1)))
+        kept = (good & loss.isfinite()) | ((spike > 0) & (self._spikes == 0))
+        self._ring = torch.where(kept, newer, self._ring)
         self._skipped = self._skipped + bad
         self._in_a_row = (self._in_a_row + bad) * bad
         self._spikes = (self._spikes + spike) * spike

@@ -137,15 +137,17 @@ class Resumed:
             cfg, total_steps=total_steps, cosine_iters=cosine_iters, train_minutes=None
         )
 
-    def other_step(self, tokens: int) -> str:
-        """Says so if a step of `tokens` is not the size of the steps before."""
+    def other_step(self, tokens: int, micro_batch: int) -> str:
+        """Says so if a step of `tokens` is not the size of the steps before. micro_batch: tokens in
+        one on all processes."""
         environment = self.payload.get("environment") or {}
         factors = [self.settings.get(name) for name in ("batch_size", "grad_accum", "context_len")]
         factors.append(environment.get("processes", 1))
         before = math.prod(factors) if all(type(factor) is int for factor in factors) else tokens
         if before == tokens:
             return ""
-        return f"a step has {tokens:,} tokens and had {before:,} (--tokens-per-step {before})"
+        how = f" (--tokens-per-step {before})" if before % micro_batch == 0 else ""
+        return f"a step has {tokens:,} tokens and had {before:,}{how}"
 
     def check(self, data: Data, cfg: TrainingConfig) -> None:
         """Raises CheckpointError if it cannot be resumed, or would read on in other data."""

@@ -62,6 +62,17 @@ def test_a_raw_file_holds_uint16_unless_it_is_said(tmp_path):
     assert load_token_dataset(other, dtype="uint8").tolist() == list(range(10))
 
 
+def test_a_raw_file_of_uint32_is_told(tmp_path):
+    """Read as uint16 it would train, to a lower loss: every second token would be 0."""
+    path = bin_file(tmp_path / "t.bin", range(100), "uint32")
+    with pytest.raises(DataError, match=r"as in a file of uint32; name its dtype .*uint32"):
+        load_token_dataset(path)
+    assert load_token_dataset(path, dtype="uint32").tolist() == list(range(100))
+    assert len(load_token_dataset(path, dtype="uint16")) == 200
+    for tokens in ([0] * 200, [1, 2] * 100):
+        assert load_token_dataset(bin_file(tmp_path / "t.bin", tokens)).tolist() == tokens
+
+
 @pytest.mark.parametrize("mmap", [True, False])
 @pytest.mark.parametrize("magic, dtype", [(20240520, "uint16"), (20240801, "uint32")])
 def test_files_with_a_header(magic, dtype, mmap, tmp_path):

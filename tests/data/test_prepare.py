@@ -31,7 +31,7 @@ DOCUMENTS = {
     "empty.txt": "",
     "no_newline.txt": "no newline at the end",
     "blanks.txt": " \n\t \n\n",
-    "bom.txt": "\ufeffbyte order mark\n",
+    "joiner.txt": "no \ufeffbyte order mark\n",
     "code.txt": "def f(x):\n    if x:\n        return  1\n\n\n\n    return 2\n" * 10,
 }
 
@@ -90,6 +90,21 @@ def test_invalid_utf8_names_the_byte(tmp_path, before, bad, offset, tail):
     path.write_bytes(b"x" * before + bad + tail)
     with pytest.raises(DataError, match=rf"latin\.txt.*offset {before + offset};"):
         list(read_pieces(path, chunk_bytes=8))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 1 << 20])
+def test_a_byte_order_mark_is_no_text(tmp_path, chunk_bytes):
+    path = tmp_path / "windows.txt"
+    path.write_bytes("\ufeffa \ufeff b\r\n".encode())
+    assert [p.text for p in read_pieces(path, chunk_bytes=chunk_bytes)] == ["a \ufeff b\r\n"]
+
+
+def test_a_directory_of_links(tmp_path):
+    write_files(tmp_path, {"far/b.txt": "b", "far/sub/c.jsonl": '{"text": "c"}', "d/a.txt": "a"})
+    (tmp_path / "d/link").symlink_to(tmp_path / "far")
+    (tmp_path / "far/back").symlink_to(tmp_path / "d")  # a circle
+    names = [file.name for file in find_text_files([tmp_path / "d"])]
+    assert names == ["a.txt", "link/b.txt", "link/sub/c.jsonl"]
 
 
 def test_inputs(tmp_path):

@@ -24,7 +24,7 @@ from fastlm.data.loader import TrainLoader
 from fastlm.errors import CheckpointError, DivergedError
 from fastlm.model_loss import ModelLoss
 from fastlm.run import guard as guard_module
-from fastlm.run.guard import FACTOR, MARGIN, NEW_LEVEL, WINDOW, Guard
+from fastlm.run.guard import FACTOR, MARGIN, NEW_LEVEL, OFTEN, WINDOW, Guard
 from fastlm.step import TrainStep, create_model_and_optimizer, set_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_extras")
@@ -111,6 +111,26 @@ def test_a_loss_that_stays_beyond_the_bound_is_the_new_level():
     # Rolling back mends what this only accepts.
     guard, bound = filled("rollback")
     assert not any(judged(guard, level) for _ in range(2 * NEW_LEVEL))
+
+
+@pytest.mark.parametrize("share, most", [(0.25, 0.03), (0.1, 0.1)])
+def test_a_mixtures_rare_source_is_learnt(share, most):
+    """Steps with its windows have another loss; the steps between them are many and alike."""
+    guard, _ = filled()
+    generator = np.random.default_rng(1)
+    rare = generator.random(2_000) < share
+    values = np.where(rare, generator.normal(6, 0.3, 2_000), generator.normal(3, 0.05, 2_000))
+    skipped = sum(not judged(guard, float(value)) for value in values)
+    assert OFTEN - 1 <= skipped <= most * rare.sum()
+    assert not judged(guard, 9.0)
+
+
+def test_a_stretch_of_bad_losses_teaches_one():
+    guard, _ = filled()
+    for _ in range(OFTEN - 2):
+        assert not any(judged(guard, 6.0) for _ in range(NEW_LEVEL - 1))
+        assert judged(guard, 3.0)
+    assert not judged(guard, 6.0)
 
 
 def test_a_guard_restored_from_its_state_goes_on_alike():
