@@ -33,7 +33,8 @@ from fastlm import TrainingConfig
 from fastlm.corpus import default_corpus
 from fastlm.data.files import open_data
 from fastlm.data.loader import TrainLoader
-from fastlm.hardware import PeakMemory, matmul_ceiling, select_dtype, synchronize
+from fastlm.hardware import select_dtype, synchronize
+from fastlm.measure import PeakMemory, matmul_ceiling
 from fastlm.presets import PRESETS
 from fastlm.schedule import learning_rate
 

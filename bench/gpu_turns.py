@@ -25,7 +25,8 @@ from nanogpt_peer import ABSENT, nanogpt_folder
 from fastlm import TrainingConfig
 from fastlm.data.files import open_data
 from fastlm.data.loader import TrainLoader
-from fastlm.hardware import PeakMemory, matmul_ceiling, select_dtype, synchronize
+from fastlm.hardware import select_dtype, synchronize
+from fastlm.measure import PeakMemory, matmul_ceiling
 from fastlm.model import training_flops_per_token
 from fastlm.model_loss import ModelLoss
 from fastlm.run.backends import backends

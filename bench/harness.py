@@ -27,7 +27,8 @@ import torch
 import fastlm
 from fastlm import active_implementation
 from fastlm.extension import extension
-from fastlm.hardware import device_name, matmul_ceiling, synchronize
+from fastlm.hardware import device_name, synchronize
+from fastlm.measure import matmul_ceiling
 from fastlm.ops.dispatch import IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]

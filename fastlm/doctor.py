@@ -33,14 +33,12 @@ from fastlm.extension import extension
 from fastlm.hardware import (
     DTYPES,
     check_compiler,
-    copy_rate,
     cxx_compiler,
     device_name,
-    free_memory,
-    matmul_ceiling,
     select_device,
     select_dtype,
 )
+from fastlm.measure import copy_rate, free_memory, matmul_ceiling
 from fastlm.model_interface import describe_model
 from fastlm.ops.dispatch import IMPLEMENTATIONS, active_implementation
 from fastlm.parallel.world import ALONE

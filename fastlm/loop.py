@@ -23,7 +23,7 @@ from fastlm.data.loader import spread_batches
 from fastlm.data.sampler import SAMPLER_VERSION
 from fastlm.errors import DivergedError
 from fastlm.evaluate import LossFunction, evaluating, mean_loss
-from fastlm.hardware import PeakMemory
+from fastlm.measure import PeakMemory
 from fastlm.model import training_flops_per_token
 from fastlm.model_interface import model_class
 from fastlm.ops.cross_entropy import check_labels

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm.config import TrainingConfig
 from fastlm.data.loader import TrainLoader
-from fastlm.hardware import allocated_bytes, autocast, synchronize
+from fastlm.hardware import autocast, synchronize
+from fastlm.measure import allocated_bytes
 from fastlm.model import TransformerLM, count_parameters, training_flops_per_token
 from fastlm.model_loss import ModelLoss
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy_plan

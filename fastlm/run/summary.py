@@ -12,7 +12,8 @@ from fastlm.data.files import Data
 from fastlm.data.mixture import Mixture
 from fastlm.evaluate import Evaluation, bits_per_byte
 from fastlm.generate import sample_texts
-from fastlm.hardware import device_name, has_fast_bfloat16, matmul_ceiling, synchronize
+from fastlm.hardware import device_name, has_fast_bfloat16, synchronize
+from fastlm.measure import matmul_ceiling
 from fastlm.model import count_parameters, flop_formula
 from fastlm.model_interface import describe_model, model_class
 from fastlm.run.backends import attention_kernel

@@ -56,7 +56,7 @@ def tell_peak_memory(argv: list[str]) -> None:
     import numpy as np
     import torch
 
-    from fastlm.hardware import PeakMemory
+    from fastlm.measure import PeakMemory
 
     peak = PeakMemory(torch.device("cpu"))
 

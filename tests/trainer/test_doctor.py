@@ -15,7 +15,7 @@ from training_runs import flags, tiny_config, tiny_flags, tokens, write_prepared
 import fastlm.doctor as doctor
 import fastlm.run.estimate as estimate
 from fastlm import create_model_and_optimizer, save_checkpoint
-from fastlm.hardware import copy_rate, free_memory
+from fastlm.measure import copy_rate, free_memory
 from fastlm.model_loss import ModelLoss
 from fastlm.step import create_model
 

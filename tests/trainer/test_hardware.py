@@ -12,16 +12,16 @@ import pytest
 import torch
 from command_server import commands
 
-from fastlm import CompileError, ConfigError, DeviceError, UserError, hardware
+from fastlm import CompileError, ConfigError, DeviceError, UserError, hardware, measure
 from fastlm.hardware import (
     check_compiler,
     device_name,
     has_fast_bfloat16,
     is_out_of_memory,
-    matmul_ceiling,
     select_device,
     select_dtype,
 )
+from fastlm.measure import matmul_ceiling
 
 CPU = torch.device("cpu")
 
@@ -255,7 +255,7 @@ def test_the_ceiling_of_a_slow_dtype_is_measured_in_seconds(monkeypatch, rate, s
 
     monkeypatch.setattr(torch, "matmul", slow)
     monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
-    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
     assert matmul_ceiling(CPU, torch.float16) == pytest.approx(rate)
     assert len(seen) == shapes and clock[0] < 15
 
@@ -270,7 +270,7 @@ def test_the_ceiling_of_a_dtype_that_is_slow_in_large_matrices(monkeypatch):
 
     monkeypatch.setattr(torch, "matmul", slow)
     monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
-    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
     assert matmul_ceiling(CPU, torch.float16) == pytest.approx(1e11)
     assert clock[0] < 25
 
