@@ -52,14 +52,19 @@ def test_float32_runs_by_tf32_on_cuda_unless_told_otherwise(on_cuda, tmp_path, s
 
 
 @pytest.fixture
-def by_backend():
-    """A caller has set the precision by torch's newer switches, of which it tells no whole."""
+def by_backend(monkeypatch):
+    """A caller has set the precision by torch's newer switches, of which it tells no whole. (Where
+    the older one has been used in the process before, it may.)"""
     places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = torch.get_float32_matmul_precision()
     places[0].fp32_precision = "tf32"
-    with pytest.raises(RuntimeError):
-        torch.get_float32_matmul_precision()
-    yield lambda: [place.fp32_precision for place in places]
+
+    def refuse():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_float32_matmul_precision", refuse)
+        yield lambda: [place.fp32_precision for place in places]
     torch.set_float32_matmul_precision(before)
 
 
