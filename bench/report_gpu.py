@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Dense bf16 FLOP/s of the data sheets. Other H100s (PCIe, NVL) have lower ones.
-PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
+# Dense bf16 FLOP/s of the data sheets. Others of the name (PCIe, NVL) have lower ones.
+PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 NANOGPT, FASTLM = "nanoGPT, the preset's step", "fastlm, the preset's step"
 # The rows of README's table, once there are figures: op, case, peer, README's name for the work.
 HEADLINES = [
@@ -58,7 +58,7 @@ def trainer_table(rows: dict[str, dict[str, Any]], gpu: str) -> list[str]:
     found = [row for row in rows.values() if "tokens_per_second" in row]
     if not found:
         return []
-    peak = next((flops for name, flops in PEAKS.items() if gpu.startswith(name)), None)
+    peak = PEAKS.get(gpu)
     header = (
         "row", "options", "tokens/s", "of nanoGPT's", "of the first in turns",
         "MFU (measured ceiling)",

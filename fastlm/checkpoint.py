@@ -235,6 +235,8 @@ def _fitting_state(
         raise CheckpointError(f"the checkpoint holds weights without a name: {shortened(odd[0])}")
     expected = unwrap(model).state_dict()
     state = {own_name(name, expected): tensor for name, tensor in stored.items()}
+    if len(state) != len(stored):
+        raise CheckpointError("the checkpoint holds weights twice, with a prefix and without")
     differences = weight_differences(state, expected, values=values)
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""

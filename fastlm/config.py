@@ -38,7 +38,7 @@ class TrainingConfig:
     """Validation token files; several sets, each logged: NAME=PATH each. Default: the manifest's,
     else the end of the training tokens."""
     data_dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
-    """Dtype of raw .bin files without a manifest (default uint16)."""
+    """Dtype of raw token files, which do not say (default uint16, for .bin alone)."""
     batch_size: int = 32
     """Windows in a (micro-)batch."""
     context_len: int = 256

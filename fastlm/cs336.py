@@ -17,6 +17,7 @@ from torch.func import functional_call
 from fastlm.checkpoint import load_checkpoint, save_checkpoint
 from fastlm.model import Attention, Block, RMSNorm, SwiGLU, TransformerLM
 from fastlm.model_config import ModelConfig
+from fastlm.ops.causal_attention import causal_attention
 from fastlm.ops.cross_entropy import cross_entropy_loss
 from fastlm.ops.gather_batch import get_batch
 from fastlm.ops.rope import apply_rope, rope_tables
@@ -104,10 +105,11 @@ def run_multihead_self_attention(
     o_proj_weight: Tensor,
     in_features: Tensor,
 ) -> Tensor:
-    T, head_dim = in_features.shape[-2], d_model // num_heads
-    still = torch.ones(T, head_dim // 2), torch.zeros(T, head_dim // 2)  # a rotation by nothing
-    weights = (q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
-    return _attention(d_model, num_heads, weights, in_features, *still)
+    q, k, v = (
+        F.linear(in_features, weight).unflatten(-1, (num_heads, -1)).transpose(-3, -2)
+        for weight in (q_proj_weight, k_proj_weight, v_proj_weight)
+    )
+    return F.linear(causal_attention(q, k, v).transpose(-3, -2).flatten(-2), o_proj_weight)
 
 
 def run_multihead_self_attention_with_rope(
@@ -125,24 +127,22 @@ def run_multihead_self_attention_with_rope(
     cos, sin = rope_tables(max_seq_len, d_model // num_heads, theta)
     if token_positions is None:
         token_positions = torch.arange(in_features.shape[-2])
+    while token_positions.dim() >= in_features.dim() and len(token_positions) == 1:
+        token_positions = token_positions[0]
     # A dimension for the heads, between the batch's and the positions'.
     cos, sin = cos[token_positions].unsqueeze(-3), sin[token_positions].unsqueeze(-3)
-    weights = (q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
-    return _attention(d_model, num_heads, weights, in_features, cos, sin)
-
-
-def _attention(
-    d_model: int,
-    num_heads: int,
-    weights: tuple[Tensor, Tensor, Tensor, Tensor],
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> Tensor:
     names = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "output_proj.weight")
-    parameters = dict(zip(names, weights, strict=True))
-    attention = Attention(ModelConfig(1, d_model, num_heads, 1, x.shape[-2]))
-    return functional_call(attention, parameters, (x, cos, sin))
+    weights = (q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
+    attention = Attention(ModelConfig(1, d_model, num_heads, 1, in_features.shape[-2]))
+    return _call(attention, dict(zip(names, weights, strict=True)), in_features, cos, sin)
+
+
+def _call(module: nn.Module, weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
+    """`module` with `weights`, which hold all of its parameters. ValueError: they do not."""
+    if missing := [name for name, _ in module.named_parameters() if name not in weights]:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise ValueError(f"weights has no {missing[0]}{more}")
+    return functional_call(module, dict(weights), inputs)
 
 
 def run_transformer_block(
@@ -157,7 +157,7 @@ def run_transformer_block(
     cos, sin = rope_tables(max_seq_len, d_model // num_heads, theta)
     T = in_features.shape[-2]
     block = Block(ModelConfig(1, d_model, num_heads, 1, max_seq_len, d_ff))
-    return functional_call(block, dict(weights), (in_features, cos[:T], sin[:T]))
+    return _call(block, weights, in_features, cos[:T], sin[:T])
 
 
 def run_transformer_lm(
@@ -188,7 +188,7 @@ def run_transformer_lm(
         "rope_cos": cos.to(in_indices.device),
         "rope_sin": sin.to(in_indices.device),
     }
-    return functional_call(model, state, in_indices)
+    return _call(model, state, in_indices)
 
 
 def run_cross_entropy(inputs: Tensor, targets: Tensor) -> Tensor:

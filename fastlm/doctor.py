@@ -99,12 +99,14 @@ def examine(invocation: Invocation) -> list[str]:
     attempt(lambda: _check_model(cfg, data, invocation.resumed))
     attempt(lambda: check_trackers(cfg.track))
 
-    def measure() -> None:
-        with backends(replace(cfg, compile=False)):  # nothing that is timed here is compiled
-            ceiling = _tell_rates(device, dtype)
-            _tell_run(cfg.accumulated(1), device, ceiling, problems)
-
-    attempt(measure)
+    with contextlib.ExitStack() as stack:
+        known = len(problems)
+        # Nothing that is timed here is compiled.
+        attempt(lambda: stack.enter_context(backends(replace(cfg, compile=False))))
+        if len(problems) > known:  # kernels that are not there
+            cfg = replace(cfg, fp8_head=False, attention="auto", residual_dtype="auto")
+        ceiling = _tell_rates(device, dtype)
+        attempt(lambda: _tell_run(cfg.accumulated(1), device, ceiling, problems))
     return problems
 
 
@@ -251,7 +253,7 @@ def _tell_time(
             f"{timed.batch_size} of {cfg.batch_size} windows)",
         )
     elif least is not None:
-        _say("step", "not timed: too large a model to try a step of it in a few seconds")
+        _say("step", "not timed: too large a model to try a step of it here in a few seconds")
     slowest = timed.seconds if timed else None
     if cfg.train_minutes is not None:
         most, few = (

@@ -60,7 +60,9 @@ def _lists(group: Any) -> bool:
 def _check_settings(group: Mapping[str, Any], own: Mapping[str, Any], g: int) -> None:
     """The numbers of a group: learning rate, betas, …"""
     for key, value in own.items():
-        if key in ("params", "param_names") or not isinstance(value, float | tuple | list):
+        if key in ("params", "param_names") or not isinstance(value, float | int | tuple | list):
+            continue
+        if isinstance(value, bool):
             continue
         if key not in group:
             raise ValueError(f"its group {g} has no {key}")

@@ -79,7 +79,7 @@ class Muon(AdamW):
         if "param_precision" in options:
             raise TypeError("Muon has no argument 'param_precision'")
         super().__init__(params, lr, **options)
-        fast = matmul_dtype is None and has_fast_bfloat16(self._params()[0].device)
+        fast = any(has_fast_bfloat16(p.device) for p in self._params()[:1])
         self.matmul_dtype = matmul_dtype or (torch.bfloat16 if fast else torch.float32)
 
     def _check_last_group(self) -> None:

@@ -82,16 +82,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 # By a GPU's memory, in GiB: windows of a micro-batch, the more the longer its kernels and the fewer
 # its sums of gradients; and joint projections. By the memory that it has, not by what is free: a
 # command means the same on the same machine every time. Each fits also where nothing is compiled:
-# of gpt2-124m 8, 16, 32 and 64 windows take 6.5, 10, 18 and 31 GiB in bf16 by the doctor's
+# of gpt2-124m 4, 8, 16, 32 and 64 windows take 4.5, 6.5, 10, 18 and 31 GiB in bf16 by the doctor's
 # estimate, of demo-gpu 64 take 9; compiled, 16 and 64 took 7.2 and 23 (bench/LOG.md, 2026-11-27).
 _BY_MEMORY = {
     "gpt2-124m": (
         (36, {"batch_size": 64, "joint_projections": True}),
         (21, {"batch_size": 32}),
         (11, {"batch_size": 16}),
-        (0, {"batch_size": 8}),
+        (7, {"batch_size": 8}),
+        (0, {"batch_size": 4}),
     ),
-    "demo-gpu": ((11, {}), (0, {"batch_size": 32, "grad_accum": 2})),
+    "demo-gpu": ((11, {}), (0, {"batch_size": 32, "tokens_per_step": 32_768})),
 }
 
 

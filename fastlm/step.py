@@ -159,7 +159,7 @@ class TrainStep:
         self.samples = loader.batch_size * cfg.grad_accum * world.size  # windows
         self.tokens = self.samples * loader.context_len
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.guard = Guard(cfg.guard, self.device)
+        self.guard = Guard(cfg.guard, self.device, cfg.vocab_size)
         optimizer.register_step_pre_hook(lambda *_: self.guard.hand_over(optimizer))
         self.good = torch.ones((), dtype=torch.bool, device=self.device)  # the last step was taken
         self.compile_seconds = 0.0

@@ -58,7 +58,7 @@ from fastlm.run.output import (
 )
 from fastlm.run.resume import Resumed, load_weights, read_for
 from fastlm.run.signals import StopSignals
-from fastlm.run.summary import Clock, describe
+from fastlm.run.summary import Clock, describe, note_on_warmup
 from fastlm.run.track import check_trackers
 from fastlm.schedule import rate_jump
 from fastlm.step import (
@@ -233,6 +233,8 @@ def _train(
         clock = Clock(device, begin, resumed and resumed.payload)
         if resumed:
             _restore_state(runner, resumed, compiled=cfg.compile)
+            if resumed.data_changed:
+                runner.guard.forget_level()
             samples_seen, tokens_seen = resumed.position(cfg), resumed.tokens(cfg)
             if note := resumed.other_step(runner.tokens, runner.tokens // runner.grad_accum):
                 print(f"[resume] {note}")
@@ -296,16 +298,13 @@ def _calibrated(
         if most < steps:
             steps, minutes = most, f"{most * seconds / 60:.2g}"
             why = f" and are {cfg.max_epochs:g} passes over the data, --max-epochs"
-    again, warmup_iters = f"--total-steps {steps}", cfg.warmup_iters
-    if warmup_iters > steps // 5:  # it would hardly reach its rate, let alone come down from it
-        warmup_iters = steps // 5
-        why += f", of which {warmup_iters} warm up"
-        again += f" --warmup-iters {warmup_iters}"
     print(
         f"[calibrate] {seconds * 1e3:.1f} ms a step: {steps:,} steps take about {minutes} "
-        f"minutes{why} (the same run again: {again})"
+        f"minutes{why} (the same run again: --total-steps {steps})"
     )
-    return replace(cfg, total_steps=steps, warmup_iters=warmup_iters, train_minutes=None)
+    cfg = replace(cfg, total_steps=steps, train_minutes=None)
+    note_on_warmup(cfg)
+    return cfg
 
 
 def _evaluate_only(

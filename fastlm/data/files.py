@@ -171,12 +171,14 @@ def _open_npy(path: Path, mmap: bool) -> np.ndarray:
 
 def _open_bin(path: Path, mmap: bool, dtype: str | type | np.dtype | None) -> np.ndarray:
     size = path.stat().st_size
-    if path.suffix in _NO_TOKENS or (path.suffix != ".bin" and dtype is None):
+    offset, header_dtype = _header(path, size)
+    suffix = path.suffix.lower()
+    named = suffix == ".bin" or header_dtype is not None or dtype is not None
+    if suffix in _NO_TOKENS or not named:
         raise DataError(
             f"{path}: not a .npy or .bin token file; of text make one with python -m "
             f"fastlm.prepare, of raw tokens under another name give the dtype (--data-dtype)"
         )
-    offset, header_dtype = _header(path, size)
     name = dtype or header_dtype or "uint16"
     if not isinstance(name, str):  # np.uint16, for one
         name = np.dtype(name).name
@@ -192,19 +194,26 @@ def _open_bin(path: Path, mmap: bool, dtype: str | type | np.dtype | None) -> np
             f"{name}; name the file's dtype (--data-dtype) or write the file again"
         )
     array = _tokens(path, mmap, token_dtype, offset, count)
-    if dtype is None and header_dtype is None and _looks_like_uint32(array):
+    if dtype is None and header_dtype is None and (wider := _wider(array)):
         raise DataError(
-            f"{path}: every second uint16 is 0, as in a file of uint32; name its dtype "
-            f"(--data-dtype uint32, or uint16 if it is that)"
+            f"{path}: read as uint16, every second token is near 0, as in a file of {wider}; name "
+            f"its dtype (--data-dtype {wider}, or uint16 if it is that)"
         )
     return array
 
 
-def _looks_like_uint32(array: np.ndarray) -> bool:
-    """Are the upper halves 0? All tokens of most vocabularies are below 2^16."""
-    start, end = array[: 1 << 16], array[-(1 << 16) :]
-    halves = array.dtype == np.uint16 and len(array) % 2 == 0 and len(array) >= 64
-    return bool(halves and start[::2].any() and not (start[1::2].any() or end[1::2].any()))
+def _wider(array: np.ndarray) -> str | None:
+    """The dtype of a file that is read as uint16, told by the upper halves: below 16 for ids below
+    2^20."""
+    ends = array[: 1 << 16], array[-(1 << 16) :]
+    for name, step in (("int64", 4), ("uint32", 2)):
+        if len(array) < 64 or len(array) % step:
+            continue
+        words = np.concatenate([part.reshape(-1, step) for part in ends])
+        low = np.median(words[:, 0]) >= 16 > words[:, 1].max()
+        if low and not words[:, 2:].any():
+            return name
+    return None
 
 
 def _tokens(path: Path, mmap: bool, dtype: np.dtype, offset: int, count: int) -> np.ndarray:

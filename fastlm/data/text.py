@@ -229,19 +229,26 @@ def read_pieces(
 
 
 def _everything_below(path: Path) -> Iterator[Path]:
-    """Without directories; links are followed, each to what it leads to once. Raises OSError."""
+    """Without directories. Links to directories are followed where nothing else leads there, the
+    first by name. Raises OSError for what cannot be read and is not hidden."""
+    seen, links = set(), [path]
 
-    def raised(error: OSError) -> None:
-        raise error
+    def is_hidden(folder: str | Path) -> bool:
+        return any(part[0] == "." for part in Path(folder).relative_to(path).parts)
 
-    seen = set()
-    for folder, folders, files in os.walk(path, followlinks=True, onerror=raised):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
+    def note(error: OSError) -> None:
+        if not is_hidden(error.filename):
+            raise error
+
+    while links:
+        start = links.pop(0)
+        if os.path.realpath(start) in seen:
             continue
-        seen.add(real)
-        yield from (Path(folder, name) for name in files)
+        for folder, folders, files in os.walk(start, onerror=note):
+            if not is_hidden(folder):
+                seen.add(os.path.realpath(folder))
+                links += sorted(p for name in folders if (p := Path(folder, name)).is_symlink())
+            yield from (Path(folder, name) for name in files)
 
 
 def cut_document(

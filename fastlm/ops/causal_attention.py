@@ -134,20 +134,19 @@ def of_query_heads(
     H, H_kv = q.shape[-3], k.shape[-3]
     if H_kv == H:
         return k, v, {}
-    if not q.is_cuda or _groups_heads(q.dtype, q.device, masked):
+    if _groups_heads(q.dtype, q.device, masked):
         return k, v, {"enable_gqa": True}
     k, v = (x.repeat_interleave(H // H_kv, dim=-3) for x in (k, v))
     return k, v, {}
 
 
 def _groups_heads(dtype: torch.dtype, device: torch.device, masked: bool) -> bool:
-    """Has torch (2.10 to 2.14) a fused kernel on this GPU for keys that several heads share?"""
-    # Flash attention: 16 bits, sm_80, no mask. cuDNN's: 16 bits, and taken first on sm_90 and
-    # sm_100 alone. The memory-efficient one: never.
-    capability = torch.cuda.get_device_capability(device)
-    if dtype.itemsize != 2:
-        return False
-    return capability in ((9, 0), (10, 0)) if masked else capability >= (8, 0)
+    """Do keys that several heads share keep SDPA from no fast kernel? Others need not exist."""
+    if device.type != "cuda":
+        return True
+    # Flash attention's takes 16 bits, sm_80 and no mask. cuDNN's takes a mask, and its place in the
+    # order depends on its version.
+    return not masked and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # Compiled, its answer stands: as torch.compiler.assume_constant_result, which loads torch.compile.

@@ -67,7 +67,7 @@ def parse(
 
     argv = _explicit_resume(list(sys.argv[1:] if argv is None else argv))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    names = "preset config device target-dir ckpt-dir ckpt-save-prefix init-from"
+    names = "preset config device dtype target-dir ckpt-dir ckpt-save-prefix init-from"
     for name in names.split():
         early.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
     early.add_argument("--resume", "--ckpt-path-to-resume", "--ckpt_path_to_resume", dest="resume")
@@ -83,8 +83,9 @@ def parse(
     if preset not in PRESETS:
         raise ConfigError(f"preset={shown(preset)} is unknown{nearest(preset, PRESETS)}")
 
+    dtype = first.dtype or file_settings.get("dtype", "auto")
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
-    of_preset = preset_settings(preset, _memory(first.device), processes)
+    of_preset = preset_settings(preset, _memory(first.device, dtype), processes)
     layers: list[tuple[str, dict[str, Any]]] = [(f"preset {preset}", of_preset)]
     resumed, initial = None, {}
     if not {"--help", "-h"} & set(argv):
@@ -308,15 +309,16 @@ def _default_preset(device: str | None) -> str:
         return "demo"
 
 
-def _memory(device: str | None) -> int:
-    """Bytes that a GPU has, half of them where a run will be in fp32; 0 for other devices, and
+def _memory(device: str | None, dtype: str) -> int:
+    """Bytes that a GPU has, half of them for a run in fp32; 0 for other devices, and
     those that are not there."""
     try:
         found = select_device(device or "auto")
     except DeviceError:
         return 0
     memory = device_memory(found)
-    return memory if not memory or has_fast_bfloat16(found) else memory // 2
+    is_wide = dtype == "float32" or (dtype == "auto" and memory and not has_fast_bfloat16(found))
+    return memory // 2 if is_wide else memory
 
 
 def _explicit_resume(argv: list[str]) -> list[str]:

@@ -1,11 +1,14 @@
 """The guard: steps whose loss or gradient is bad leave the model as it was.
 
 A step is bad if its loss or its gradient's norm is not finite, or if its loss is beyond a bound:
-the median of the last WINDOW losses plus FACTOR robust standard deviations (1.4826 times the median
-distance from the median, which is the standard deviation of a normal distribution), and MARGIN at
-least. Of these losses are those of good steps and, of bad ones in a row, the first. If OFTEN of
-them are beyond, they belong to the data, as those of a mixture's rare source, and the bound is
-above them. There is none before WINDOW steps.
+the median of the last WINDOW good losses plus FACTOR robust standard deviations (1.4826 times the
+median distance from the median, which is the standard deviation of a normal distribution), and
+MARGIN at least. There is no bound before there have been WINDOW good steps.
+
+Outliers, losses beyond that, may be the data's own, as those of a mixture's rare source: what is
+never trained on stays beyond. So the bound is raised to MARGIN above the OFTEN-th largest outlier
+of the last MEMORY steps, and of twice ln(vocabulary) at most. A stretch of them in a row counts
+once, by its first loss.
 
 All of it is decided and counted on the device: a step waits for nothing. The counts are read where
 the run waits anyway, at its log lines.
@@ -40,7 +43,9 @@ WINDOW = 128  # good steps, OLMo's number too
 # are too high among them, the largest distance was 4.4.
 FACTOR = 10.0
 MARGIN = 0.5  # nats; where nearly all of the data is known by heart, a new window is no accident
-OFTEN = 5  # of WINDOW
+OFTEN = 5
+MEMORY = 2048  # steps: one in 400 may hold the rare source
+OUTLIERS = 32  # that are remembered, the last ones
 # So many losses beyond the bound in a row, while the weights stay as they are, are no accident of
 # the data: this is what the model's loss is now. The bound is learnt anew.
 NEW_LEVEL = 16
@@ -66,17 +71,22 @@ class Guard:
     """mode "skip" or "rollback"; "off": no bound. In every mode the optimizer leaves out a step
     whose gradient is not finite."""
 
-    def __init__(self, mode: str, device: torch.device):
+    def __init__(self, mode: str, device: torch.device, vocab_size: int | None = None):
         self.mode, self.device = mode, device
+        # No data are worse than that: of equal chances the loss is the logarithm.
+        self._ceiling = 2 * math.log(vocab_size) if vocab_size else math.inf
         self.steps = 0  # judged since the run began
         self.rolled_back = 0
         self.back_to, self.times = -1, 0  # the step of the last roll back, how often in a row to it
-        self._ring = torch.full((WINDOW,), math.nan, device=device)  # losses, the newest last
+        self._ring = torch.full((WINDOW,), math.nan, device=device)  # good losses, the newest last
+        # Outliers and their steps, of a stretch the last one's; the newest last.
+        self._outliers = torch.full((OUTLIERS,), -math.inf, device=device)
+        self._at = torch.full((OUTLIERS,), -MEMORY - 1, dtype=torch.int64, device=device)
         # Skipped steps; bad ones in a row; those with a finite loss in a row; new levels.
         self._skipped, self._in_a_row, self._spikes, self._new_levels = torch.zeros(
             4, dtype=torch.int64, device=device
         ).unbind()
-        self._bound = torch.full((), math.nan, device=device)
+        self._level = self._bound = torch.full((), math.nan, device=device)
         self._last = torch.full((3,), math.nan, device=device)  # loss, bound, row of a bad step
         self.bad = torch.zeros(1, device=device)  # 1: skip the step; what AMP calls found_inf
 
@@ -86,9 +96,10 @@ class Guard:
         if self.mode != "off":
             center = self._ring.median()  # NaN until the ring is full, and no loss is above NaN
             spread = (self._ring - center).abs().median()
-            bound = center + (FACTOR * 1.4826 * spread).clamp_min(MARGIN)
-            often = self._ring.topk(OFTEN).values[-1]
-            self._bound = torch.maximum(bound, often + MARGIN)
+            self._level = center + (FACTOR * 1.4826 * spread).clamp_min(MARGIN)
+            recent = torch.where(self._at > self.steps - MEMORY, self._outliers, -math.inf)
+            often = recent.topk(OFTEN).values[-1].clamp_max(self._ceiling)
+            self._bound = torch.maximum(self._level, often + MARGIN)
             good = good & ~(loss > self._bound)
         self.bad = (~good).float().reshape(1)
 
@@ -107,14 +118,14 @@ class Guard:
         optimizer.last_grad_norm None: its step did not run (GradScaler, where it asks the host).
         """
         optimizer.__dict__.pop("found_inf", None)
+        self._remember(loss)
         self.steps += 1
         beyond = self.bad[0] > 0
         norm = optimizer.last_grad_norm
         good = ~beyond & norm.isfinite() if norm is not None else beyond & False
         bad, spike = (~good).long(), (beyond & loss.isfinite()).long()
         newer = torch.cat((self._ring[1:], loss.reshape(1)))
-        kept = (good & loss.isfinite()) | ((spike > 0) & (self._spikes == 0))
-        self._ring = torch.where(kept, newer, self._ring)
+        self._ring = torch.where(good & loss.isfinite(), newer, self._ring)
         self._skipped = self._skipped + bad
         self._in_a_row = (self._in_a_row + bad) * bad
         self._spikes = (self._spikes + spike) * spike
@@ -129,6 +140,21 @@ class Guard:
         last = torch.stack((loss, self._bound, row.to(self.device, torch.float32)))
         self._last = torch.where(good, self._last, last)
         return good
+
+    def _remember(self, loss: Tensor) -> None:
+        outlier = (loss > self._level) & loss.isfinite()
+        now = torch.full_like(self._at[:1], self.steps)
+        goes_on = self._at[-1] == self.steps - 1  # a stretch; so it does behind skipped steps
+        begins = outlier & ~goes_on & (self._in_a_row == 0)
+        newer = torch.cat((self._outliers[1:], loss.reshape(1)))
+        self._outliers = torch.where(begins, newer, self._outliers)
+        at = torch.where(begins, torch.cat((self._at[1:], now)), self._at)
+        longer = torch.cat((self._at[:-1], now))
+        self._at = torch.where(outlier & goes_on, longer, at)
+
+    def forget_level(self) -> None:
+        """The data is another: its losses tell the bound anew."""
+        self._ring = torch.full_like(self._ring, math.nan)
 
     def report(self) -> Report:
         """Waits for the device."""
@@ -145,6 +171,8 @@ class Guard:
         counts = (self._skipped, self._in_a_row, self._spikes, self._new_levels)
         return {
             "ring": self._ring.to("cpu", copy=True),
+            "outliers": self._outliers.to("cpu", copy=True),
+            "at": self._at.to("cpu", copy=True),
             "last": self._last.to("cpu", copy=True),
             "counts": torch.stack(counts).tolist(),
             "host": [self.steps, self.rolled_back, self.back_to, self.times],
@@ -159,6 +187,12 @@ class Guard:
             self._skipped, self._in_a_row, self._spikes, self._new_levels = counts.unbind()
             self._ring = ring.to(self.device, torch.float32, copy=True)
             self._last = last.to(self.device, torch.float32, copy=True)
+            if "at" in state:
+                outliers, at = state["outliers"], state["at"]
+                if outliers.shape != (OUTLIERS,) or at.shape != (OUTLIERS,):
+                    raise ValueError(f"shapes {tuple(outliers.shape)}, {tuple(at.shape)}")
+                self._outliers = outliers.to(self.device, torch.float32, copy=True)
+                self._at = at.to(self.device, torch.int64, copy=True)
             self.steps, self.rolled_back, self.back_to, self.times = map(int, state["host"])
         except Exception as error:  # values that no run has written raise anything
             raise CheckpointError(

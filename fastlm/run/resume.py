@@ -59,6 +59,7 @@ class Resumed:
     run_id: str | None  # None likewise
     settings: dict[str, Any]  # its run's, those of the invocation left out
     beside: frozenset[str]  # the checkpoints that were in its directory when it was chosen
+    data_changed: bool = False  # said by check()
 
     @classmethod
     def read(cls, path: str | Path, read: Reader = read_checkpoint) -> "Resumed":
@@ -178,7 +179,8 @@ class Resumed:
         order = self.payload.get("sampler_version", SAMPLER_VERSION)
         if order != SAMPLER_VERSION:
             changed.append(f"sampler_version {shown(order)} -> {SAMPLER_VERSION}")
-        if stored not in (None, data.fingerprint):
+        self.data_changed = stored not in (None, data.fingerprint)
+        if self.data_changed:
             changed.append(f"data {shown(stored)} -> {data.fingerprint!r}")
         if changed and not cfg.allow_data_change:
             what = "data" if changed[-1].startswith("data ") else changed[-1].split()[0]

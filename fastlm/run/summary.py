@@ -110,15 +110,20 @@ def describe(data: Data, cfg: TrainingConfig, model: nn.Module, runner: TrainSte
             f"[run] {each}{cfg.grad_accum} micro-batch{'es' * (cfg.grad_accum > 1)} "
             f"of {cfg.batch_size} x {cfg.context_len} tokens{' each' * bool(each)} in a step"
         )
-    if cfg.train_minutes is None and cfg.warmup_iters >= cfg.total_steps:
-        print(
-            f"[run] note: the rate rises for {cfg.warmup_iters} steps, and the run has "
-            f"{cfg.total_steps}: it does not reach its peak; lower --warmup-iters"
-        )
+    if cfg.train_minutes is None:
+        note_on_warmup(cfg)
     print(
         f"[run] {length}, {_OPTIMIZERS[cfg.optimizer]}, seed {cfg.seed}, into {cfg.target_dir}",
         flush=True,
     )
+
+
+def note_on_warmup(cfg: TrainingConfig) -> None:
+    if cfg.warmup_iters >= cfg.total_steps:
+        print(
+            f"[run] note: the rate rises for {cfg.warmup_iters} steps, and the run has "
+            f"{cfg.total_steps}: it does not reach its peak; lower --warmup-iters"
+        )
 
 
 def precision(runner: TrainStep) -> str:

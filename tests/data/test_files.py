@@ -64,12 +64,18 @@ def test_a_raw_file_holds_uint16_unless_it_is_said(tmp_path):
 
 def test_a_raw_file_of_uint32_is_told(tmp_path):
     """Read as uint16 it would train, to a lower loss: every second token would be 0."""
+    path = bin_file(tmp_path / "t.bin", [0] * 10 + [150_000, 700, 7] * 30, "uint32")
+    with pytest.raises(DataError, match=r"as in a file of uint32; name its dtype .*uint32"):
+        load_token_dataset(path)
     path = bin_file(tmp_path / "t.bin", range(100), "uint32")
     with pytest.raises(DataError, match=r"as in a file of uint32; name its dtype .*uint32"):
         load_token_dataset(path)
     assert load_token_dataset(path, dtype="uint32").tolist() == list(range(100))
     assert len(load_token_dataset(path, dtype="uint16")) == 200
-    for tokens in ([0] * 200, [1, 2] * 100):
+    path = bin_file(tmp_path / "t.bin", range(100), "int64")
+    with pytest.raises(DataError, match=r"as in a file of int64; name its dtype"):
+        load_token_dataset(path)
+    for tokens in ([0] * 200, [1, 2] * 100, [20, 2] * 30, [20, 2] * 99 + [20, 20]):
         assert load_token_dataset(bin_file(tmp_path / "t.bin", tokens)).tolist() == tokens
 
 

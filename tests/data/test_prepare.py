@@ -1,6 +1,7 @@
 """python -m fastlm.prepare: what it writes is the text, the whole text, or nothing at all."""
 
 import hashlib
+import os
 import shutil
 import tempfile
 import time
@@ -105,6 +106,28 @@ def test_a_directory_of_links(tmp_path):
     (tmp_path / "far/back").symlink_to(tmp_path / "d")  # a circle
     names = [file.name for file in find_text_files([tmp_path / "d"])]
     assert names == ["a.txt", "link/b.txt", "link/sub/c.jsonl"]
+    # What is there without a link goes by its own name, in whatever order a directory is listed.
+    write_files(tmp_path / "both", {"m.txt": "m", "z/x.txt": "x", ".store/y.txt": "y"})
+    (tmp_path / "both/a").symlink_to(tmp_path / "both/z")
+    (tmp_path / "both/train").symlink_to(".store")
+    names = [file.name for file in find_text_files([tmp_path / "both"])]
+    assert names == ["m.txt", "train/y.txt", "z/x.txt"]
+
+
+def test_a_directory_that_cannot_be_read(tmp_path, monkeypatch):
+    write_files(tmp_path, {"a.txt": "a", "b/b.txt": "b", ".trash/c.txt": "c"})
+    scandir, closed = os.scandir, [".trash"]
+
+    def refused(path):
+        if Path(path).name in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert [file.name for file in find_text_files([tmp_path])] == ["a.txt", "b/b.txt"]
+    closed.append("b")
+    with pytest.raises(DataError, match="cannot be read"):
+        find_text_files([tmp_path])
 
 
 def test_inputs(tmp_path):

@@ -127,7 +127,7 @@ def test_the_notebook_preset_is_its_worked_example():
     "gib, processes, batch_size, grad_accum",
     [
         (80, 1, 64, 8), (80, 2, 64, 4), (80, 8, 64, 1), (80, 16, 32, 1), (80, 64, 8, 1),
-        (39.4, 1, 64, 8), (23.6, 1, 32, 16), (14.6, 1, 16, 32), (8, 1, 8, 64),
+        (39.4, 1, 64, 8), (23.6, 1, 32, 16), (14.6, 1, 16, 32), (8, 1, 8, 64), (6, 1, 4, 128),
     ],
 )  # fmt: skip
 def test_the_memory_decides_the_pieces_of_gpt2s_step(gib, processes, batch_size, grad_accum):
@@ -139,8 +139,8 @@ def test_the_memory_decides_the_pieces_of_gpt2s_step(gib, processes, batch_size,
 
 
 def test_the_memory_decides_the_pieces_of_the_demos_step():
-    for gib, pieces in ((80, (64, 1)), (12, (64, 1)), (8, (32, 2))):
-        cfg = TrainingConfig(**preset_settings("demo-gpu", gib << 30))
+    for gib, pieces in ((80, (64, 1)), (11, (64, 1)), (10, (32, 2))):
+        cfg = TrainingConfig(**preset_settings("demo-gpu", gib << 30)).accumulated(1)
         assert (cfg.batch_size, cfg.grad_accum) == pieces
     for name in PRESETS:
         assert preset_settings(name) == PRESETS[name]
@@ -158,6 +158,7 @@ def test_the_devices_memory_decides_gpt2s_batch(monkeypatch):
     assert batch() == (16, 32)
     monkeypatch.setattr("fastlm.run.cli.has_fast_bfloat16", lambda device: True)
     assert batch() == (64, 8)
+    assert batch("--dtype", "float32") == (16, 32)
     assert batch("--batch-size", "32") == (32, 16)  # the step keeps its tokens
     assert batch("--grad-accum", "2") == (64, 2)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastlm import TransformerLM, cs336
 
@@ -245,6 +246,29 @@ def test_transformer_block():
 
 
 # --- the model ---
+
+
+def test_attention_of_odd_heads_and_of_one_batch_of_positions():
+    weights = [torch.randn(6, 6) for _ in range(4)]
+    x = torch.randn(2, 5, 6)
+    q, k, v = (functional.linear(x, w).unflatten(-1, (2, 3)).transpose(1, 2) for w in weights[:3])
+    y = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
+    found = cs336.run_multihead_self_attention(6, 2, *weights, x)
+    torch.testing.assert_close(found, functional.linear(y, weights[3]))
+    arguments = (8, 2, 10, 1e4, *(torch.randn(8, 8) for _ in range(4)), torch.randn(5, 8))
+    expected = cs336.run_multihead_self_attention_with_rope(*arguments, torch.arange(5))
+    found = cs336.run_multihead_self_attention_with_rope(*arguments, torch.arange(5)[None])
+    torch.testing.assert_close(found, expected)
+
+
+def test_weights_that_are_missing_are_named():
+    model = TransformerLM(20, 8, 2, 1, 6, d_ff=16)
+    weights = dict(model.named_parameters())
+    del weights["layers.0.ffn.w2.weight"]
+    with pytest.raises(ValueError, match=r"weights has no layers\.0\.ffn\.w2\.weight$"):
+        cs336.run_transformer_lm(20, 6, 8, 1, 2, 16, 1e4, weights, torch.zeros(1, 3).long())
+    with pytest.raises(ValueError, match=r"weights has no ln1\.weight and 8 more"):
+        cs336.run_transformer_block(8, 2, 16, 6, 1e4, {}, torch.randn(1, 3, 8))
 
 
 @pytest.mark.parametrize("length", [16, 5, 1])

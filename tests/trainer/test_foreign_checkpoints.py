@@ -231,3 +231,13 @@ def test_an_optimizer_may_know_parameters_by_other_names(tmp_path):
     assert load_checkpoint(model, optimizer, tmp_path / "c.pt") == 1
     with pytest.raises(TypeError, match="no source"):
         load_checkpoint(model, optimizer)
+
+
+def test_another_optimizers_state_is_refused(tmp_path):
+    model = nn.Linear(3, 3)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    save_checkpoint(model, optimizer, 1, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="its group 0 has no momentum"):
+        load_checkpoint(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path / "c.pt")

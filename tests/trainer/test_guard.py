@@ -104,13 +104,13 @@ def test_a_loss_that_stays_beyond_the_bound_is_the_new_level():
     assert not any(judged(guard, level) for _ in range(2 * NEW_LEVEL))
 
 
-@pytest.mark.parametrize("share, most", [(0.25, 0.03), (0.1, 0.1)])
+@pytest.mark.parametrize("share, most", [(0.25, 0.02), (0.06, 0.1), (0.01, 0.4)])
 def test_a_mixtures_rare_source_is_learnt(share, most):
     """Steps with its windows have another loss; the steps between them are many and alike."""
     guard, _ = filled()
     generator = np.random.default_rng(1)
-    rare = generator.random(2_000) < share
-    values = np.where(rare, generator.normal(6, 0.3, 2_000), generator.normal(3, 0.05, 2_000))
+    rare = generator.random(6_000) < share
+    values = np.where(rare, generator.normal(6, 0.3, 6_000), generator.normal(3, 0.05, 6_000))
     skipped = sum(not judged(guard, float(value)) for value in values)
     assert OFTEN - 1 <= skipped <= most * rare.sum()
     assert not judged(guard, 9.0)
@@ -122,6 +122,20 @@ def test_a_stretch_of_bad_losses_teaches_one():
         assert not any(judged(guard, 6.0) for _ in range(NEW_LEVEL - 1))
         assert judged(guard, 3.0)
     assert not judged(guard, 6.0)
+
+
+def test_skipped_steps_between_spikes_teach_nothing():
+    guard, _ = filled("rollback")
+    for _ in range(2 * OFTEN):
+        assert not judged(guard, math.nan)
+        assert not judged(guard, 20.0)
+    assert guard.report().in_a_row == 4 * OFTEN
+    # Nor is what no data have: chances are equal at ln(20) = 3.
+    guard, _ = filled()
+    guard._ceiling = Guard("skip", CPU, 20)._ceiling
+    for loss in (1e4, 3.0) * 2 * OFTEN:
+        assert judged(guard, loss) == (loss == 3.0)
+    assert judged(guard, 2 * math.log(20))
 
 
 def test_a_guard_restored_from_its_state_goes_on_alike():

@@ -244,3 +244,22 @@ def test_going_back_comes_before_giving_up(tmp_path, monkeypatch, small_window):
     (summary,) = metrics(tmp_path / "run", "summary")
     assert summary["rolled_back"] == 1 and summary["skipped"] >= 20
     assert metrics(tmp_path / "run", "guard")  # what was skipped stays in the metrics
+
+
+def test_other_data_tell_the_bound_anew(tmp_path, monkeypatch, small_window):
+    run_tiny(tmp_path / "run", total_steps=20, ckpt_every=0)
+    path = checkpoint(tmp_path / "run")
+    assert torch.load(path, weights_only=True)["guard"]["ring"].isfinite().all()
+    seen = []
+    run = TrainStep.run
+
+    def noted(self, *args, **options):
+        seen.append(self.guard._ring.isnan().sum().item())
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(TrainStep, "run", noted)
+    settings = dict(total_steps=22, ckpt_every=0, ckpt_path_to_resume=str(path))
+    train_loop(
+        tokens(3000, seed=5), VAL, tiny_config(tmp_path / "run", allow_data_change=True, **settings)
+    )
+    assert seen[-2:] == [8, 7]

@@ -1,6 +1,8 @@
 """What is asked of a model: what it must have, which faults are found before training, and what
 blocks compiled one by one are."""
 
+import copy
+
 import pytest
 import torch
 from own_models import Fused, Plain, Silent
@@ -20,6 +22,7 @@ from fastlm.model_interface import (
     model_class,
     prepare_model,
 )
+from fastlm.step import graphs_compiled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -309,3 +312,26 @@ def test_dropout_in_compiled_blocks_is_recomputed_as_it_was(fresh_graphs):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+class OfTorch(nn.Module):
+    """Its blocks are torch's own, whose code torch.compile leaves out by itself."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.layers = nn.ModuleList([layer, copy.deepcopy(layer), copy.deepcopy(layer)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_blocks_of_torchs_own_are_compiled_and_share_a_graph():
+    torch.compiler.reset()
+    model, x = OfTorch(), torch.randn(2, 4, 16)
+    expected, names, before = model(x), list(model.state_dict()), graphs_compiled()
+    compile_blocks(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert graphs_compiled() == before + 1 and list(model.state_dict()) == names

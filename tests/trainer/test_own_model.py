@@ -204,3 +204,18 @@ def test_compiled_by_model_or_by_block_losses_are_the_same(tmp_path, kind, scope
     assert got == pytest.approx(expected, rel=1e-5) and compiled_names == names
     (summary,) = metrics(tmp_path / "compiled", "summary")
     assert summary["recompiles"] == 0 and summary["compile_seconds"] > 0
+
+
+class Looking(Plain):
+    """Its outputs are of all tokens, the later ones among them."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits + logits.mean(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind, told", [(Plain, False), (Fused, False), (Looking, True)])
+def test_a_model_that_sees_later_tokens_is_told(tmp_path, capsys, kind, told):
+    cfg = tiny_config(tmp_path / "run", total_steps=2)
+    train_loop(TRAIN, VAL, cfg, model=made(kind))
+    assert ("note: the model's outputs change with later tokens" in capsys.readouterr().out) is told
