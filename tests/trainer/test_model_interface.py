@@ -330,7 +330,7 @@ class OfTorch(nn.Module):
 
 def test_blocks_of_torchs_own_are_compiled_and_share_a_graph():
     torch.compiler.reset()
-    model, x = OfTorch(), torch.randn(2, 4, 16)
+    model, x = OfTorch(), torch.randn(2, 4, 16, requires_grad=True)
     expected, names, before = model(x), list(model.state_dict()), graphs_compiled()
     compile_blocks(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
