@@ -44,6 +44,7 @@ from fastlm.ops.dispatch import IMPLEMENTATIONS, active_implementation
 from fastlm.parallel.world import ALONE
 from fastlm.run.backends import backends
 from fastlm.run.cli import Invocation, parse
+from fastlm.run.directory import RunDirectory
 from fastlm.run.environment import environment
 from fastlm.run.estimate import Memory, Sizes, StepTime, memory_needed, step_time
 from fastlm.run.resume import Resumed, load_weights
@@ -98,6 +99,8 @@ def examine(invocation: Invocation) -> list[str]:
         attempt(lambda: data.check_windows(cfg.context_len, training=not cfg.eval_only))
     attempt(lambda: _check_model(cfg, data, invocation.resumed))
     attempt(lambda: check_trackers(cfg.track))
+    if invocation.origins["target_dir"] != "time" and not cfg.eval_only:  # else it is a new one
+        attempt(RunDirectory(cfg, invocation.resumed).check_owner)
 
     with contextlib.ExitStack() as stack:
         known = len(problems)
@@ -211,10 +214,15 @@ def _tell_run(
         # estimated at: a run that needs less than 0.6 of them may fit.
         least = memory.on(device) - (int(0.4 * memory.working) if cfg.compile else 0)
         if least > free:
+            advice = (
+                "lower --batch-size (raise --grad-accum to keep the step's tokens) or "
+                "--context-len, or add --activation-checkpointing"
+            )
+            if memory.weights + memory.moments > free:
+                advice = "choose a smaller model, or several devices with --parallel fsdp"
             problems.append(
                 f"memory: a step takes {'at least' if cfg.compile else 'about'} {_gib(least)} GiB "
-                f"and {_gib(free)} GiB are free; lower --batch-size (raise --grad-accum to keep "
-                f"the step's tokens) or --context-len, or add --activation-checkpointing"
+                f"and {_gib(free)} GiB are free; {advice}"
             )
         timed = None
     else:

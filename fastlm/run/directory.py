@@ -62,11 +62,11 @@ class RunDirectory:
             if self.new_name:
                 self._claim_name()
             # Before anything is made: a run that may not write there leaves nothing.
-            self._check_owner()
+            self.check_owner()
             for name in ("target_dir", "ckpt_dir", "log_dir"):
                 self._make(name)
             self._lock()
-            self._check_owner()  # again: until it was locked, another run may have written
+            self.check_owner()  # again: until it was locked, another run may have written
             self._check_nothing_new()
             remove_stale_temporaries(self.cfg.ckpt_dir)
         except BaseException:
@@ -153,7 +153,7 @@ class RunDirectory:
                 raise _unusable("target_dir", path, error) from error
             self._locks.append(lock)
 
-    def _check_owner(self) -> None:
+    def check_owner(self) -> None:
         """Raises OutputError if the checkpoints in ckpt_dir are another run's."""
         cfg, resumed = self.cfg, self.resumed
         try:

@@ -113,6 +113,7 @@ def test_several_things_would_stop_a_run(tmp_path, monkeypatch, capsys, quick):
         ({"attention": "flash"}, "attention='flash': it chooses among CUDA's kernels"),
         ({"fp8_head": True, "vocab_size": 80}, "fp8_head: .* has no matrix units for float8"),
         ({"residual_dtype": "bfloat16"}, "residual_dtype='bfloat16' with matmuls in float32"),
+        ({"target_dir": "old"}, "old/checkpoints holds the checkpoints of another run"),
         ({"init_from": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
         (
             {"init_from": "other.pt", "data": "prepared", "val_data": None, "vocab_size": 270},
@@ -138,6 +139,8 @@ def test_each_problem_says_what_to_do(tmp_path, monkeypatch, capsys, quick, sett
     save_checkpoint(
         model, optimizer, 1, "other.pt", config=asdict(cfg), tokenizer=json.dumps(tokenizer)
     )
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    shutil.copy("other.pt", "old/checkpoints/checkpoint_1.pt")
     capsys.readouterr()
     code, _, problems = examined(capsys, tiny_flags(**settings))
     assert code == 1 and len(problems) == 1
