@@ -59,6 +59,12 @@ HOSTILE = {  # what is changed, and what is said of it
     "one parameter": (group_with(params=[0]), r"groups of \[1\] parameters, not of \[12\]"),
     "twice the same": (group_with(params=[0] * 12), "not numbered"),
     "lr": (group_with(lr="x"), "lr of its group 0 is 'x'"),
+    "negative lr": (group_with(lr=-1e-3), r"lr of its group 0 is -0\.001"),
+    "no eps": (group_with(eps=None), "eps of its group 0 is a NoneType"),
+    "two names": (
+        dict(model_state={**payload()["model_state"], "module.ln_final.weight": torch.ones(16)}),
+        "holds weights twice, with a prefix and without",
+    ),
     "nan lr": (group_with(lr=float("nan")), "lr of its group 0 is nan"),
     "betas": (group_with(betas=(0.9,)), "betas of its group 0 is a tuple"),
     "large betas": (group_with(betas=(0.9, 7)), "betas of its group 0 is a tuple"),
@@ -209,6 +215,14 @@ def test_a_models_own_name_may_be_a_wrappers(make, tmp_path):
     outer = {f"module.{name}": tensor for name, tensor in saved.state_dict().items()}
     torch.save({"model_state": outer, "iteration": 6}, tmp_path / "outer.pt")
     assert load_checkpoint(loaded, None, tmp_path / "outer.pt") == 6
+
+
+def test_a_parallel_model_takes_the_weights_of_the_one_inside(tmp_path):
+    model = nn.DataParallel(nn.Linear(3, 3))
+    save_checkpoint(nn.Linear(3, 3), None, 1, tmp_path / "c.pt")
+    assert load_checkpoint(model, None, tmp_path / "c.pt") == 1
+    save_checkpoint(model, None, 2, tmp_path / "d.pt")
+    assert load_checkpoint(nn.Linear(3, 3), None, tmp_path / "d.pt") == 2
 
 
 @pytest.mark.parametrize("kind", ["Muon", "Adafactor", "SGD"])

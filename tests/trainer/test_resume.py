@@ -301,3 +301,6 @@ def test_another_size_of_a_step_is_said(tmp_path, capsys):
     assert "[resume] a step has 64 tokens and had 128 (--tokens-per-step 128)" in (
         capsys.readouterr().out
     )
+    run_tiny(tmp_path / "odd", ckpt_path_to_resume=path, batch_size=3)
+    said = capsys.readouterr().out
+    assert "a step has 96 tokens and had 128\n" in said  # of which no micro-batches of 96 make up
