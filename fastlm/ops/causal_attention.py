@@ -141,7 +141,8 @@ def of_query_heads(
 
 
 def _groups_heads(dtype: torch.dtype, device: torch.device, masked: bool) -> bool:
-    """Do keys that several heads share keep SDPA from no fast kernel? Others need not exist."""
+    """Has SDPA a fast kernel here for keys that several heads share? False where that is not sure:
+    to repeat them is always right."""
     if device.type != "cuda":
         return True
     # Flash attention's takes 16 bits, sm_80 and no mask. cuDNN's takes a mask, and its place in the

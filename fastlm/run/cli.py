@@ -310,8 +310,8 @@ def _default_preset(device: str | None) -> str:
 
 
 def _memory(device: str | None, dtype: str) -> int:
-    """Bytes that a GPU has, half of them for a run in fp32; 0 for other devices, and
-    those that are not there."""
+    """Bytes that a GPU has, half of them for a run in fp32; 0 for other devices, and those that are
+    not there."""
     try:
         found = select_device(device or "auto")
     except DeviceError:

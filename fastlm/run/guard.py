@@ -155,6 +155,7 @@ class Guard:
     def forget_level(self) -> None:
         """The data is another: its losses tell the bound anew."""
         self._ring = torch.full_like(self._ring, math.nan)
+        self._outliers = torch.full_like(self._outliers, -math.inf)
 
     def report(self) -> Report:
         """Waits for the device."""

@@ -124,6 +124,18 @@ def test_a_stretch_of_bad_losses_teaches_one():
     assert not judged(guard, 6.0)
 
 
+def test_other_data_begin_without_a_bound():
+    guard, _ = filled()
+    for _ in range(OFTEN):
+        assert not judged(guard, 6.0) and judged(guard, 3.0)
+    assert judged(guard, 6.0)  # learnt
+    guard.forget_level()
+    assert judged(guard, 9.0)
+    for _ in range(WINDOW):
+        assert judged(guard, 3.0)
+    assert not judged(guard, 6.0)
+
+
 def test_skipped_steps_between_spikes_teach_nothing():
     guard, _ = filled("rollback")
     for _ in range(2 * OFTEN):
